@@ -1,0 +1,140 @@
+"""How right are a model's answers to held-out rows? Metrics and a page of answers, on request beside the base's.
+
+Trains nothing. Takes a model, a checkpoint or an adapter, whose base is found and answers again without the adapter.
+The rows are those that the training recipes hold out, unless --split names others.
+
+    python recipes/evaluate.py                             # what the quickstart left
+    python recipes/evaluate.py --model_name_or_path outputs/quickstart --metrics exact_match cer --num_rows 100
+    accelerate launch recipes/evaluate.py --model_name_or_path outputs/llava15_sft --base --metrics vqa_accuracy
+
+Writes samples.html and metrics.json to `output_dir`. Under accelerate launch several GPUs share the rows.
+Edit: `METRICS` for one of your own, and `load_conversations`, which takes `columns` or your `to_conversation`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel
+from trl import TrlParser
+
+import vlm_sft
+from vlm_sft import metrics
+from vlm_sft.evaluation import question_of
+from vlm_sft.messages import text_of
+
+METRICS = {
+    metric.__name__: metric
+    for metric in (
+        *(metrics.exact_match, metrics.vqa_accuracy, metrics.anls, metrics.cer, metrics.wer),
+        *(metrics.json_validity, metrics.json_field_f1, metrics.table_cell_match, metrics.table_structure_match),
+    )
+}
+ERROR_RATES = ("cer", "wer")  # 0 is best
+PAGE_ROWS = 300  # a page holds its pictures, and a browser holds the page
+
+
+@dataclass
+class RecipeArguments:
+    model_name_or_path: str = field(default="outputs/quickstart", metadata={"help": "Folder or Hub id."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
+    base: bool = field(default=False, metadata={"help": "Let the model as it was before training answer as well."})
+    base_model: str | None = field(default=None, metadata={"help": "Its folder or Hub id, if not recorded or moved."})
+    dataset_name: str = field(default="outputs/quickstart/data", metadata={"help": "Hub id, folder or file."})
+    split: str | None = field(default=None, metadata={"help": "Split to answer instead of the held-out rows."})
+    seed: int = field(default=42, metadata={"help": "The training's: rows of a single split are held out by it."})
+    num_rows: int | None = field(default=None, metadata={"help": "Only the first rows."})
+    metrics: list[str] = field(
+        default_factory=lambda: ["exact_match"],
+        metadata={"help": f"Of {', '.join(METRICS)}. The first one scores the rows of the page."},
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows at a time, on each device."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Longest answer."})
+    output_dir: str = field(default="outputs/evaluate", metadata={"help": "Where the page and the numbers go."})
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.metrics if name not in METRICS]:
+            raise ValueError(f"no metric is called {', '.join(unknown)}; there are {', '.join(METRICS)}")
+
+
+def table(scores: Mapping[str, Mapping[str, float]], *, rows: int) -> str:
+    columns = sorted(scores)  # base, tuned
+    lines = [[f"{rows} rows", *columns]]
+    lines += [[metric, *(f"{scores[name][metric]:.4f}" for name in columns)] for metric in scores["tuned"]]
+    return "\n".join(f"{first:24}" + "".join(f"{cell:>10}" for cell in cells) for first, *cells in lines)
+
+
+def samples(rows: Any, references: list[str], answers: Mapping[str, list[str]], metric: str) -> list[vlm_sft.Sample]:
+    """Rows for the page, spread evenly over all, each answer scored from 0 (wrong) to 1."""
+
+    def score(name: str, n: int) -> float | None:
+        if name not in answers:
+            return None
+        value = METRICS[metric]([answers[name][n]], [references[n]])
+        return max(0.0, 1 - value) if metric in ERROR_RATES else value
+
+    questions = {n: question_of(rows[n]) for n in range(0, len(rows), -(-len(rows) // PAGE_ROWS))}
+    return [
+        vlm_sft.Sample(
+            images=question.images,
+            question=text_of(question.messages[-1]),
+            reference=references[n],
+            before=answers["base"][n] if "base" in answers else None,
+            after=answers["tuned"][n],
+            score_before=score("base", n),
+            score=score("tuned", n),
+        )
+        for n, question in questions.items()
+    ]
+
+
+def main(args: RecipeArguments) -> dict[str, dict[str, float]]:
+    process = PartialState()
+    options = {"split": args.split, "eval_fraction": 0} if args.split else {"seed": args.seed}
+    rows = vlm_sft.load_conversations(args.dataset_name, **options)["train" if args.split else "test"]
+    rows = rows.select(range(min(args.num_rows or len(rows), len(rows))))
+    references = [question_of(row).reference for row in rows]
+    if missing := [str(row) for row, reference in zip(rows["row"], references, strict=True) if reference is None]:
+        raise ValueError(
+            f"{len(missing)} rows ({', '.join(missing[:9])}) do not end with an assistant message, so there is nothing "
+            "to compare an answer with; write the right answers there, or leave these rows out"
+        )
+
+    processor = vlm_sft.load_processor(args.model_name_or_path, revision=args.model_revision)
+    settings = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    generate = partial(vlm_sft.generate, processor=processor, rows=rows, **settings)
+    model = vlm_sft.load_model(args.model_name_or_path, revision=args.model_revision, base_model=args.base_model)
+    is_adapter = isinstance(model, PeftModel)
+    if args.base and not (is_adapter or args.base_model):
+        raise ValueError(
+            f"--base: {args.model_name_or_path} is a full model, which does not know what it was before training; add "
+            "--base_model and the folder or Hub id"
+        )
+    answers = {"tuned": generate(model.to(process.device))}
+    if is_adapter and args.base:
+        with model.disable_adapter():
+            answers["base"] = generate(model)
+    elif args.base_model and not is_adapter:
+        del model  # where one has room, two may not
+        base = vlm_sft.load_model(args.base_model).to(process.device)
+        answers["base"] = generate(base, processor=vlm_sft.load_processor(args.base_model))
+
+    scores = {name: {key: METRICS[key](said, references) for key in args.metrics} for name, said in answers.items()}
+    output = Path(args.output_dir)
+    shown = samples(rows, references, answers, args.metrics[0])
+    vlm_sft.write_samples_html(shown, output / "samples.html", title=f"Answers of {Path(args.model_name_or_path).name}")
+    if process.is_main_process:
+        print(table(scores, rows=len(rows)))
+        found = {"rows": len(rows), "metrics": scores, "settings": vars(args)}
+        (output / "metrics.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return scores
+
+
+if __name__ == "__main__":
+    main(*TrlParser((RecipeArguments,)).parse_args_and_config())

@@ -1,0 +1,121 @@
+"""Gemma 3 4B on instruction data: LoRA adapters on a 4-bit base.
+
+Trained: LoRA adapters of rank 16 on every linear layer in the language model's blocks, whose weights are NF4 with
+double quantization. Frozen in 16 bit: SigLIP tower, projector, embedding and the lm_head tied to it. In the loss: the
+assistant's words and <end_of_turn>. Attention is PyTorch's SDPA: the 256 tokens of a picture see each other in both
+directions, which FlashAttention cannot. Its activations overflow float16: use a GPU with bfloat16 (Ampere or newer).
+
+    accelerate launch recipes/gemma3_sft.py
+
+Needs, takes, reaches: not yet measured on a GPU. Run again to go on from the newest checkpoint in `output_dir`.
+Edit: `to_conversation` for your rows, the defaults below for your values. Each is a flag, or a line of --config X.yaml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+import vlm_sft
+from vlm_sft.audit import audit
+
+
+@dataclass
+class RecipeArguments:
+    model_name_or_path: str = field(default="google/gemma-3-4b-it", metadata={"help": "Hub id or folder."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
+    dataset_name: str = field(
+        default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id, folder or file."}
+    )
+    num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
+    load_in_4bit: bool = field(default=True, metadata={"help": "NF4 base; --no_load_in_4bit keeps 16 bit."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA (arXiv 2402.09353): a slower step."})
+
+
+@dataclass
+class RecipeConfig(SFTConfig):
+    output_dir: str | None = "outputs/gemma3_sft"
+    max_length: int | None = 2048  # a picture takes 256 of it, whatever its size. A longer row is an error
+    num_train_epochs: float = 1  # one pass over instruction data
+    per_device_train_batch_size: int = 4
+    per_device_eval_batch_size: int = 4
+    gradient_accumulation_steps: int = 4  # 16 rows a step on one GPU
+    learning_rate: float = 2e-4  # QLoRA's rate for adapters
+    lr_scheduler_type: str = "cosine"  # as LLaVA; TRL's is linear
+    warmup_steps: float = 100  # steps at a lower rate, while Adam knows little
+    optim: str = "paged_adamw_32bit"  # pages its states out when memory runs short; without a GPU adamw_torch
+    max_grad_norm: float = 0.3  # QLoRA's (arXiv 2305.14314)
+    activation_checkpointing: bool | None = True  # memory for some 20% of time
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 100
+    save_steps: float = 100  # as often, so that the best is there to load
+    save_total_limit: int | None = 3  # the newest, the one before it, the best
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "eval_loss"
+    dataloader_num_workers: int = field(default_factory=vlm_sft.best_worker_count)  # pictures are decoded there
+    dataloader_persistent_workers: bool = field(default_factory=lambda: vlm_sft.best_worker_count() > 0)
+    remove_unused_columns: bool = False  # keeps `row`, by which errors name a row
+
+    def __post_init__(self) -> None:
+        vlm_sft.fit_to_hardware(self)
+        super().__post_init__()
+
+
+def to_conversation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The one function that depends on the dataset: `messages` with image parts, and their `images` in order."""
+    return {"messages": row["messages"], "images": row["images"]}
+
+
+def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
+    source = {"revision": args.model_revision}
+    processor = vlm_sft.load_processor(args.model_name_or_path, **source)
+    data = vlm_sft.load_conversations(args.dataset_name, to_conversation=to_conversation, seed=training_args.seed)
+    data["test"] = data["test"].select(range(min(args.num_eval_rows, len(data["test"]))))
+
+    config = AutoConfig.from_pretrained(args.model_name_or_path, **source)
+    quantization = vlm_sft.nf4_config(config, compute_dtype=vlm_sft.best_dtype()) if args.load_in_4bit else None
+    model = vlm_sft.load_model(args.model_name_or_path, quantization_config=quantization, **source)
+    if args.load_in_4bit:
+        vlm_sft.say(vlm_sft.check_quantized(model))
+    peft_config = vlm_sft.lora_config(
+        model, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
+    )
+    collator = vlm_sft.ChatCollator(
+        processor, max_length=training_args.max_length, generation_config=model, name_rows=True
+    )
+    audit(collator, data["train"], model)
+
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=processor,
+        data_collator=collator,
+        peft_config=peft_config,
+        callbacks=[vlm_sft.KeepGeneration(model), vlm_sft.SafeCheckpoints(), vlm_sft.StopOnNaN()],
+    )
+    vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
+    vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
+    vlm_sft.say(vlm_sft.check_adapters(trainer.model))
+    trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer))
+
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    output = Path(training_args.output_dir)
+    vlm_sft.plot_loss(trainer.state.log_history, output / "loss.png", title=output.name)
+    settings = {"recipe": vars(args), "training": training_args.to_dict()}
+    vlm_sft.write_run_json(output / "run.json", settings=settings, model=trainer.model, datasets=data, results=metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    main(*TrlParser((RecipeArguments, RecipeConfig)).parse_args_and_config())

@@ -1,0 +1,124 @@
+"""LLaVA-1.5, stage 1: a CLIP tower and a text model become a LLaVA whose projector learns from captions.
+
+Trained: the projector (a new MLP of two layers). Frozen: CLIP tower and language model, in 16 bit; any Llama, Vicuna,
+Mistral or Qwen text model serves. In the loss: the caption and the line break behind it, right after the picture, in
+LLaVA's plain format without roles and stop token. Saved is a whole LLaVA with the Vicuna chat template, for stage 2.
+
+    accelerate launch recipes/llava_pretrain.py
+
+Needs, takes, reaches: not yet measured on a GPU. Run again to go on from the newest checkpoint in `output_dir`.
+Data: liuhaotian/LLaVA-Pretrain, images.zip unpacked beside the JSON or in --image_folder. Vicuna needs sentencepiece.
+Edit: `to_conversation` for your rows, the defaults below for your values. Each is a flag, or a line of --config X.yaml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+import vlm_sft
+from vlm_sft.assembly import assemble_llava, plain_template
+from vlm_sft.audit import audit
+from vlm_sft.loading import keep_frozen_out_of_autograd
+
+
+@dataclass
+class RecipeArguments:
+    model_name_or_path: str = field(default="lmsys/vicuna-7b-v1.5", metadata={"help": "Text model, Hub id or folder."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the text model."})
+    vision_tower: str = field(
+        default="openai/clip-vit-large-patch14-336", metadata={"help": "CLIP model, Hub id or folder."}
+    )
+    dataset_name: str = field(
+        default="LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", metadata={"help": "File, folder or Hub id."}
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "What file names in rows are relative to; where the data lies unless given."}
+    )
+    num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
+
+
+@dataclass
+class RecipeConfig(SFTConfig):
+    output_dir: str | None = "outputs/llava_pretrain"
+    max_length: int | None = 2048  # LLaVA-1.5's own limit; an image takes 576 of it. A longer row is an error
+    num_train_epochs: float = 1  # this and the rates: LLaVA-1.5's scripts/v1_5/pretrain.sh
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 32
+    gradient_accumulation_steps: int = 8  # 256 rows a step on one GPU; with eight GPUs set 1
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.03  # below 1, a share of all steps
+    activation_checkpointing: bool | None = True  # memory for some 20% of time
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 500
+    save_steps: float = 500  # a checkpoint holds the whole model
+    save_total_limit: int | None = 2  # the newest and the one before it
+    dataloader_num_workers: int = field(default_factory=vlm_sft.best_worker_count)  # pictures are decoded there
+    dataloader_persistent_workers: bool = field(default_factory=lambda: vlm_sft.best_worker_count() > 0)
+    remove_unused_columns: bool = False  # keeps `row`, by which errors name a row
+
+    def __post_init__(self) -> None:
+        vlm_sft.fit_to_hardware(self)
+        super().__post_init__()
+
+
+def to_conversation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of LLaVA-Pretrain as picture and caption: the plain format leaves the question out."""
+    caption = [{"type": "text", "text": row["conversations"][-1]["value"] + "\n"}]
+    question = {"role": "user", "content": [{"type": "image"}]}
+    return {"messages": [question, {"role": "assistant", "content": caption}], "images": [row["image"]]}
+
+
+def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
+    set_seed(training_args.seed)  # for the projector's first weights
+    model, processor = assemble_llava(args.vision_tower, args.model_name_or_path, language_revision=args.model_revision)
+    keep_frozen_out_of_autograd(model)
+    vlm_sft.freeze(model, train=("projector",))
+    data = vlm_sft.load_conversations(
+        args.dataset_name,
+        to_conversation=to_conversation,
+        image_folder=args.image_folder,
+        eval_fraction=0.001,
+        seed=training_args.seed,
+    )
+    data["test"] = data["test"].select(range(min(args.num_eval_rows, len(data["test"]))))
+    collator = vlm_sft.ChatCollator(
+        processor,
+        max_length=training_args.max_length,
+        chat_template_kwargs={"chat_template": plain_template(processor.tokenizer)},  # saved is the processor's own
+        stop_token=None,
+        name_rows=True,
+    )
+    audit(collator, data["train"], model, require_stop_token=False)
+
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=processor,
+        data_collator=collator,
+        callbacks=[vlm_sft.KeepGeneration(model), vlm_sft.SafeCheckpoints(), vlm_sft.StopOnNaN()],
+    )
+    vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
+    vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
+    vlm_sft.say(vlm_sft.check_trainable(trainer.model, train=("projector",)))
+    trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer))
+
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    output = Path(training_args.output_dir)
+    vlm_sft.plot_loss(trainer.state.log_history, output / "loss.png", title=output.name)
+    settings = {"recipe": vars(args), "training": training_args.to_dict()}
+    vlm_sft.write_run_json(output / "run.json", settings=settings, model=trainer.model, datasets=data, results=metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    main(*TrlParser((RecipeArguments, RecipeConfig)).parse_args_and_config())

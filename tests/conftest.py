@@ -1,0 +1,155 @@
+"""What every test stands on: one thread, no network, deprecations as errors, a tiny twin of each family."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+TORCHVISION_CPU = str(Path(__file__).parent / "torchvision_cpu")
+sys.path.insert(0, TORCHVISION_CPU)
+sys.modules.pop("sitecustomize", None)  # a distribution may bring one of its own
+import sitecustomize  # noqa: E402, F401
+
+_home = tempfile.TemporaryDirectory(prefix="hf-home-")
+# Set before any library reads them; launched processes inherit them.
+os.environ.update(
+    PYTHONPATH=os.pathsep.join(filter(None, [TORCHVISION_CPU, os.environ.get("PYTHONPATH")])),
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HOME=_home.name,
+    HF_HUB_OFFLINE="1",
+    MPLBACKEND="Agg",
+)
+
+import ipaddress  # noqa: E402
+import logging  # noqa: E402
+import socket  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: launches real processes; runs by default")
+    config.addinivalue_line("markers", "loopback: may open connections to this machine")
+    for category in ("DeprecationWarning", "FutureWarning"):
+        config.addinivalue_line("filterwarnings", f"error::{category}")
+    # What the libraries do among themselves, and we cannot write otherwise. Later lines win.
+    for message in (
+        "`torch.jit.script_method` is deprecated",  # torch 2.13, at import of its own functions
+        "`is_gradient_checkpointing` is deprecated",  # peft 0.21.2 asks transformers 5.23
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+class _DeprecationsRaise(logging.Handler):
+    """transformers and trl log most of their deprecations instead of warning."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in (message := record.getMessage()):
+            raise DeprecationWarning(message)
+
+
+@pytest.fixture(autouse=True)
+def logged_deprecations_are_errors() -> Iterator[None]:
+    handler = _DeprecationsRaise(logging.WARNING)
+    for library in LIBRARIES:
+        logging.getLogger(library).addHandler(handler)
+    yield
+    for library in LIBRARIES:
+        logging.getLogger(library).removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections and name look-ups fail the test at once; `pytest.fail` passes through `except Exception`."""
+    local = request.node.get_closest_marker("loopback") is not None
+
+    def is_loopback(host: Any) -> bool:
+        try:
+            return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
+
+    def check(host: Any) -> None:
+        if not (local and is_loopback(host)):
+            hint = "mark it with @pytest.mark.loopback" if is_loopback(host) else "tests run offline"
+            pytest.fail(f"the test reaches for {host!r} over the network: {hint}")
+
+    def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+        def connect(sock: socket.socket, address: Any) -> Any:
+            if sock.family != socket.AF_UNIX:  # workers of a DataLoader talk over AF_UNIX
+                check(address[0])
+            return original(sock, address)
+
+        return connect
+
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *arguments: Any, **options: Any) -> Any:
+        check(host)
+        return resolve(host, *arguments, **options)
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny_dir(family): a folder that from_pretrained reads, one for the whole session; never write to it."""
+    from vlm_sft import tiny  # here, so that tests of pure functions start without transformers
+
+    folders: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in folders:
+            folders[family] = tiny.save(family, tmp_path_factory.mktemp(family))
+        return folders[family]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_dir: Callable[[str], Path]) -> Callable[..., Any]:
+    """tiny_model(family, **options): a fresh copy, in evaluation mode, options as from_pretrained takes them."""
+
+    from transformers import AutoModelForImageTextToText
+
+    def model_of(family: str, **options: Any) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(tiny_dir(family), **options)
+
+    return model_of
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_dir: Callable[[str], Path]) -> Callable[..., Any]:
+    """tiny_processor(family, **options): a fresh copy, options as from_pretrained takes them."""
+
+    from transformers import AutoProcessor
+
+    def processor_of(family: str, **options: Any) -> Any:
+        return AutoProcessor.from_pretrained(tiny_dir(family), **options)
+
+    return processor_of
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints how many random conversations each property was shown on."""
+    counts = {
+        report.nodeid: dict(report.user_properties)["conversations"]
+        for report in terminalreporter.getreports("passed")
+        if "conversations" in dict(report.user_properties)
+    }
+    if counts:
+        terminalreporter.section("random conversations")
+        for test, count in sorted(counts.items()):
+            terminalreporter.line(f"{count:6d}  {test}")

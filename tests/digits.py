@@ -1,0 +1,65 @@
+"""What a short run of the quickstart leaves: a tiny model that reads most digits, its data, what it printed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+from datasets import load_from_disk
+from filelock import FileLock
+
+from vlm_sft import tiny
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+class Quickstart(NamedTuple):
+    """Never write to its folders: every process of the tests reads them."""
+
+    folder: Path
+    base: Path  # the model as it was before training
+    printed: dict[str, float]
+
+    @property
+    def rows(self) -> Any:
+        """Held-out digits."""
+        return load_from_disk(self.folder / "data")["test"]
+
+
+def recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    """One run for the whole session, whichever process of pytest-xdist comes first."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, base, printed = root / "quickstart", root / "quickstart-base", root / "quickstart.json"
+    with FileLock(root / "quickstart.lock"):
+        if not printed.is_file():
+            module = recipe("quickstart")
+            args = module.RecipeArguments(num_train_rows=400, num_eval_rows=40)
+            corpus = [module.QUESTION, *module.DIGITS]
+            tiny.save("llava15", base, hidden_size=args.hidden_size, num_layers=args.num_layers, corpus=corpus)
+            training_args = module.RecipeConfig(
+                output_dir=str(folder),
+                num_train_epochs=4,
+                per_device_train_batch_size=16,
+                warmup_steps=10,
+                eval_strategy="no",
+                disable_tqdm=True,
+            )
+            printed.write_text(json.dumps(module.main(args, training_args)), encoding="utf-8")
+    return Quickstart(folder, base, json.loads(printed.read_text("utf-8")))

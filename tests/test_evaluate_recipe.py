@@ -1,0 +1,184 @@
+"""recipes/evaluate.py: the quickstart's numbers again, base beside tuned, and a sentence for what it cannot measure."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import digits
+import pytest
+import torch
+from conversations import ask, picture
+from datasets import Dataset, DatasetDict
+from peft import get_peft_model
+from trl import TrlParser
+
+import vlm_sft
+from vlm_sft import metrics
+
+evaluate = digits.recipe("evaluate")
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory):
+    return digits.quickstart(tmp_path_factory)
+
+
+def run(**settings: Any) -> dict[str, dict[str, float]]:
+    return evaluate.main(evaluate.RecipeArguments(**settings))
+
+
+def write(folder: Path, rows: list[dict[str, Any]], split: str = "test") -> Path:
+    DatasetDict({split: Dataset.from_list(rows)}).save_to_disk(folder)
+    return folder
+
+
+def row(answer: str | None = "A cat.") -> dict[str, Any]:
+    messages = [ask(None, "What is this?")]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return {"messages": messages, "images": [picture(40, 30)]}
+
+
+def test_repeats_what_the_quickstart_printed(quickstart, tmp_path, capsys):
+    scores = run(
+        model_name_or_path=str(quickstart.folder),
+        base_model=str(quickstart.base),
+        base=True,
+        dataset_name=str(quickstart.folder / "data"),
+        metrics=["exact_match", "cer"],
+        output_dir=str(tmp_path),
+    )
+    assert scores["tuned"]["exact_match"] == quickstart.printed["accuracy"]
+    assert scores["base"]["exact_match"] == quickstart.printed["accuracy_before"]
+    assert scores["tuned"]["exact_match"] > scores["base"]["exact_match"] + 0.5
+    assert scores["tuned"]["cer"] < scores["base"]["cer"]
+
+    lines = capsys.readouterr().out.splitlines()
+    accuracy, before = (f"{quickstart.printed[name]:.4f}" for name in ("accuracy", "accuracy_before"))
+    assert [line.split() for line in lines if line.startswith(("40 rows", "exact_match"))] == [
+        ["40", "rows", "base", "tuned"],
+        ["exact_match", before, accuracy],
+    ]
+    found = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
+    assert (found["rows"], found["metrics"]) == (40, scores)
+    page = (tmp_path / "samples.html").read_text("utf-8")
+    assert page.count("<tr data-kinds=") == 40
+    right = len(re.findall(r'<tr data-kinds="all right', page))
+    assert right == round(scores["tuned"]["exact_match"] * 40)
+    assert page.count("data:image/webp") == 40
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_dir, tmp_path_factory) -> Path:
+    """A LoRA whose weights are random, so that it answers otherwise than its base."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = vlm_sft.load_model(tiny_dir("llava15"))
+    torch.manual_seed(0)
+    tuned = get_peft_model(model, vlm_sft.lora_config(model, r=4))
+    for name, weight in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    tuned.save_pretrained(folder)
+    vlm_sft.load_processor(tiny_dir("llava15")).save_pretrained(folder)
+    return folder
+
+
+def test_adapter_beside_the_same_model_without_it(adapter, tiny_dir, tmp_path):
+    rows = [row(f"{n} cats.") for n in range(3)]
+    data = write(tmp_path / "data", rows)
+    scores = run(
+        model_name_or_path=str(adapter),
+        base=True,
+        dataset_name=str(data),
+        split="test",
+        metrics=["cer"],
+        max_new_tokens=6,
+        output_dir=str(tmp_path / "out"),
+    )
+    processor = vlm_sft.load_processor(adapter)
+    right = ["0 cats.", "1 cats.", "2 cats."]
+    for name, model in {"tuned": vlm_sft.load_model(adapter), "base": vlm_sft.load_model(tiny_dir("llava15"))}.items():
+        said = vlm_sft.generate(model, processor, rows, max_new_tokens=6, progress=False)
+        assert scores[name] == {"cer": metrics.cer(said, right)}
+    assert scores["tuned"] != scores["base"]
+
+
+def test_page_scores_an_error_rate_the_other_way_round():
+    answers = {"tuned": ["cats", "cut!", "a dog and a cat"]}
+    references = ["cats", "cat!", "cat"]
+    shown = evaluate.samples([row()] * 3, references, answers, "cer")
+    assert [sample.score for sample in shown] == [1.0, 0.75, 0.0]
+    assert all(sample.before is None and sample.score_before is None for sample in shown)
+
+
+def test_page_holds_rows_from_first_to_last(monkeypatch):
+    monkeypatch.setattr(evaluate, "PAGE_ROWS", 4)
+    answers = {"tuned": [str(n) for n in range(10)]}
+    shown = evaluate.samples([row()] * 10, ["x"] * 10, answers, "exact_match")
+    assert [sample.after for sample in shown] == ["0", "3", "6", "9"]
+
+
+def test_rows_are_those_that_training_holds_out(tiny_dir, tmp_path, monkeypatch):
+    """Without a test split, the same draw as the training recipes make of it."""
+    data = write(tmp_path / "data", [row(f"{n} cats.") for n in range(100)], split="train")
+    held_out = vlm_sft.load_conversations(data, seed=7)["test"]
+    seen = []
+
+    def generate(model, *, rows, **options):
+        seen.extend(row["row"] for row in rows)
+        return ["A cat."] * len(rows)
+
+    monkeypatch.setattr(vlm_sft, "generate", generate)
+    run(model_name_or_path=str(tiny_dir("llava15")), dataset_name=str(data), seed=7, output_dir=str(tmp_path / "out"))
+    assert seen == list(held_out["row"])
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base": True}, "is a full model, which does not know what it was before training; add --base_model"),
+        ({"metrics": ["exact", "anls"]}, "no metric is called exact; there are exact_match, vqa_accuracy, anls"),
+        ({"metrics": ["json_field_f1"]}, r"references\[0\]: .* in 'A cat.'; mend or drop the row"),
+        ({"split": "validation"}, "has no split 'validation'; found test"),
+        ({"model_name_or_path": "no/such/folder"}, "No folder 'no/such/folder'"),
+    ],
+)
+def test_what_cannot_be_measured(settings, message, tiny_dir, tmp_path):
+    data = write(tmp_path / "data", [row(), row()])
+    default = {"model_name_or_path": str(tiny_dir("llava15")), "split": "test", "max_new_tokens": 2}
+    with pytest.raises(ValueError, match=message):
+        run(**default | {"dataset_name": str(data), "output_dir": str(tmp_path / "out")} | settings)
+
+
+def test_rows_without_an_answer(tiny_dir, tmp_path):
+    data = write(tmp_path / "data", [row(), row(None), row(None)])
+    with pytest.raises(ValueError, match=r"2 rows \(1, 2\) do not end with an assistant message"):
+        run(model_name_or_path=str(tiny_dir("llava15")), dataset_name=str(data), split="test")
+
+
+def test_no_rows(tiny_dir, tmp_path):
+    empty = Dataset.from_list([row()]).select([])
+    DatasetDict({"test": empty}).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="it has no row"):
+        run(model_name_or_path=str(tiny_dir("llava15")), dataset_name=str(tmp_path / "data"), split="test")
+
+
+def test_adapter_whose_base_is_gone(adapter, tmp_path):
+    moved = tmp_path / "adapter"
+    moved.mkdir()
+    for file in adapter.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    config = json.loads((moved / "adapter_config.json").read_text("utf-8"))
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    data = write(tmp_path / "data", [row()])
+    with pytest.raises(ValueError, match=r"was trained on .*gone.*, which did not load .* Pass base_model="):
+        run(model_name_or_path=str(moved), dataset_name=str(data), split="test")
+
+
+def test_flags_of_the_command_line():
+    (args,) = TrlParser((evaluate.RecipeArguments,)).parse_args_and_config(["--metrics", "cer", "wer", "--base"])
+    assert (args.metrics, args.base) == (["cer", "wer"], True)

@@ -1,0 +1,59 @@
+"""Two processes speak once, decide once and agree."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from typing import Any
+
+import pytest
+
+from vlm_sft.ranks import on_any, on_main, say
+
+
+def one_of_two(rank: int, port: int, answers: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    from accelerate import PartialState
+
+    PartialState(cpu=True, backend="gloo")
+
+    def refuse() -> None:
+        raise ValueError(f"refused by {rank}")
+
+    try:
+        on_main(refuse)
+    except ValueError as error:
+        refused = str(error)
+    say(f"rank {rank} speaks")
+    answers.put((rank, on_main(lambda: f"decided by {rank}"), refused, on_any(rank == 1), on_any(False)))
+    PartialState().destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.loopback
+def test_two_processes_agree(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["vlm_sft.ranks"])
+    answers = forks.Queue()
+    processes = [forks.Process(target=one_of_two, args=(rank, port, answers)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    found = sorted(answers.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(60)
+    assert found == [(rank, "decided by 0", "refused by 0", True, False) for rank in (0, 1)]
+    said = capfd.readouterr().err
+    assert "rank 0 speaks" in said
+    assert "rank 1 speaks" not in said
+
+
+def test_one_process_needs_no_other() -> None:
+    assert on_main(lambda: 7) == 7
+    assert on_any(True)
+    assert not on_any(False)

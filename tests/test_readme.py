@@ -1,0 +1,112 @@
+"""The documents tell the truth: every command can be run, every path exists, every quoted error is raised somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import TrlParser
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text("utf-8"), re.S)
+
+
+def header_commands(recipe: Path) -> list[str]:
+    docstring = recipe.read_text("utf-8").split('"""')[1]
+    return [line.strip() for line in docstring.splitlines() if line.startswith("    ")]
+
+
+COMMANDS = [
+    (document, line.strip())
+    for document in DOCUMENTS
+    for block in blocks(document)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+] + [(f"recipes/{recipe.name}", line) for recipe in RECIPES for line in header_commands(recipe)]
+
+
+@pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[command[:70] for _, command in COMMANDS])
+def test_command(document, command, tmp_path):
+    words = [word for word in shlex.split(command, comments=True) if not re.fullmatch(r"[A-Z0-9_]+=\S*", word)]
+    match words:
+        case ["make", *targets]:
+            subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, check=True, capture_output=True)
+        case ["pip", "install", *rest]:
+            for word in rest:
+                assert word.startswith("-") or word in {".", "requirements.txt"} or word.startswith(".[")
+                if word.startswith(".["):
+                    assert f"\n{word[2:-1]} = [" in (ROOT / "pyproject.toml").read_text("utf-8")
+        case ["cp", source, _]:
+            assert (ROOT / source).is_file()
+        case [".venv/bin/pre-commit", "install"]:
+            assert (ROOT / ".pre-commit-config.yaml").is_file()
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module)
+            options = [word for word in words if word.startswith("--")]
+            shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+            assert all(option in shown.stdout for option in options)
+        case ["accelerate", "launch", "--config_file", config, recipe, *flags]:
+            assert (ROOT / config).is_file()
+            parse(recipe, flags)
+        case ["accelerate", "launch", recipe, *flags] | ["python", recipe, *flags]:
+            parse(recipe, flags)
+        case _:
+            pytest.fail(f"{document} holds a command that this test does not know: {command}")
+
+
+def parse(recipe: str, flags: list[str]) -> None:
+    """The recipe's own parser takes the flags. `my_sft.py` is the copy that the README makes of llava15_sft.py."""
+    path = ROOT / ("recipes/llava15_sft.py" if recipe == "my_sft.py" else recipe)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    kinds = [getattr(module, name) for name in ("RecipeArguments", "RecipeConfig") if hasattr(module, name)]
+    TrlParser(tuple(kinds)).parse_args_and_config([*flags])
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md"])
+def test_paths_exist(document):
+    text = (ROOT / document).read_text("utf-8")
+    paths = re.findall(r"\]\(([^)#:]+)\)", text)
+    paths += re.findall(r"(?:recipes|vlm_sft|tests|accelerate_configs|benchmarks|docs)/[\w./-]*\w", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_recipe_table_names_every_recipe():
+    table = (ROOT / "README.md").read_text("utf-8").split("## Recipes")[1].split("##")[0]
+    trains = {recipe.name for recipe in RECIPES} - {"evaluate.py"}
+    assert set(re.findall(r"\[`?(\w+\.py)`?\]", table)) == trains
+
+
+def test_quoted_errors_are_the_librarys():
+    """What stands in the first column of the trouble table is written in the code, or is known of another library."""
+    rows = (ROOT / "README.md").read_text("utf-8").split("## When something goes wrong")[1].splitlines()
+    quoted = [match[1] for row in rows if (match := re.match(r"\| `([^`]+)`", row))]
+    elsewhere = {"operator torchvision::nms does not exist", "CUDA out of memory"}
+    source = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text("utf-8") for path in (ROOT / "vlm_sft").glob("*.py")))
+    for text in set(quoted) - elsewhere:
+        pattern = ".*?".join(re.escape(words) for words in re.split(r"\.\.\.|'[^']*'|\b\d+\b", text) if words.strip())
+        assert re.search(pattern, source, re.S), text
+
+
+def test_hooks_run_what_make_check_runs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"][0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == ["make check"]
+
+
+def test_family_table_is_what_the_command_prints():
+    command = [sys.executable, "benchmarks/family_table.py"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() in (ROOT / "README.md").read_text("utf-8")

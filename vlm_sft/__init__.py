@@ -1,0 +1,56 @@
+"""Thin, checked building blocks for fine-tuning vision-language models on TRL."""
+
+from vlm_sft.adapters import check_adapters, lora_config
+from vlm_sft.checkpoints import SafeCheckpoints, latest_checkpoint
+from vlm_sft.collators import ChatCollator
+from vlm_sft.datasets import load_conversations, mix
+from vlm_sft.evaluation import GenerationEvaluation, generate
+from vlm_sft.families import ModelParts
+from vlm_sft.freezing import check_precision, check_trainable, freeze, parameter_table, upcast_trainable
+from vlm_sft.generation import KeepGeneration
+from vlm_sft.guards import StopOnNaN
+from vlm_sft.hardware import best_dtype, best_optimizer, best_worker_count, fit_to_hardware
+from vlm_sft.labels import IGNORE_INDEX
+from vlm_sft.loading import AutoModelForVision2Seq, load_model, load_processor
+from vlm_sft.optim import rates_by_part
+from vlm_sft.quantization import check_quantized, fp4_config, int8_config, nf4_config
+from vlm_sft.ranks import say
+from vlm_sft.reports import Sample, plot_loss, write_run_json, write_samples_html
+
+__all__ = [
+    "IGNORE_INDEX",
+    "AutoModelForVision2Seq",
+    "ChatCollator",
+    "GenerationEvaluation",
+    "KeepGeneration",
+    "ModelParts",
+    "SafeCheckpoints",
+    "Sample",
+    "StopOnNaN",
+    "best_dtype",
+    "best_optimizer",
+    "best_worker_count",
+    "check_adapters",
+    "check_precision",
+    "check_quantized",
+    "check_trainable",
+    "fit_to_hardware",
+    "fp4_config",
+    "freeze",
+    "generate",
+    "int8_config",
+    "latest_checkpoint",
+    "load_conversations",
+    "load_model",
+    "load_processor",
+    "lora_config",
+    "mix",
+    "nf4_config",
+    "parameter_table",
+    "plot_loss",
+    "rates_by_part",
+    "say",
+    "upcast_trainable",
+    "write_run_json",
+    "write_samples_html",
+]

@@ -1,0 +1,233 @@
+"""Any picture a dataset holds, as the RGB pixels a viewer would show; what cannot be shown is refused and named."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+PILImage = Image.Image
+Size = tuple[int, int]  # (width, height), as Pillow counts
+
+MAX_DECODED_PIXELS = 50_000_000
+"""Pictures of more pixels are refused before they are decoded: 12 KB of PNG can hold 300 MB of pixels."""
+
+# Pillow guesses among all it knows, EPS included, which runs Ghostscript. These are what datasets hold.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
+_WHITES = (255, 65_535, 2**31 - 1)
+
+
+def to_rgb(image: Any, *, max_pixels: int | None = None) -> PILImage:
+    """The picture in mode RGB, upright, on white where it is transparent.
+
+    Takes a PIL image, encoded bytes, the `{"bytes", "path"}` dict of `datasets.Image(decode=False)`, or a numpy array
+    [height, width] or [height, width, channels]. More than 8 bits per pixel and floats are scaled, not clipped. Of an
+    animation, the first frame. A picture of more than `max_pixels` is made smaller, its shape kept.
+
+    Raises `ValueError` saying what is wrong with the picture; the argument is left as it is.
+    """
+    opened = open_image(image)
+    try:
+        opened.load()
+        if _orientation(opened) != 1:
+            opened = ImageOps.exif_transpose(opened)
+    except Exception as error:  # each of Pillow's decoders has exceptions of its own: struct.error, SyntaxError, ...
+        raise _damaged(_name(image), error) from None
+    rgb = _rgb(opened)
+    size = fit_pixels(rgb.size, max_pixels=max_pixels)
+    return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)
+
+
+def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = False) -> PILImage:
+    """The picture with its header read and, unless it came decoded, its pixels not yet.
+
+    A file path (or a dict with a path and no bytes) is opened only with a `folder`, to which it is relative and which
+    it must not leave, links followed, unless `allow_outside` is set.
+
+    Raises `ValueError` for what is no picture, more than `MAX_DECODED_PIXELS`, and every path that is not allowed.
+    """
+    source = image
+    if isinstance(image, Mapping) and {"bytes", "path"} & image.keys():
+        source = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+    match source:
+        case PILImage():
+            opened = source
+        case np.ndarray():
+            opened = _from_array(source)
+        case bytes() | bytearray():
+            opened = _from_file(BytesIO(source), _name(image))
+        case str() | Path():
+            opened = _from_file(_allowed(str(source), folder, allow_outside), _name(image))
+        case None:
+            raise ValueError("the picture is None; give a picture, or drop it together with its image part")
+        case _:
+            raise ValueError(
+                f"the picture is a {type(source).__name__}; expected a PIL image, encoded bytes, a numpy array or a "
+                "{'bytes', 'path'} dict"
+            )
+    if math.prod(opened.size) > MAX_DECODED_PIXELS:
+        raise ValueError(
+            f"{_name(image)} has {opened.width} x {opened.height} pixels; at most {MAX_DECODED_PIXELS:,} are decoded: "
+            "make it smaller"
+        )
+    return opened
+
+
+def size_of(image: Any) -> Size:
+    """Width and height of the upright picture, from its header alone."""
+    opened = open_image(image)
+    width, height = opened.size
+    return (height, width) if _orientation(opened) >= 5 else (width, height)
+
+
+def repairs_of(image: Any) -> list[str]:
+    """What `to_rgb` changes about the picture, in words that continue "pictures ..."."""
+    opened = open_image(image)
+    repairs = []
+    if _orientation(opened) != 1:
+        repairs.append("turned upright as their EXIF says")
+    if getattr(opened, "is_animated", False):
+        repairs.append("of several frames, the first taken")
+    if opened.mode[0] in "IF":
+        repairs.append("of more than 8 bits, scaled to 8")
+    elif opened.has_transparency_data:
+        repairs.append("with transparency, laid on white")
+    elif opened.mode != "RGB":
+        repairs.append(f"of mode {opened.mode}, converted to RGB")
+    return repairs
+
+
+def fit_pixels(size: Size, *, max_pixels: int | None) -> Size:
+    """The largest size of the same shape with at most `max_pixels`; the size itself where it already fits."""
+    if max_pixels is None or math.prod(size) <= max_pixels:
+        return size
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels is {max_pixels}; expected at least 1, or None for no limit")
+    scale = math.sqrt(max_pixels / math.prod(size))
+    width, height = (max(1, math.floor(side * scale)) for side in size)
+    return min(width, max_pixels), min(height, max_pixels)  # a side raised to 1 pixel must not let the other pass
+
+
+def pad_to_square(image: PILImage, *, background: tuple[int, int, int]) -> PILImage:
+    """The RGB picture centred on a square of its longer side, as LLaVA-1.5's `image_aspect_ratio="pad"` does.
+
+    LLaVA takes the processor's mean as background: `tuple(int(255 * m) for m in processor.image_processor.image_mean)`.
+    Source: `expand2square` in haotian-liu/LLaVA, llava/mm_utils.py.
+    """
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _orientation(image: PILImage) -> int:
+    """1 to 8 as in EXIF; 1, upright, where the picture says nothing or its EXIF cannot be read."""
+    try:
+        value = int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # viewers show a picture whose EXIF is broken, and so do we
+        return 1
+    return value if 1 <= value <= 8 else 1
+
+
+def _rgb(image: PILImage) -> PILImage:
+    if image.mode[0] in "IF":
+        return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), straight).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> PILImage:
+    channels = 1 if array.ndim == 2 else array.shape[-1]
+    if array.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or 0 in array.shape:
+        raise ValueError(
+            f"the picture is an array of shape {array.shape}; expected [height, width] or [height, width, channels] "
+            "with 1 to 4 channels"
+        )
+    array = _to_bytes(array)
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and channels == 1 else array)
+
+
+def _to_bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """8-bit values; white is 1 for bool, the type's limit for 8 and 16 bits, else the first of 1 (floats), 255, 65535,
+    2**31 - 1 that no value exceeds."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"the picture holds {array.dtype} values; expected numbers")
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= _WHITES[-1]):  # also false for NaN
+        raise ValueError(f"the picture holds values from {low:g} to {high:g}; expected 0 to 1, 255 or 65535: scale it")
+    whites = {"b": (1,), "f": (1, *_WHITES)}.get(array.dtype.kind, _WHITES)
+    white = 65_535 if array.dtype.itemsize == 2 and array.dtype.kind == "u" else min(w for w in whites if w >= high)
+    return (array.astype(np.float64) * (255 / white)).round().astype(np.uint8)
+
+
+def _from_file(file: BytesIO | str, name: str) -> PILImage:
+    try:
+        return Image.open(file, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(
+            f"{name} has far more than {MAX_DECODED_PIXELS:,} pixels, which is all that is decoded: make it smaller"
+        ) from None
+    except UnidentifiedImageError:
+        with BytesIO(file.getvalue()) if isinstance(file, BytesIO) else open(file, "rb") as again:
+            start = again.read(12)
+        if not start:
+            raise ValueError(f"{name} is empty (0 bytes); replace the file or leave the row out") from None
+        raise ValueError(
+            f"{name} is no picture that can be read: it begins with {start!r}; expected {', '.join(FORMATS)}: replace "
+            "the file"
+        ) from None
+    except Exception as error:
+        raise _damaged(name, error) from None
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    reason = str(error)
+    if not reason or " object at 0x" in reason:
+        reason = type(error).__name__
+    return ValueError(f"{name} is damaged ({reason}); replace the file or leave the row out")
+
+
+_real = functools.cache(os.path.realpath)  # one folder for all rows, and a look at the disk for each of its parents
+
+
+def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
+    name = _name(path)
+    if "://" in path or path.startswith("data:"):
+        raise ValueError(f"{name} is a URL, and nothing is fetched; download it and give the file's path")
+    if folder is None:
+        raise ValueError(f"{name} is a path, and no folder was named to read from; load with image_folder=...")
+    if "\0" in path:
+        raise ValueError(f"{name} is a path with a NUL character; mend it")
+    root = _real(folder)
+    target = os.path.realpath(os.path.join(root, path))
+    if not (allow_outside or target == root or target.startswith(os.path.join(root, ""))):
+        raise ValueError(
+            f"{name} lies outside the image folder; move it there, or set allow_outside=True if you trust the rows"
+        )
+    if not os.path.isfile(target):
+        what = "is a directory" if os.path.isdir(target) else "does not exist"
+        raise ValueError(f"{name} {what} in the image folder; mend the path or add the file")
+    return target
+
+
+def _name(image: Any) -> str:
+    """How messages call the picture: by its path as the row gives it, shortened, never by an object's address."""
+    if isinstance(image, PILImage):
+        path = os.path.basename(str(getattr(image, "filename", ""))) or None
+    else:
+        path = image.get("path") if isinstance(image, Mapping) else image
+    return f"picture {str(path)[:200]!r}" if isinstance(path, (str, Path)) else "the picture"

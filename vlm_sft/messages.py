@@ -1,0 +1,178 @@
+"""One conversation: its shape made uniform, its faults named.
+
+A conversation is a list of messages `{"role", "content"}` and the images its `{"type": "image"}` parts stand for.
+Datasets write it in many ways (plain strings, Arrow structs filled with None, images by index, images inside the
+part). `normalise` turns each into one shape, or says what is wrong and where.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+ROLES = ("system", "user", "assistant")
+Message = dict[str, Any]
+
+# `sanitize_control_tokens` of transformers 5.23 writes them; typed in front of an image part, they undo it in silence.
+_PROCESSOR_MARKS = re.compile("[\U000f0000\U000f0001]")
+
+
+class Conversation(NamedTuple):
+    """Messages whose content is a list of `{"type": "text", "text"}` and bare `{"type": "image"}` parts, and one
+    image per image part, in the order in which the parts are read."""
+
+    messages: list[Message]
+    images: list[Any]
+
+
+def normalise(messages: Any, images: Any = None) -> Conversation:
+    """A `Conversation` with the same words and pictures; the arguments are left as they are.
+
+    Content given as a string becomes one text part. Fields that are None (Arrow fills structs with them) count as
+    absent. An image part takes the image it holds (`image`), else the one at its `index`, else the next one. Where
+    every content is a plain string, the images stand in front of the first user message, as in TRL's own data format.
+
+    Raises `ValueError` naming message, part, what was found, and what to do.
+    """
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise ValueError(
+            f"`messages` is {_kind(messages)}; expected a list of {{'role', 'content'}} (parse JSON strings first)"
+        )
+    if not messages:
+        raise ValueError("`messages` is empty; expected at least a user and an assistant message")
+    pool = _flat(images)
+    in_front = pool and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages)
+    used: set[int] = set()
+    ordered: list[Any] = []
+    normalised: list[Message] = []
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        fields = _fields(message, where, allowed=("role", "content", "train"))
+        role, content = fields.get("role"), fields.get("content")
+        if role not in ROLES:
+            raise ValueError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}")
+        if not isinstance(fields.get("train", True), bool):
+            raise ValueError(f"{where} has 'train': {fields['train']!r}; expected true or false")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if isinstance(parts, Mapping) or not isinstance(parts, Sequence):
+            raise ValueError(f"{where} has a content that is {_kind(parts)}; expected a string or a list of parts")
+        if in_front and role == "user":
+            parts, in_front = [*({"type": "image"} for _ in pool), *parts], False
+        fields["content"] = [
+            _part(part, f"{where}.content[{i}]", role, pool, used, ordered) for i, part in enumerate(parts)
+        ]
+        normalised.append(fields)
+    if len(used) < len(pool):
+        raise ValueError(
+            f"{len(pool)} images but the messages hold {len(used)} image parts; add {{'type': 'image'}} to a user "
+            "message for each image, or drop the images that are not meant"
+        )
+    return Conversation(normalised, ordered)
+
+
+def check_turns(messages: Sequence[Message]) -> None:
+    """Raises `ValueError` unless the messages read: at most one system message, then user and assistant in turn,
+    an assistant at the end."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    first = len(roles) - len(turns)
+    for number, role in enumerate(turns):
+        expected = ("user", "assistant")[number % 2]
+        if role != expected:
+            raise ValueError(
+                f"messages[{first + number}] is from {role}; expected {expected}: a system message comes first or not "
+                "at all, user and assistant alternate (join neighbours of one role, drop what comes before the first "
+                "question)"
+            )
+    if roles[-1] != "assistant":
+        raise ValueError(
+            f"messages[{len(roles) - 1}] is from {roles[-1]} and nothing answers it; end with an assistant message or "
+            "drop it"
+        )
+
+
+def text_of(message: Message) -> str:
+    """The words of a normalised message, its text parts joined without a separator."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def split_turns(conversation: Conversation) -> list[Conversation]:
+    """One conversation per assistant message, each ending with it and holding the images up to there.
+
+    For templates that write an earlier assistant turn otherwise than the last one (thinking models): train each piece
+    with `train_on="last_assistant"`.
+    """
+    pieces = []
+    for end, message in enumerate(conversation.messages, start=1):
+        if message["role"] == "assistant":
+            kept = conversation.messages[:end]
+            pieces.append(Conversation(kept, conversation.images[: count_images(kept)]))
+    return pieces
+
+
+def count_images(messages: Sequence[Message]) -> int:
+    """How many image parts normalised messages hold."""
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
+
+
+def _part(part: Any, where: str, role: str, pool: list[Any], used: set[int], ordered: list[Any]) -> Message:
+    """The part in its uniform shape; an image part also moves its image from `pool` to `ordered`."""
+    fields = _fields(part, where, allowed=("type", "text", "image", "index"))
+    match fields.get("type"):
+        case "text":
+            text = fields.get("text")
+            if not isinstance(text, str):
+                raise ValueError(f"{where} is a text part whose text is {_kind(text)}; expected a string")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{where} holds a lone surrogate at character {error.start}; remove it") from None
+            if mark := _PROCESSOR_MARKS.search(text):
+                raise ValueError(
+                    f"{where} holds U+{ord(mark[0]):05X} at character {mark.start()}, with which processors mark what "
+                    "is no image placeholder; remove it"
+                )
+            return {"type": "text", "text": text}
+        case "image":
+            if role == "assistant":
+                raise ValueError(f"{where} is an image in an assistant message; images belong to user messages")
+            if "image" in fields:
+                ordered.append(fields["image"])
+                return {"type": "image"}
+            index = fields.get("index", max(used, default=-1) + 1)
+            if not isinstance(index, int) or not 0 <= index < len(pool):
+                raise ValueError(
+                    f"{where} stands for image {index} but the row has {len(pool)} images; add the image, mend the "
+                    "index, or drop the part"
+                )
+            used.add(index)
+            ordered.append(pool[index])
+            return {"type": "image"}
+        case kind:
+            raise ValueError(f"{where} has the type {kind!r}; expected 'text' or 'image'")
+
+
+def _fields(value: Any, where: str, *, allowed: tuple[str, ...]) -> Message:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {_kind(value)}; expected a dict with {', '.join(allowed)}")
+    fields = {key: field for key, field in value.items() if field is not None}
+    if unknown := fields.keys() - set(allowed):
+        raise ValueError(
+            f"{where} has the keys {', '.join(sorted(map(str, unknown)))}, which no template would be given; expected "
+            f"only {', '.join(allowed)}: remove them or write their content into the text"
+        )
+    return fields
+
+
+def _flat(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    if isinstance(images, (list, tuple)):
+        # A None among pictures is a picture that is missing, and is named when it is opened.
+        return [image for item in images for image in ([None] if item is None else _flat(item))]
+    return [images]
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

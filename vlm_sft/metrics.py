@@ -1,0 +1,234 @@
+"""How right an answer is: plain functions of (predictions, references).
+
+Each returns one number over all rows; called with one pair it scores one row. A metric of your own is a function of
+the same two arguments.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from rapidfuzz.distance import Levenshtein
+
+Reference = str | Sequence[str]
+"""The right answer, or several that count as right."""
+Metric = Callable[[Sequence[str], Sequence[Reference]], float]
+"""(predictions, references) -> one number."""
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """Share of the rows whose answer equals a reference, outer white space aside."""
+    return _mean(
+        float(said.strip() in {right.strip() for right in rights}) for said, rights in _pairs(predictions, references)
+    )
+
+
+def vqa_accuracy(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """VQA accuracy: an answer is right to the degree that three people gave it, both sides normalised.
+
+    With ten references, the mean over each nine of them of min(1, matches / 3). One reference: it must match. Source:
+    Antol et al. 2015, "VQA", and the normalisation of its evaluation code (GT-Vision-Lab/VQA, vqaEval.py); apostrophes
+    are dropped in place of its table of contractions.
+    """
+    return _mean(_vqa_score(said, rights) for said, rights in _pairs(predictions, references))
+
+
+def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """Average normalised Levenshtein similarity: 1 - edits / longer length to the nearest reference, 0 below one half.
+
+    Case and runs of white space do not count. Source: Biten et al. 2019, "Scene Text Visual Question Answering".
+    """
+    return _mean(
+        max(similarity if (similarity := _similarity(said, right)) >= 0.5 else 0.0 for right in rights)
+        for said, rights in _pairs(predictions, references)
+    )
+
+
+def cer(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """Character error rate: edits to the nearest reference, per character of it, over all rows; 0 is best."""
+    return _error_rate(predictions, references, str.strip)
+
+
+def wer(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """Word error rate: as `cer`, in words between white space."""
+    return _error_rate(predictions, references, str.split)
+
+
+def json_validity(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """Share of the answers that are one JSON value, alone or in a Markdown fence. References are not looked at."""
+    return _mean(float(_try(_json, said) is not _NOTHING) for said, _ in _pairs(predictions, references))
+
+
+def json_field_f1(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """F1 over all fields of all rows; a field is the keys that lead to a leaf, and its value as text.
+
+    An answer that is no JSON has no fields; the order of a list does not count. Source: Kim et al. 2022, "OCR-free
+    Document Understanding Transformer" (clovaai/donut, JSONParseEvaluator.cal_f1).
+    """
+    right = wrong = 0
+    for said, expected in _parsed_pairs(_json, predictions, references):
+        found_fields, expected_fields = Counter(_fields(said)), Counter(_fields(expected))
+        right += (found_fields & expected_fields).total()
+        wrong += (found_fields - expected_fields).total() + (expected_fields - found_fields).total()
+    return right / (right + wrong / 2) if right else float(wrong == 0)
+
+
+def table_cell_match(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """Share of the cells, over all rows, with the same text at the same place of the first Markdown table of both.
+
+    A cell that only one table has is wrong. Stricter than TEDS (Zhong et al. 2020), which forgives a shifted row.
+    """
+    same = total = 0
+    for said, expected in _parsed_pairs(_table, predictions, references):
+        found_cells, expected_cells = _cells(said), _cells(expected)
+        same += len(found_cells & expected_cells)
+        total += len({place for place, _ in found_cells | expected_cells})
+    return same / total
+
+
+def table_structure_match(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """Share of the rows whose first Markdown table has as many lines, each with as many cells, as the reference's."""
+    return _mean(
+        float(said is not _NOTHING and [len(line) for line in said] == [len(line) for line in expected])
+        for said, expected in _parsed_pairs(_table, predictions, references)
+    )
+
+
+_NOTHING: Any = object()
+_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?```", re.DOTALL)
+# Line two of a Markdown table, such as | --- | :-: |
+_DELIMITERS = re.compile(r"\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?")
+_UNESCAPED_BAR = re.compile(r"(?<!\\)\|")
+
+# The normalisation of vqaEval.py: marks that go, words that are numbers, words that go.
+_VQA_MARKS = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""")
+_VQA_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_VQA_WORDS = {word: str(number) for number, word in enumerate(_VQA_NUMBERS)} | {"none": "0"}
+_VQA_ARTICLES = {"a", "an", "the"}
+
+
+def _pairs(predictions: Sequence[str], references: Sequence[Reference]) -> list[tuple[str, list[str]]]:
+    """(answer, its references), with a single reference made a list."""
+    if not predictions or len(predictions) != len(references):
+        raise ValueError(
+            f"{len(predictions)} predictions and {len(references)} references; expected as many of both, at least one"
+        )
+    rights = [[reference] if isinstance(reference, str) else list(reference) for reference in references]
+    if empty := [str(row) for row, right in enumerate(rights) if not right]:
+        raise ValueError(f"references {', '.join(empty)} are empty; give at least one right answer for each row")
+    return list(zip(predictions, rights, strict=True))
+
+
+def _mean(scores: Iterable[float]) -> float:
+    return statistics.fmean(scores)
+
+
+def _vqa_score(said: str, rights: list[str]) -> float:
+    said, rights = _vqa_normal(said), [_vqa_normal(right) for right in rights]
+    if len(rights) == 1:
+        return float(said == rights[0])
+    matches = [said == right for right in rights]
+    enough = min(3, len(rights) - 1)
+    return _mean(min(1.0, (sum(matches) - match) / enough) for match in matches)
+
+
+def _vqa_normal(answer: str) -> str:
+    answer = " ".join(answer.lower().split())
+    # vqaEval.py drops a mark next to a blank (everywhere in the answer) and every mark of an answer with "1,000".
+    commas_in_numbers = re.search(r"\d,\d", answer) is not None
+    for mark in set(_VQA_MARKS.findall(answer)):
+        drop = commas_in_numbers or f"{mark} " in answer or f" {mark}" in answer
+        answer = answer.replace(mark, "" if drop else " ")
+    answer = re.sub(r"\.(?!\d)", "", answer).replace("'", "")
+    return " ".join(_VQA_WORDS.get(word, word) for word in answer.split() if word not in _VQA_ARTICLES)
+
+
+def _similarity(said: str, right: str) -> float:
+    return float(Levenshtein.normalized_similarity(*(" ".join(text.lower().split()) for text in (said, right))))
+
+
+def _error_rate(
+    predictions: Sequence[str], references: Sequence[Reference], units: Callable[[str], Sequence[str]]
+) -> float:
+    """Edits per unit of the nearest references; without any unit in them, each edit counts as one."""
+    edits = length = 0
+    for said, rights in _pairs(predictions, references):
+        nearest = min((Levenshtein.distance(units(said), units(right)), len(units(right))) for right in rights)
+        edits += nearest[0]
+        length += nearest[1]
+    return edits / max(length, 1)
+
+
+def _parsed_pairs(
+    parse: Callable[[str], Any], predictions: Sequence[str], references: Sequence[Reference]
+) -> Iterator[tuple[Any, Any]]:
+    """(answer, its first reference) read by `parse`; an answer that cannot be read is `_NOTHING`.
+
+    Raises `ValueError` naming a reference that cannot be read.
+    """
+    for row, (said, rights) in enumerate(_pairs(predictions, references)):
+        try:
+            expected = parse(rights[0])
+        except ValueError as error:
+            raise ValueError(f"references[{row}]: {error} in {rights[0][:80]!r}; mend or drop the row") from None
+        yield _try(parse, said), expected
+
+
+def _try(parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError:
+        return _NOTHING
+
+
+def _json(text: str) -> Any:
+    """The JSON value of the text, or of the fence that the text is."""
+    fence = _FENCE.fullmatch(text.strip())
+    return json.loads(fence[1] if fence else text, parse_constant=_refuse)
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """(keys ..., text of the leaf) for each leaf."""
+    match value:
+        case dict():
+            for key, item in value.items():
+                yield from _fields(item, (*path, key))
+        case list():
+            for item in value:
+                yield from _fields(item, path)
+        case str():
+            yield (*path, value.strip())
+        case _ if value is not _NOTHING:
+            yield (*path, json.dumps(value))
+
+
+def _table(text: str) -> list[list[str]]:
+    """The cells of the first Markdown table, line by line, without its line of dashes."""
+    lines = [line.strip() for line in text.splitlines()]
+    for first, (header, below) in enumerate(itertools.pairwise(lines)):
+        if "|" in header and "|" in below and _DELIMITERS.fullmatch(below):
+            rest = itertools.takewhile(lambda line: "|" in line, lines[first + 2 :])
+            return [_split_cells(line) for line in (header, *rest)]
+    raise ValueError("no Markdown table")
+
+
+def _split_cells(line: str) -> list[str]:
+    inner = line.removeprefix("|")
+    inner = inner[:-1] if inner.endswith("|") and not inner.endswith("\\|") else inner
+    return [cell.strip() for cell in _UNESCAPED_BAR.split(inner)]
+
+
+def _cells(table: Any) -> set[tuple[tuple[int, int], str]]:
+    """((line, column), text) of each cell; none of a table that is not there."""
+    lines = [] if table is _NOTHING else table
+    return {((y, x), cell) for y, line in enumerate(lines) for x, cell in enumerate(line)}

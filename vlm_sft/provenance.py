@@ -1,0 +1,113 @@
+"""What a run or an adapter was made of, as JSON: its base, data and adapter. Recorded at a save, compared later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+TRAINING_BASE = "training_base.json"
+
+_SAMPLED_VALUES = 16
+_SAMPLED_ROWS = 16
+
+
+def plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping as it reads back from JSON: sets sorted to lists, enums and dtypes as text."""
+    text = json.dumps(value, default=lambda item: sorted(item) if isinstance(item, set) else str(item))
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def differences(recorded: Any, found: Any, *, path: str = "") -> list[str]:
+    """One line for each leaf that differs or is absent on one side: `path: recorded ..., now ...`."""
+    if isinstance(recorded, Mapping) and isinstance(found, Mapping):
+        return [
+            line
+            for key in sorted({*recorded, *found})
+            for line in differences(recorded.get(key), found.get(key), path=f"{path}.{key}" if path else str(key))
+        ]
+    return [] if recorded == found else [f"{path}: recorded {recorded!r}, now {found!r}"]
+
+
+def base_settings(model: Any) -> dict[str, Any]:
+    """Where the (PEFT-wrapped) model's base came from and how it was loaded."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = base.config
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and hasattr(quantization, "to_dict"):
+        quantization = quantization.to_dict()
+    return plain(
+        {
+            "base_model_name_or_path": config.name_or_path,
+            # Private, but there is no other place for the commit: transformers kept it here, and `load_model` does.
+            "revision": getattr(config, "_commit_hash", None),
+            "model_type": config.model_type,
+            "dtype": str(config.dtype or base.dtype).removeprefix("torch."),
+            "quantization_config": quantization,
+        }
+    )
+
+
+def training_base(model: nn.Module) -> dict[str, Any]:
+    """`base_settings`, and for each parameter that is neither quantized nor an adapter's its shape and a digest.
+
+    A digest covers 16 values of the parameter, so another base of the same shapes is told apart. Takes the model
+    before it is sharded.
+    """
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name or getattr(parameter, "quant_state", None) is not None:
+            continue
+        if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+            continue
+        # PEFT puts the adapted layer under `base_layer`, and a module that it trains whole under `original_module`.
+        bare = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
+        values = parameter.detach().flatten()
+        spread = torch.linspace(0, len(values) - 1, min(_SAMPLED_VALUES, len(values)), dtype=torch.float64).long()
+        sample = values[spread.to(values.device)].float().cpu().numpy()
+        shape = "x".join(map(str, parameter.shape))
+        weights[bare] = f"{shape} {hashlib.sha256(sample.tobytes()).hexdigest()[:12]}"
+    return {**base_settings(model), "weights": weights}
+
+
+def read_training_base(folder: Path) -> dict[str, Any] | None:
+    """What `training_base` recorded beside an adapter; None where nothing is."""
+    file = folder / TRAINING_BASE
+    if not file.is_file():
+        return None
+    recorded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return recorded
+
+
+def model_settings(model: Any) -> dict[str, Any]:
+    """The base, the adapters' settings, and a digest of the names of what is trained."""
+    trained = sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+    for config in adapters.values():
+        for key in ("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"):
+            config.pop(key, None)
+    return plain(
+        {
+            "base": base_settings(model),
+            "adapters": adapters,
+            "trained": {"tensors": len(trained), "names": hashlib.sha256("\n".join(trained).encode()).hexdigest()[:12]},
+        }
+    )
+
+
+def data_settings(dataset: Any) -> dict[str, Any]:
+    """The number of rows (None for a stream), and for each column of a `datasets.Dataset` a digest of 16 of them."""
+    columns = {}
+    if isinstance(dataset, Dataset) and len(dataset):
+        spread = sorted({len(dataset) * n // _SAMPLED_ROWS for n in range(_SAMPLED_ROWS)})
+        table = dataset.with_format("arrow")[spread]
+        for name in table.column_names:
+            columns[name] = hashlib.sha256(repr(table[name].to_pylist()).encode()).hexdigest()[:12]
+    return {"rows": len(dataset) if isinstance(dataset, Sized) else None, "columns": columns}
