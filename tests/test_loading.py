@@ -254,6 +254,25 @@ def test_only_safetensors(twin: Path) -> None:
         load_model(twin)
 
 
+def test_an_evaluation_leaves_4_bit_weights_as_they_were_loaded(
+    tiny_dir: Callable[[str], Path], batch: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On this kind of CPU bitsandbytes packs them for a kernel without a backward pass.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    folder = tiny_dir("llava15")
+    config = nf4_config(load_model(folder).config, compute_dtype=torch.float32)
+    model = load_model(folder, quantization_config=config, dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.eval()(**batch("llava15"))
+    after = model.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    embeddings = model.get_input_embeddings()
+    embeddings.weight.requires_grad_(True)
+    model(**batch("llava15")).loss.backward()
+    assert embeddings.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched"])
 def test_weights_that_do_not_fit(fault: str, twin: Path) -> None:
     file = twin / "model.safetensors"
