@@ -124,8 +124,12 @@ def tiny_model(tiny_dir: Callable[[str], Path]) -> Callable[..., Any]:
 
     from transformers import AutoModelForImageTextToText
 
+    from vlm_sft.hardware import keep_packing
+
     def model_of(family: str, **options: Any) -> Any:
-        return AutoModelForImageTextToText.from_pretrained(tiny_dir(family), **options)
+        model = AutoModelForImageTextToText.from_pretrained(tiny_dir(family), **options)
+        keep_packing(model)
+        return model
 
     return model_of
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 from vlm_sft import merging, tiny
 from vlm_sft.checkpoints import SafeCheckpoints
+from vlm_sft.hardware import keep_packing
 from vlm_sft.merging import _Answers, _compare, merge
 from vlm_sft.provenance import TRAINING_BASE
 
@@ -43,6 +44,7 @@ def trained(base: Path, folder: Path, *, kind: str = "float32", family: str = "l
     """An adapter after four steps, as a recipe leaves it."""
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, quantization_config=quantized(kind, family))
+    keep_packing(model)
     settings = {"r": 4, "target_modules": r".*(language|text)_model.*\.(q|v|up)_proj"}
     if family in PROJECTOR:
         settings["modules_to_save"] = [PROJECTOR[family]]
@@ -127,6 +129,7 @@ def test_as_trained_is_what_was_trained(nf4_adapter: Path, llava: Path, tmp_path
     base = AutoModelForImageTextToText.from_pretrained(
         llava, dtype=torch.bfloat16, quantization_config=quantized("nf4", "llava15")
     )
+    keep_packing(base)
     reference = PeftModel.from_pretrained(base, nf4_adapter).eval()
     question = merging._questions(AutoProcessor.from_pretrained(llava))
     expected = merging._answers(reference, question).prompt

@@ -6,6 +6,7 @@ import os
 import sys
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from transformers import TrainingArguments
 
 
@@ -28,6 +29,17 @@ def best_worker_count() -> int:
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(0, min(4, len(os.sched_getaffinity(0)) // processes - 1))
+
+
+def keep_packing(model: torch.nn.Module) -> None:
+    """Leaves the 4-bit weights of a model on a CPU as they were loaded.
+
+    Where a CPU has AVX512-BF16, bitsandbytes (0.50.2) packs them anew at the first forward in eval mode, for a kernel
+    that rounds to bfloat16 and passes no gradient: after an evaluation, training would fail or skip whole layers.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def fit_to_hardware(args: TrainingArguments) -> None:

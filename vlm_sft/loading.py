@@ -15,7 +15,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -35,7 +34,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlm_sft.families import MODEL_PARTS, ModelParts, part_of, parts_of
-from vlm_sft.hardware import best_dtype
+from vlm_sft.hardware import best_dtype, keep_packing
 from vlm_sft.provenance import differences, read_training_base, training_base
 
 AutoModelForVision2Seq = AutoModelForImageTextToText
@@ -239,19 +238,8 @@ def _load_base(
     model.config._commit_hash = getattr(revision, "resolved", revision)
     if model_parts or config.model_type in MODEL_PARTS:
         keep_frozen_out_of_autograd(model, model_parts=model_parts)
-    _keep_packing(model)
+    keep_packing(model)
     return model
-
-
-def _keep_packing(model: PreTrainedModel) -> None:
-    """Leaves 4-bit weights on a CPU as they were loaded.
-
-    Where a CPU has AVX512-BF16, bitsandbytes (0.50.2) packs them anew at the first forward in eval mode, for a kernel
-    that rounds to bfloat16 and passes no gradient: after an evaluation, training would fail or skip whole layers.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _with_adapter(base: Any, folder: str, trained_on: Mapping[str, Any], is_trainable: bool) -> PeftModel:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
 
+from vlm_sft.hardware import keep_packing
 from vlm_sft.provenance import differences, read_training_base, training_base
 
 Base = Literal["as-trained", "original"]
@@ -154,6 +155,7 @@ def _load_base(
         model = AutoModelForImageTextToText.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the base {source!r}: {error}; give its place as base_model") from error
+    keep_packing(model)
     weights, found = recorded.get("weights", {}), training_base(model)
     if changed := differences(weights, {name: found["weights"].get(name) for name in weights}):
         raise ValueError(
