@@ -37,6 +37,7 @@ WHOLE = {  # recipe -> the parts that it trains
     "llava_pretrain": {"projector"},
     "llava_finetune_full": {"projector", "language", "head"},
 }
+RECIPES = (*ADAPTERS, *WHOLE)
 NOT_IN_4_BIT = {"smolvlm_sft", "table_to_markdown_sft", *WHOLE}
 SMALL = (
     *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--warmup_steps", "0"),
@@ -98,7 +99,7 @@ def trained(flags_of: Callable[[str], list[object]], tmp_path_factory: pytest.Te
     return run_of
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, *WHOLE])
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_run_leaves_what_it_promises(name: str, trained: Callable[[str], Run]) -> None:
     finished = trained(name)
     assert finished.steps == finished.trainer.state.global_step == 2
@@ -113,7 +114,7 @@ def test_a_run_leaves_what_it_promises(name: str, trained: Callable[[str], Run])
     assert told["data"]["train"]["rows"] > told["data"]["test"]["rows"] > 0
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, *WHOLE])
+@pytest.mark.parametrize("name", RECIPES)
 def test_only_the_asked_parts_move(
     name: str, trained: Callable[[str], Run], tiny_dir: Callable[[str], Path], parts: tuple[Path, Path]
 ) -> None:
@@ -140,7 +141,7 @@ def test_only_the_asked_parts_move(
         assert any("magnitude" in key for key in adapters) == (name == "llava15_sft")
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, *WHOLE])
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_folder_holds_the_trained_model(name: str, trained: Callable[[str], Run]) -> None:
     finished = trained(name)
     trainer, processor = finished.trainer, load_processor(finished.output)
@@ -367,6 +368,18 @@ def test_accelerate_launch_on_two_processes(flags_of: Callable[[str], list[objec
     told = json.loads((tmp_path / "output" / "run.json").read_text("utf-8"))
     assert told["hardware"]["processes"] == 2
     assert verify_checkpoint(tmp_path / "output" / "checkpoint-2") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "llava15_sft"])  # it has two processes above
+def test_accelerate_launch(name: str, flags_of: Callable[[str], list[object]], tmp_path: Path) -> None:
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+    config = ["--config_file", "accelerate_configs/single_gpu.yaml", f"recipes/{name}.py"]
+    flags = [*flags_of(name), "--use_cpu", "--max_steps", 1, "--output_dir", tmp_path / "output"]
+    launch([*accelerate, *config, *flags])
+    told = json.loads((tmp_path / "output" / "run.json").read_text("utf-8"))
+    assert math.isfinite(told["results"]["eval_loss"])
+    assert verify_checkpoint(tmp_path / "output" / "checkpoint-1") == []
 
 
 @pytest.mark.slow
