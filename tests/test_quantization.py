@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -148,3 +150,24 @@ def test_without_bitsandbytes(pack: Callable[..., Any], monkeypatch: pytest.Monk
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
         pack("llava")
+
+
+@pytest.mark.slow
+def test_the_package_imports_without_bitsandbytes() -> None:
+    script = """
+import sys
+
+sys.modules["bitsandbytes"] = None
+import torch
+import vlm_sft
+from trl import SFTTrainer
+
+try:
+    vlm_sft.nf4_config("llava", compute_dtype=torch.float32)
+except ImportError as error:
+    print(error)
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True
+    ).stdout
+    assert "pip install bitsandbytes" in told

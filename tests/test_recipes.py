@@ -277,7 +277,7 @@ def two_images_in_row_5(rows: Dataset) -> Dataset:
     ("change", "told"),
     [
         (lambda rows: rows.remove_columns("messages"), "'messages'"),
-        (lambda rows: rows.rename_column("messages", "mesages"), "'messages'"),
+        (lambda rows: rows.rename_column("messages", "mesages"), r"'mesages'\?\); this row has the columns"),
         (lambda rows: rows.select([]), "it has no row"),
         (two_images_in_row_5, "row 5: 2 images"),
     ],

@@ -6,7 +6,6 @@ import os
 import sys
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from transformers import TrainingArguments
 
 
@@ -38,8 +37,8 @@ def keep_packing(model: torch.nn.Module) -> None:
     that rounds to bfloat16 and passes no gradient: after an evaluation, training would fail or skip whole layers.
     """
     for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def fit_to_hardware(args: TrainingArguments) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import datasets
 from datasets import Features, List, Value
 
-from vlm_sft.formats import Layout, to_messages, to_pictures
+from vlm_sft.formats import Layout, closest, to_messages, to_pictures
 from vlm_sft.images import open_image, pad_to_square, to_rgb
 
 IMAGES = List(datasets.Image(decode=False))
@@ -118,7 +118,12 @@ def _changed(row: Mapping[str, Any], change: Change) -> Mapping[str, Any]:
     try:
         changed = change(row)
     except Exception as error:  # a user's own function
-        raise ValueError(f"to_conversation failed with {type(error).__name__}: {error}") from error
+        near = closest(str(error.args[0]), [*row]) if isinstance(error, KeyError) and error.args else ""
+        columns = ", ".join(map(repr, row))
+        raise ValueError(
+            f"to_conversation failed with {type(error).__name__}: {error}{near}; this row has the columns {columns}, "
+            "and to_conversation is yours to edit"
+        ) from error
     if not isinstance(changed, Mapping) or "messages" not in changed or not changed.keys() <= {"messages", "images"}:
         found = ", ".join(map(repr, changed)) if isinstance(changed, Mapping) else f"a {type(changed).__name__}"
         raise ValueError(f"to_conversation returned {found}; expected a dict of 'messages' and 'images'")
