@@ -239,7 +239,15 @@ def _load_base(
     if model_parts or config.model_type in MODEL_PARTS:
         keep_frozen_out_of_autograd(model, model_parts=model_parts)
     keep_packing(model)
+    _name_own_layers(model)
     return model
+
+
+def _name_own_layers(model: PreTrainedModel) -> None:
+    """accelerate 1.15 shards by the layers a model names, and refuses names of CLIP's and SigLIP's text parts, which
+    no vision-language model has."""
+    own = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = {name for name in model._no_split_modules or () if name in own}
 
 
 def _with_adapter(base: Any, folder: str, trained_on: Mapping[str, Any], is_trainable: bool) -> PeftModel:
