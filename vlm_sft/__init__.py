@@ -1,6 +1,7 @@
 """Thin, checked building blocks for fine-tuning vision-language models on TRL."""
 
 from vlm_sft.adapters import check_adapters, lora_config
+from vlm_sft.batches import OrderByLength
 from vlm_sft.checkpoints import SafeCheckpoints, latest_checkpoint
 from vlm_sft.collators import ChatCollator
 from vlm_sft.datasets import load_conversations, mix
@@ -11,6 +12,7 @@ from vlm_sft.generation import KeepGeneration
 from vlm_sft.guards import StopOnNaN
 from vlm_sft.hardware import best_dtype, best_optimizer, best_worker_count, fit_to_hardware
 from vlm_sft.labels import IGNORE_INDEX
+from vlm_sft.lengths import with_lengths
 from vlm_sft.loading import AutoModelForVision2Seq, load_model, load_processor
 from vlm_sft.optim import rates_by_part
 from vlm_sft.quantization import check_quantized, fp4_config, int8_config, nf4_config
@@ -24,6 +26,7 @@ __all__ = [
     "GenerationEvaluation",
     "KeepGeneration",
     "ModelParts",
+    "OrderByLength",
     "SafeCheckpoints",
     "Sample",
     "StopOnNaN",
@@ -51,6 +54,7 @@ __all__ = [
     "rates_by_part",
     "say",
     "upcast_trainable",
+    "with_lengths",
     "write_run_json",
     "write_samples_html",
 ]

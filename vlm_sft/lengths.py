@@ -13,9 +13,10 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from vlm_sft.images import Size, size_of
 from vlm_sft.messages import Conversation, normalise
 from vlm_sft.picture_tokens import PictureTokens
+from vlm_sft.ranks import on_main
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,23 @@ def measure_lengths(dataset: Any, collator: Any, *, num_proc: int | None = None)
     if wrong:
         logger.warning("Lengths are estimates: of %d rows compared with the collator, %s differ.", len(checked), wrong)
     return Lengths(tokens, image_tokens, exact=not wrong)
+
+
+Data = TypeVar("Data", Dataset, DatasetDict)
+
+
+def with_lengths(data: Data, collator: Any, *, num_proc: int | None = None) -> Data:
+    """The dataset, or each of its splits, with the column `length`: the tokens that `collator` makes of each row.
+
+    The main process measures (see `measure_lengths`). transformers then batches rows of one length by
+    `train_sampling_strategy="group_by_length"`, or balances them between processes by `"batch_rebalance"`, if
+    `remove_unused_columns=False` keeps the column; `OrderByLength` makes their order sure.
+    """
+    if isinstance(data, DatasetDict):
+        return DatasetDict({name: with_lengths(rows, collator, num_proc=num_proc) for name, rows in data.items()})
+    lengths: Lengths = on_main(lambda: measure_lengths(data, collator, num_proc=num_proc))
+    rows = data.remove_columns(["length"] if "length" in data.column_names else [])
+    return rows.add_column("length", lengths.tokens.tolist())
 
 
 class _Frame(NamedTuple):
