@@ -15,14 +15,17 @@ from vlm_sft.labels import IGNORE_INDEX
 from vlm_sft.lengths import with_lengths
 from vlm_sft.loading import AutoModelForVision2Seq, load_model, load_processor
 from vlm_sft.optim import rates_by_part
+from vlm_sft.packing import CheckFlatRows, accept_flat_rows, pack
 from vlm_sft.quantization import check_quantized, fp4_config, int8_config, nf4_config
 from vlm_sft.ranks import say
 from vlm_sft.reports import Sample, plot_loss, write_run_json, write_samples_html
+from vlm_sft.scan import sound_rows
 
 __all__ = [
     "IGNORE_INDEX",
     "AutoModelForVision2Seq",
     "ChatCollator",
+    "CheckFlatRows",
     "GenerationEvaluation",
     "KeepGeneration",
     "ModelParts",
@@ -30,6 +33,7 @@ __all__ = [
     "SafeCheckpoints",
     "Sample",
     "StopOnNaN",
+    "accept_flat_rows",
     "best_dtype",
     "best_optimizer",
     "best_worker_count",
@@ -49,10 +53,12 @@ __all__ = [
     "lora_config",
     "mix",
     "nf4_config",
+    "pack",
     "parameter_table",
     "plot_loss",
     "rates_by_part",
     "say",
+    "sound_rows",
     "upcast_trainable",
     "with_lengths",
     "write_run_json",
