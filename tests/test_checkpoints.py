@@ -25,6 +25,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from vlm_sft import tiny
 from vlm_sft.checkpoints import SafeCheckpoints, _key_differences, _save_pretrained, latest_checkpoint
 from vlm_sft.manifests import MANIFEST, verify_checkpoint, write_manifest
+from vlm_sft.optim import rates_by_part
 from vlm_sft.provenance import read_training_base
 
 FOUR = ("llava15", "qwen2_5_vl", "smolvlm", "gemma3")
@@ -379,6 +380,33 @@ def test_another_base_is_refused(broken: Path, llava: Path, tmp_path: Path) -> N
     moved = shutil.copytree(llava, tmp_path / "another")
     with pytest.raises(ValueError, match=r"base.base_model_name_or_path: recorded '.*', now '.*another'"):
         latest_checkpoint(untrained(moved, broken))
+
+
+def test_other_rates_by_part_are_refused(llava: Path, tmp_path: Path) -> None:
+    """Those of the checkpoint's optimizer would be used, without a word."""
+
+    def run(**rates: Any) -> Any:
+        trainer = untrained(llava, tmp_path)
+        trainer.optimizer_cls_and_kwargs = rates_by_part(trainer.args, **rates)
+        return trainer
+
+    same: dict[str, Any] = {"learning_rates": {"projector": 0.002}}
+    first = run(**same)
+    first.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    again = run(**same)
+    again.train(resume_from_checkpoint=latest_checkpoint(again))
+    assert runs.same(runs.weights(first.model), runs.weights(again.model))
+    for rates, said in (
+        ({"learning_rates": {"projector": 0.005}}, "learning_rates.projector: recorded 0.002, now 0.005"),
+        ({**same, "weight_decays": {"head": 0.1}}, "weight_decays.head: recorded None, now 0.1"),
+    ):
+        with pytest.raises(ValueError, match=rf"belongs to another run:\n  rates_by_part\.{said}"):
+            latest_checkpoint(run(**rates))
+        with pytest.raises(ValueError, match=rf"belongs to another run:\n  rates_by_part\.{said}"):
+            run(**rates).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match=r"rates_by_part: recorded \{.*, now None"):
+        latest_checkpoint(untrained(llava, tmp_path))
 
 
 def test_other_parameters_are_refused(broken: Path, llava: Path, tiny_model: Any) -> None:

@@ -19,7 +19,7 @@ from runs import Collate, rows, trainer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from vlm_sft import loading, tiny
+from vlm_sft import loading, tiny, weights
 from vlm_sft.adapters import check_adapters, lora_config
 from vlm_sft.families import part_of, parts_of
 from vlm_sft.hardware import best_dtype
@@ -211,7 +211,7 @@ def test_flash_attention_where_gpu_dtype_and_model_take_it(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     load_model(tiny_dir(family), dtype=dtype)
     assert not set_to
-    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(weights, "is_flash_attn_2_available", lambda: True)
     load_model(tiny_dir(family), dtype=dtype)
     assert set_to == chosen
     load_model(tiny_dir(family), dtype=dtype, attn_implementation="sdpa")
@@ -370,8 +370,18 @@ def test_an_adapter_whose_base_is_gone(
 
 def test_an_adapter_on_another_base_of_the_same_shapes(adapter: Path, tmp_path: Path) -> None:
     other = tiny.save("llava15", tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"is not the base that the adapter .* was trained on; \d+ weights differ"):
+    with pytest.raises(
+        ValueError, match=r"is not the base that the adapter .* was trained on; \d+ of 80 weights differ"
+    ):
         load_model(adapter, base_model=other)
+
+
+def test_an_adapter_on_a_base_that_differs_in_a_quantized_weight(adapter: Path, twin: Path) -> None:
+    weights = load_file(twin / "model.safetensors")
+    weights["language_model.model.layers.1.mlp.up_proj.weight"] *= -1
+    save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of 80 weights differ: model\.language_model\.layers\.1\.mlp\.up_proj"):
+        load_model(adapter, base_model=twin)
 
 
 def test_an_adapter_on_a_base_of_other_shapes(adapter: Path, tmp_path: Path) -> None:

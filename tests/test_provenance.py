@@ -10,7 +10,7 @@ import pytest
 import runs
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from vlm_sft import tiny
 from vlm_sft.provenance import (
@@ -21,6 +21,7 @@ from vlm_sft.provenance import (
     plain,
     read_training_base,
     training_base,
+    weight_differences,
 )
 
 
@@ -61,24 +62,56 @@ def test_an_adapter_leaves_the_base_what_it_is(settings: dict[str, Any], tiny_mo
 
 
 @pytest.mark.parametrize(
-    ("kind", "storage"), [("load_in_4bit", "uint8"), ("load_in_4bit", "bfloat16"), ("load_in_8bit", "uint8")]
+    ("kind", "storage", "said"),
+    [
+        ("load_in_4bit", "uint8", "fp4/float32/cpu"),
+        ("load_in_4bit", "bfloat16", "fp4/float32/cpu"),
+        ("load_in_8bit", "uint8", "int8/float32/cpu"),
+    ],
 )
-def test_quantized_weights_are_left_out(kind: str, storage: str, tiny_model: Any) -> None:
-    kept = ["model.vision_tower", "lm_head"]
+def test_quantized_weights_are_compared_among_themselves(
+    kind: str, storage: str, said: str, tiny_model: Any, tmp_path: Path
+) -> None:
+    kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     config = BitsAndBytesConfig(**{kind: True}, bnb_4bit_quant_storage=storage, llm_int8_skip_modules=kept)
-    found = training_base(tiny_model("llava15", quantization_config=config, dtype=torch.float32))
+    model = tiny_model("llava15", quantization_config=config, dtype=torch.float32)
+    found, bare = training_base(model), training_base(tiny_model("llava15"))
     assert found["quantization_config"][kind] is True
-    bare = training_base(tiny_model("llava15"))
-    left_out = bare["weights"].keys() - found["weights"].keys()
-    assert {name.split(".")[1] for name in left_out} == {"language_model", "multi_modal_projector"}
-    assert all(found["weights"][name] == bare["weights"][name] for name in found["weights"])
+    packed = {name for name, line in found["weights"].items() if line.split()[1] == said}
+    assert packed == {name for name in bare["weights"] if "language_model.layers" in name and "_proj" in name}
+    assert weight_differences(bare["weights"], found["weights"]) == []
+    assert weight_differences(found["weights"], bare["weights"]) == []
+    # After a forward pass in either mode, as the audit takes one, and below adapters, it is the same base.
+    ids = torch.tensor([[1, 5, 6]])
+    model(input_ids=ids)
+    model.train()(input_ids=ids)
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*language_model.*_proj"))
+    assert training_base(adapted)["weights"] == found["weights"]
+    other = tiny_model("llava15")
+    with torch.no_grad():
+        for layer in other.model.language_model.layers:
+            layer.mlp.up_proj.weight.mul_(-1)
+    other.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    said_to_differ = weight_differences(found["weights"], training_base(again)["weights"])
+    assert [line.split(":")[0] for line in said_to_differ] == [
+        f"model.language_model.layers.{n}.mlp.up_proj.weight" for n in (0, 1)
+    ]
+
+
+def test_weights_differ_by_presence_shape_and_digest() -> None:
+    recorded = {"a": "2x3 float32 12ab"}
+    assert weight_differences(recorded, {"a": "2x3 float32 12ab", "b": "1 float32 00ff"}) == []
+    assert weight_differences(recorded, {"a": "2x3 bfloat16 34cd"}) == []
+    for found in ({}, {"a": "2x3 float32 34cd"}, {"a": "3x2 bfloat16 34cd"}):
+        assert len(weight_differences(recorded, found)) == 1
 
 
 def test_another_base_of_the_same_shapes_is_told_apart() -> None:
     first, second = (training_base(tiny.build("llava15", seed=seed)[0]) for seed in (0, 1))
     shapes = [{name: line.split()[0] for name, line in found["weights"].items()} for found in (first, second)]
     assert shapes[0] == shapes[1]
-    assert differences(first["weights"], second["weights"])
+    assert weight_differences(first["weights"], second["weights"])
 
 
 def test_what_is_not_there_reads_as_none(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlm_sft.manifests import MANIFEST, read_manifest, verify_checkpoint, write_manifest
-from vlm_sft.provenance import TRAINING_BASE, data_settings, differences, model_settings, plain, training_base
+from vlm_sft.provenance import RATES, TRAINING_BASE, data_settings, differences, model_settings, plain, training_base
 from vlm_sft.ranks import on_any, on_main, say
 
 # What a checkpoint's optimizer and scheduler bring along whatever the flags say, and what decides the order of rows.
@@ -73,7 +73,8 @@ class SafeCheckpoints(TrainerCallback):
     ) -> None:
         output_dir, model = _output_dir(args), extract_model_from_parallel(kwargs["model"])
         on_main(lambda: self._lock(output_dir))
-        self._settings = self.settings(args, kwargs["train_dataloader"].dataset)
+        rates = getattr(kwargs["optimizer"], "defaults", {}).get(RATES)
+        self._settings = self.settings(args, kwargs["train_dataloader"].dataset, rates)
         if state.global_step:
             resumed = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             on_main(lambda: self.check(resumed, self._settings, model))
@@ -126,10 +127,10 @@ class SafeCheckpoints(TrainerCallback):
         if self._former_handler is not None:
             signal.signal(signal.SIGTERM, self._former_handler)
 
-    def settings(self, args: TrainingArguments, dataset: Any) -> dict[str, Any]:
+    def settings(self, args: TrainingArguments, dataset: Any, rates: Mapping[str, Any] | None) -> dict[str, Any]:
         """All that must be equal between a checkpoint and the run that resumes it."""
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        own = {"rows_per_step": rows, "data": data_settings(dataset), "fingerprint": self.fingerprint}
+        own = {"rows_per_step": rows, "data": data_settings(dataset), "fingerprint": self.fingerprint, RATES: rates}
         return plain({**{name: getattr(args, name) for name in _SETTINGS}, **self._model_settings, **own})
 
     def check(self, folder: Path, settings: dict[str, Any], model: nn.Module) -> None:
@@ -193,12 +194,15 @@ def latest_checkpoint(trainer: Any) -> str | None:
     if guard is None:
         raise ValueError("latest_checkpoint: the trainer has no SafeCheckpoints() among its callbacks; add it")
 
+    optimizer_kwargs: dict[str, Any] = (trainer.optimizer_cls_and_kwargs or (None, {}))[1]
+
     def find() -> str | None:
         for folder in reversed(_checkpoints(_output_dir(trainer.args))):
             if faults := verify_checkpoint(folder):
                 say(f"{folder} is skipped: {'; '.join(faults)}")
                 continue
-            guard.check(folder, guard.settings(trainer.args, trainer.train_dataset), trainer.model)
+            settings = guard.settings(trainer.args, trainer.train_dataset, optimizer_kwargs.get(RATES))
+            guard.check(folder, settings, trainer.model)
             for line in differences(read_manifest(folder)["notes"], _notes(trainer.args)):
                 say(f"{folder}: {line}")
             return str(folder)

@@ -10,22 +10,21 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlm_sft.hardware import keep_packing
-from vlm_sft.provenance import differences, read_training_base, training_base
+from vlm_sft.provenance import read_training_base
+from vlm_sft.weights import ADAPTER_WEIGHTS, read_adapted
 
 Base = Literal["as-trained", "original"]
 
-_WEIGHTS = "adapter_model.safetensors"
 _NEW_TOKENS = 16
 # A 16-bit model rounds weights and activations to 8 or 11 bits; LLM.int8 activations to 8 bits of their row's maximum.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.02}
@@ -80,12 +79,17 @@ def merge(
     recorded = _check(adapter, out, base)
     quantization = recorded.get("quantization_config") if base == "as-trained" else None
     source = str(base_model or recorded["base_model_name_or_path"])
-    shared = {"trust_remote_code": trust_remote_code}
-    if base_model is None and recorded.get("revision"):
-        shared["revision"] = recorded["revision"]
+    load = partial(
+        read_adapted,
+        str(adapter),
+        base_model=base_model,
+        quantization_config="auto" if quantization else None,
+        device_map="auto" if torch.accelerator.is_available() else None,
+        trust_remote_code=trust_remote_code,
+    )
 
-    model = _adapted(adapter, _load_base(source, recorded, quantization, shared))
-    processor = _load_processor(adapter, source, shared)
+    model = load().eval()
+    processor = _load_processor(adapter, source, None if base_model else recorded.get("revision"), trust_remote_code)
     expected = _answers(model, _questions(processor))
     with model.disable_adapter():
         bare = _answers(model, _questions(processor), new_tokens=0)
@@ -94,10 +98,9 @@ def merge(
     if tolerance is None:
         eight_bit = quantization and quantization.get("load_in_8bit")
         tolerance = max(_TOLERANCES[dtype], _TOLERANCES[reference_dtype], _TOLERANCE_8BIT if eight_bit else 0.0)
-    if getattr(model.get_base_model(), "is_quantized", False):
+    if quantization:
         del model  # never two of them in memory
-        dequantized = _load_base(source, recorded, quantization, shared).dequantize(dtype=reference_dtype)
-        model = _adapted(adapter, dequantized)
+        model = load(dequantize=True).eval()
     if dtype == torch.float32:
         model.float()  # before the sum, which rounds in the dtype of the weights
     model = model.merge_and_unload(safe_merge=True).to(dtype)
@@ -122,7 +125,7 @@ def _check(adapter: Path, out: Path, base: str) -> dict[str, Any]:
     """What is known of the adapter's base. Raises for all that stands in the way before anything is loaded."""
     faults = [
         f"{adapter} holds no {name}; give the folder that training saved the adapter in"
-        for name in ("adapter_config.json", _WEIGHTS)
+        for name in ("adapter_config.json", ADAPTER_WEIGHTS)
         if not (adapter / name).is_file()
     ]
     recorded = read_training_base(adapter)
@@ -138,55 +141,14 @@ def _check(adapter: Path, out: Path, base: str) -> dict[str, Any]:
     if faults:
         raise ValueError("; ".join(faults))
     config = PeftConfig.from_pretrained(str(adapter))
-    return recorded or {"base_model_name_or_path": config.base_model_name_or_path, "revision": config.revision}
+    known = recorded or {}
+    place = {"base_model_name_or_path": config.base_model_name_or_path}
+    return {**known, **place, "revision": config.revision or known.get("revision")}
 
 
-def _load_base(
-    source: str, recorded: dict[str, Any], quantization: dict[str, Any] | None, shared: dict[str, Any]
-) -> Any:
-    """The base, proven to hold the weights that training found."""
-    options = {**shared, "dtype": recorded.get("dtype", "auto")}
-    if quantization:
-        settings = {name: value for name, value in quantization.items() if name[0] != "_" and name != "quant_method"}
-        options["quantization_config"] = BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]
-    if torch.accelerator.is_available():
-        options["device_map"] = "auto"
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the base {source!r}: {error}; give its place as base_model") from error
-    keep_packing(model)
-    weights, found = recorded.get("weights", {}), training_base(model)
-    if changed := differences(weights, {name: found["weights"].get(name) for name in weights}):
-        raise ValueError(
-            f"{source!r} is not the base that the adapter was trained on ({recorded['base_model_name_or_path']!r}, "
-            f"revision {recorded['revision']}): {len(changed)} of {len(weights)} weights differ, such as {changed[0]}"
-        )
-    return model
-
-
-def _adapted(adapter: Path, model: Any) -> Any:
-    """The adapter on the base, in evaluation mode, every key of it in its place."""
-    if (adapter / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(adapter)
-    try:
-        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
-    except (RuntimeError, ValueError) as error:
-        some = "\n".join(str(error).splitlines()[:3])
-        raise ValueError(f"{adapter} does not fit its base: {some}") from error
-    saved = set(load_file(adapter / _WEIGHTS))
-    held = set(get_peft_model_state_dict(adapted))
-    if saved != held:
-        raise ValueError(
-            f"{adapter / _WEIGHTS} does not fit its base: {len(held - saved)} keys are missing and "
-            f"{len(saved - held)} left over, such as {min(saved ^ held)}"
-        )
-    return adapted
-
-
-def _load_processor(adapter: Path, source: str, shared: dict[str, Any]) -> Any:
+def _load_processor(adapter: Path, source: str, revision: str | None, trust_remote_code: bool) -> Any:
     own = (adapter / "processor_config.json").is_file()
-    place, options = (adapter, {}) if own else (source, shared)
+    place, options = (adapter, {}) if own else (source, {"revision": revision, "trust_remote_code": trust_remote_code})
     processor: Any = AutoProcessor.from_pretrained(place, **options)  # type: ignore[no-untyped-call]
     if processor.chat_template is None:
         raise ValueError(f"the processor in {place} has no chat template to ask with")

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from vlm_sft.families import PARTS, ModelParts, part_of, parts_of
+from vlm_sft.provenance import RATES
 
 
 def rates_by_part(
@@ -41,25 +42,26 @@ def rates_by_part(
     faults += [f"{part}: {value} is negative" for part, value in (*rates.items(), *decays.items()) if value < 0]
     if faults:
         raise ValueError(f"rates_by_part: {'; '.join(sorted(faults))}; the parts are {', '.join(PARTS)}.")
-    build = partial(_build, args=args, rates=rates, decays=decays, model_parts=model_parts)
+    build = partial(_build, args=args, model_parts=model_parts)
     # A callable that is no optimizer class is one the Trainer calls, with the model it is about to train, to get
     # what makes the optimizer: only then are adapters in place and parameters final.
-    return lambda: build, {}
+    return lambda: build, {RATES: {"learning_rates": rates, "weight_decays": decays}}
 
 
 def _build(
     model: nn.Module,
     *,
     args: TrainingArguments,
-    rates: Mapping[str, float],
-    decays: Mapping[str, float],
     model_parts: ModelParts | None,
+    rates_by_part: dict[str, dict[str, float]],
 ) -> torch.optim.Optimizer:
     optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
     if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & settings.keys():
         raise ValueError(f"optim={args.optim!r} makes its own parameter groups; take another one for rates by part.")
-    groups = _groups(model, args, rates, decays, parts_of(model, model_parts=model_parts))
+    groups = _groups(model, args, **rates_by_part, parts=parts_of(model, model_parts=model_parts))
     optimizer: torch.optim.Optimizer = optimizer_class(groups, **settings)
+    # Where `SafeCheckpoints` finds them: the groups of a resumed run are those of its checkpoint.
+    optimizer.defaults[RATES] = rates_by_part
     if settings.get("optim_bits") == 8:
         _keep_embeddings_in_32_bit(model)
     return optimizer
@@ -68,8 +70,9 @@ def _build(
 def _groups(
     model: nn.Module,
     args: TrainingArguments,
-    rates: Mapping[str, float],
-    decays: Mapping[str, float],
+    *,
+    learning_rates: Mapping[str, float],
+    weight_decays: Mapping[str, float],
     parts: ModelParts,
 ) -> list[dict[str, Any]]:
     """One group for each part and for with and without decay, those at `args.learning_rate` first."""
@@ -79,18 +82,18 @@ def _groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[part_of(name, parts), name in decaying].append(parameter)
-    if idle := {*rates, *decays} - {part for part, _ in members}:
+    if idle := {*learning_rates, *weight_decays} - {part for part, _ in members}:
         raise ValueError(
             f"A rate or decay is set for {', '.join(sorted(idle))}, where nothing trains; drop it, or train the part."
         )
     return [
         {
             "params": members[part, decays_],
-            "lr": rates.get(part, args.learning_rate),
-            "weight_decay": decays.get(part, args.weight_decay) if decays_ else 0.0,
+            "lr": learning_rates.get(part, args.learning_rate),
+            "weight_decay": weight_decays.get(part, args.weight_decay) if decays_ else 0.0,
             "part": part,
         }
-        for part in sorted(PARTS, key=lambda part: (part in rates, PARTS.index(part)))
+        for part in sorted(PARTS, key=lambda part: (part in learning_rates, PARTS.index(part)))
         for decays_ in (True, False)
         if members[part, decays_]
     ]

@@ -13,6 +13,8 @@ from datasets import Dataset
 from torch import nn
 
 TRAINING_BASE = "training_base.json"
+RATES = "rates_by_part"
+"""The keyword by which an optimizer learns its rates, and the default under which it keeps them."""
 
 _SAMPLED_VALUES = 16
 _SAMPLED_ROWS = 16
@@ -56,25 +58,42 @@ def base_settings(model: Any) -> dict[str, Any]:
 
 
 def training_base(model: nn.Module) -> dict[str, Any]:
-    """`base_settings`, and for each parameter that is neither quantized nor an adapter's its shape and a digest.
+    """`base_settings`, and of each parameter that is no adapter's a line `shape kind digest`.
 
-    A digest covers 16 values of the parameter, so another base of the same shapes is told apart. Takes the model
-    before it is sharded.
+    A digest covers 16 values of the parameter, so another base of the same shapes is told apart. The kind says how
+    these are stored: a dtype, or how they were quantized and where. Takes the model before it is sharded.
     """
-    weights = {}
+    settings, weights = base_settings(model), {}
     for name, parameter in model.named_parameters():
-        if "lora_" in name or ".modules_to_save." in name or getattr(parameter, "quant_state", None) is not None:
-            continue
-        if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+        if "lora_" in name or ".modules_to_save." in name or parameter.is_meta or not parameter.numel():
             continue
         # PEFT puts the adapted layer under `base_layer`, and a module that it trains whole under `original_module`.
         bare = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
-        values = parameter.detach().flatten()
+        packing: Any = getattr(parameter, "quant_state", None)
+        shape = "x".join(map(str, parameter.shape if packing is None else packing.shape))
+        kind, values = str(parameter.dtype).removeprefix("torch."), parameter.detach().flatten()
+        if packing is not None:
+            kind, values = packing.quant_type, values.view(torch.uint8)  # whatever dtype they are stored in
+        if packing is not None or not parameter.is_floating_point():
+            # A GPU rounds otherwise than a CPU, and another dtype to other values.
+            kind = f"{kind}/{settings['dtype']}/{parameter.device.type}"
         spread = torch.linspace(0, len(values) - 1, min(_SAMPLED_VALUES, len(values)), dtype=torch.float64).long()
-        sample = values[spread.to(values.device)].float().cpu().numpy()
-        shape = "x".join(map(str, parameter.shape))
-        weights[bare] = f"{shape} {hashlib.sha256(sample.tobytes()).hexdigest()[:12]}"
-    return {**base_settings(model), "weights": weights}
+        sample = values[spread.to(values.device)].cpu().view(torch.uint8).numpy()
+        weights[bare] = f"{shape} {kind} {hashlib.sha256(sample.tobytes()).hexdigest()[:12]}"
+    return {**settings, "weights": weights}
+
+
+def weight_differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """One line for each recorded weight that is not found, has another shape, or stored alike another digest."""
+
+    def is_it(was: list[str], now: list[str]) -> bool:
+        return was == now or (was[0] == now[0] and was[1] != now[1])
+
+    return [
+        f"{name}: recorded {was!r}, now {found.get(name)!r}"
+        for name, was in recorded.items()
+        if name not in found or not is_it(was.split(), found[name].split())
+    ]
 
 
 def read_training_base(folder: Path) -> dict[str, Any] | None:
