@@ -6,9 +6,9 @@ import os
 import sys
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from transformers import TrainingArguments
+
+from vlm_sft.sharding import shard_on_cpu
 
 
 def best_dtype() -> torch.dtype:
@@ -57,14 +57,6 @@ def fit_to_hardware(args: TrainingArguments) -> None:
     if args.bf16 is None and not args.fp16:
         args.bf16, args.fp16 = best_dtype() == torch.bfloat16, best_dtype() == torch.float16
     args.use_cpu |= not torch.accelerator.is_available()  # without it, processes on CPUs would train apart
-    if args.use_cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        _shard_on_cpu(args)
+    shard_on_cpu(args)
     args.optim = best_optimizer(args.optim)
     args.dataloader_pin_memory &= torch.cuda.is_available()  # PyTorch warns of it at each evaluation on a CPU
-
-
-def _shard_on_cpu(args: TrainingArguments) -> None:
-    """accelerate 1.15 turns FSDP on only where it takes its processes for those of GPUs: on CPUs each would keep a
-    whole copy of the model, without a word."""
-    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
-    args.accelerator_config = {"use_configured_state": True}

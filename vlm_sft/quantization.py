@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_bitsandbytes_available
 
 from vlm_sft.families import PARTS, ModelParts, part_of, parts_of
+from vlm_sft.sharding import is_sharded
 
 _PACKED = ("Linear4bit", "Linear8bitLt")
 
@@ -50,7 +51,7 @@ def nf4_config(
     """4-bit NormalFloat for the language model's linear layers; tower, projector and head stay as loaded.
 
     NF4 with double quantization takes 4.13 bits a weight (QLoRA, arXiv 2305.14314). `storage_dtype` is the type of
-    the packed tensors: None is uint8; FSDP needs the compute dtype here, since it shards one dtype at a time.
+    the packed tensors: None is uint8, or the compute dtype in a run launched with FSDP, which shards no integers.
 
     Raises ImportError without bitsandbytes, ValueError for an unknown family or a compute dtype that is no float.
     """
@@ -150,7 +151,7 @@ def _four_bit(
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=storage_dtype,
+        bnb_4bit_quant_storage=storage_dtype or (compute_dtype if is_sharded() else None),
         llm_int8_skip_modules=_kept(model_or_type, model_parts),
     )
 
