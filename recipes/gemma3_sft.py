@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -32,6 +31,7 @@ class RecipeArguments:
     dataset_name: str = field(
         default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id, folder or file."}
     )
+    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
     load_in_4bit: bool = field(default=True, metadata={"help": "NF4 base; --no_load_in_4bit keeps 16 bit."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
@@ -45,6 +45,7 @@ class RecipeConfig(SFTConfig):
     output_dir: str | None = "outputs/gemma3_sft"
     max_length: int | None = 2048  # a picture takes 256 of it, whatever its size. A longer row is an error
     num_train_epochs: float = 1  # one pass over instruction data
+    train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
     per_device_train_batch_size: int = 4
     per_device_eval_batch_size: int = 4
     gradient_accumulation_steps: int = 4  # 16 rows a step on one GPU
@@ -91,6 +92,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     collator = vlm_sft.ChatCollator(
         processor, max_length=training_args.max_length, generation_config=model, name_rows=True
     )
+    data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
     audit(collator, data["train"], model)
 
     trainer = SFTTrainer(
@@ -101,7 +103,12 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         processing_class=processor,
         data_collator=collator,
         peft_config=peft_config,
-        callbacks=[vlm_sft.KeepGeneration(model), vlm_sft.SafeCheckpoints(), vlm_sft.StopOnNaN()],
+        callbacks=[
+            vlm_sft.KeepGeneration(model),
+            vlm_sft.OrderByLength(),
+            vlm_sft.SafeCheckpoints(),
+            vlm_sft.StopOnNaN(),
+        ],
     )
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
@@ -110,10 +117,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
 
     metrics = trainer.evaluate()
     trainer.save_model()
-    output = Path(training_args.output_dir)
-    vlm_sft.plot_loss(trainer.state.log_history, output / "loss.png", title=output.name)
-    settings = {"recipe": vars(args), "training": training_args.to_dict()}
-    vlm_sft.write_run_json(output / "run.json", settings=settings, model=trainer.model, datasets=data, results=metrics)
+    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics)
     return metrics
 
 

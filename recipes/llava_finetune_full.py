@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -38,6 +37,7 @@ class RecipeArguments:
     dataset_name: str = field(
         default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id, folder or file."}
     )
+    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
     mm_projector_lr: float = field(default=2e-5, metadata={"help": "Learning rate of the projector."})
 
@@ -47,6 +47,7 @@ class RecipeConfig(SFTConfig):
     output_dir: str | None = "outputs/llava_finetune_full"
     max_length: int | None = 2048  # LLaVA-1.5's own limit; an image takes 576 of it. A longer row is an error
     num_train_epochs: float = 1  # this and the rates: LLaVA-1.5's scripts/v1_5/finetune.sh
+    train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 16  # 128 rows a step on one GPU; with eight GPUs set 2
@@ -86,6 +87,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     collator = vlm_sft.ChatCollator(
         processor, max_length=training_args.max_length, generation_config=model, name_rows=True
     )
+    data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
     audit(collator, data["train"], model)
 
     trainer = SFTTrainer(
@@ -98,7 +100,12 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         optimizer_cls_and_kwargs=vlm_sft.rates_by_part(
             training_args, learning_rates={"projector": args.mm_projector_lr}
         ),
-        callbacks=[vlm_sft.KeepGeneration(model), vlm_sft.SafeCheckpoints(), vlm_sft.StopOnNaN()],
+        callbacks=[
+            vlm_sft.KeepGeneration(model),
+            vlm_sft.OrderByLength(),
+            vlm_sft.SafeCheckpoints(),
+            vlm_sft.StopOnNaN(),
+        ],
     )
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
@@ -107,10 +114,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
 
     metrics = trainer.evaluate()
     trainer.save_model()
-    output = Path(training_args.output_dir)
-    vlm_sft.plot_loss(trainer.state.log_history, output / "loss.png", title=output.name)
-    settings = {"recipe": vars(args), "training": training_args.to_dict()}
-    vlm_sft.write_run_json(output / "run.json", settings=settings, model=trainer.model, datasets=data, results=metrics)
+    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics)
     return metrics
 
 

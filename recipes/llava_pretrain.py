@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
@@ -37,6 +36,7 @@ class RecipeArguments:
     dataset_name: str = field(
         default="LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", metadata={"help": "File, folder or Hub id."}
     )
+    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     image_folder: str | None = field(
         default=None, metadata={"help": "What file names in rows are relative to; where the data lies unless given."}
     )
@@ -48,6 +48,7 @@ class RecipeConfig(SFTConfig):
     output_dir: str | None = "outputs/llava_pretrain"
     max_length: int | None = 2048  # LLaVA-1.5's own limit; an image takes 576 of it. A longer row is an error
     num_train_epochs: float = 1  # this and the rates: LLaVA-1.5's scripts/v1_5/pretrain.sh
+    train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 32
     gradient_accumulation_steps: int = 8  # 256 rows a step on one GPU; with eight GPUs set 1
@@ -95,6 +96,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         stop_token=None,
         name_rows=True,
     )
+    data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
     audit(collator, data["train"], model, require_stop_token=False)
 
     trainer = SFTTrainer(
@@ -104,7 +106,12 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         eval_dataset=data["test"],
         processing_class=processor,
         data_collator=collator,
-        callbacks=[vlm_sft.KeepGeneration(model), vlm_sft.SafeCheckpoints(), vlm_sft.StopOnNaN()],
+        callbacks=[
+            vlm_sft.KeepGeneration(model),
+            vlm_sft.OrderByLength(),
+            vlm_sft.SafeCheckpoints(),
+            vlm_sft.StopOnNaN(),
+        ],
     )
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
@@ -113,10 +120,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
 
     metrics = trainer.evaluate()
     trainer.save_model()
-    output = Path(training_args.output_dir)
-    vlm_sft.plot_loss(trainer.state.log_history, output / "loss.png", title=output.name)
-    settings = {"recipe": vars(args), "training": training_args.to_dict()}
-    vlm_sft.write_run_json(output / "run.json", settings=settings, model=trainer.model, datasets=data, results=metrics)
+    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics)
     return metrics
 
 

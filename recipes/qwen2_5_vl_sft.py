@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -29,6 +28,7 @@ class RecipeArguments:
     model_name_or_path: str = field(default="Qwen/Qwen2.5-VL-7B-Instruct", metadata={"help": "Hub id or folder."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     dataset_name: str = field(default="HuggingFaceM4/ChartQA", metadata={"help": "Hub id, folder or file."})
+    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
     max_pixels: int = field(
         default=1_003_520, metadata={"help": "Larger pictures are shrunk: 1,280 tokens of 28 x 28."}
@@ -45,6 +45,7 @@ class RecipeConfig(SFTConfig):
     output_dir: str | None = "outputs/qwen2_5_vl_sft"
     max_length: int | None = 2048  # a picture takes up to 1,280 of it. A longer row is an error
     num_train_epochs: float = 1  # many questions, several for each chart
+    train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
     per_device_train_batch_size: int = 4
     per_device_eval_batch_size: int = 4
     gradient_accumulation_steps: int = 4  # 16 rows a step on one GPU
@@ -96,6 +97,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     collator = vlm_sft.ChatCollator(
         processor, max_length=training_args.max_length, generation_config=model, name_rows=True
     )
+    data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
     audit(collator, data["train"], model)
 
     trainer = SFTTrainer(
@@ -106,7 +108,12 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         processing_class=processor,
         data_collator=collator,
         peft_config=peft_config,
-        callbacks=[vlm_sft.KeepGeneration(model), vlm_sft.SafeCheckpoints(), vlm_sft.StopOnNaN()],
+        callbacks=[
+            vlm_sft.KeepGeneration(model),
+            vlm_sft.OrderByLength(),
+            vlm_sft.SafeCheckpoints(),
+            vlm_sft.StopOnNaN(),
+        ],
     )
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
@@ -115,10 +122,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
 
     metrics = trainer.evaluate()
     trainer.save_model()
-    output = Path(training_args.output_dir)
-    vlm_sft.plot_loss(trainer.state.log_history, output / "loss.png", title=output.name)
-    settings = {"recipe": vars(args), "training": training_args.to_dict()}
-    vlm_sft.write_run_json(output / "run.json", settings=settings, model=trainer.model, datasets=data, results=metrics)
+    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics)
     return metrics
 
 

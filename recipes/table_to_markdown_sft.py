@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 import vlm_sft
+from vlm_sft import KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
 from vlm_sft.audit import audit
 from vlm_sft.metrics import table_cell_match, table_structure_match
 
@@ -36,6 +37,7 @@ LOOKS = (("white", "white", "black", "black"), ("#eee", "#ccc", "#224", "#eee"),
 class RecipeArguments:
     model_name_or_path: str = field(default="Qwen/Qwen2.5-VL-3B-Instruct", metadata={"help": "Hub id or folder."})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id, folder or file; drawn unless given."})
+    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     num_tables: int = field(default=2000, metadata={"help": "Tables to draw; one in fifty is held out."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Longest table to write out."})
 
@@ -45,6 +47,7 @@ class RecipeConfig(SFTConfig):
     output_dir: str | None = "outputs/table_to_markdown_sft"
     max_length: int | None = 4096  # for large tables. A longer row is an error
     num_train_epochs: float = 1  # drawn tables cost nothing: rather more of them than the same ones again
+    train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
     gradient_accumulation_steps: int = 2  # 16 rows a step on one GPU, with TRL's 8 at a time
     learning_rate: float = 2e-4  # LoRA's usual rate
     warmup_steps: float = 0.03  # below 1, a share of all steps
@@ -91,11 +94,9 @@ def write_tables(path: Path, *, count: int, seed: int) -> None:
 
 def to_conversation(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with the picture of a table in `image` and its text in `markdown`, as a conversation."""
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]},
-        {"role": "assistant", "content": [{"type": "text", "text": row["markdown"]}]},
-    ]
-    return {"messages": messages, "images": [row["image"]]}
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": row["markdown"]}]}
+    return {"messages": [question, answer], "images": [row["image"]]}
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
@@ -108,6 +109,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     data = vlm_sft.load_conversations(args.dataset_name or drawn, to_conversation=to_conversation, seed=seed)
     model = vlm_sft.load_model(args.model_name_or_path)
     collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length, name_rows=True)
+    data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
     audit(collator, data["train"], model)
 
     trainer = SFTTrainer(
@@ -118,7 +120,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         processing_class=processor,
         data_collator=collator,
         peft_config=vlm_sft.lora_config(model, r=16, lora_alpha=16),
-        callbacks=[vlm_sft.KeepGeneration(model), vlm_sft.SafeCheckpoints(), vlm_sft.StopOnNaN()],
+        callbacks=[KeepGeneration(model), OrderByLength(), SafeCheckpoints(), StopOnNaN()],
     )
     tables = {"table_cell_match": table_cell_match, "table_structure_match": table_structure_match}
     trainer.add_callback(
@@ -130,9 +132,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
 
     metrics = trainer.evaluate()
     trainer.save_model()
-    vlm_sft.plot_loss(trainer.state.log_history, output / "loss.png", title=output.name)
-    settings = {"recipe": vars(args), "training": training_args.to_dict()}
-    vlm_sft.write_run_json(output / "run.json", settings=settings, model=trainer.model, datasets=data, results=metrics)
+    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics)
     return metrics
 
 

@@ -279,7 +279,7 @@ def two_images_in_row_5(rows: Dataset) -> Dataset:
         (lambda rows: rows.remove_columns("messages"), "'messages'"),
         (lambda rows: rows.rename_column("messages", "mesages"), r"'mesages'\?\); this row has the columns"),
         (lambda rows: rows.select([]), "it has no row"),
-        (two_images_in_row_5, "row 5: 2 images"),
+        (two_images_in_row_5, r"row 5\n +2 images"),
     ],
 )
 def test_bad_data(
@@ -293,6 +293,18 @@ def test_bad_data(
     with pytest.raises(ValueError, match=told):
         run("llava15_sft", [*flags_of("llava15_sft"), *source, "--output_dir", tmp_path / "output"])
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [("ignore", "^row 5: 2 images"), ("drop", "more than max_bad_fraction=0.1"), ("skip", "on_bad_rows='skip'")],
+)
+def test_what_to_do_with_bad_rows(
+    what: str, told: str, flags_of: Callable[[str], list[object]], data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = ["--dataset_name", changed(data("chats"), tmp_path / "data", two_images_in_row_5)]
+    with pytest.raises(ValueError, match=told):
+        run("internvl_sft", [*flags_of("internvl_sft"), *source, "--on_bad_rows", what])
 
 
 @pytest.mark.parametrize(

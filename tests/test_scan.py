@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import random
 import subprocess
 import sys
@@ -15,10 +14,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from vlm_sft import ChatCollator, load_conversations, mix
-from vlm_sft.scan import ScanReport, main, scan
+from vlm_sft.scan import ScanReport, main, scan, sound_rows
 
 
 @pytest.fixture(autouse=True)
@@ -147,21 +147,46 @@ def test_bad_rows_are_an_error_where_they_must_not_be() -> None:
         scan(rows, on_bad_rows="error")
 
 
-def test_dropping_is_counted_logged_and_limited(caplog: pytest.LogCaptureFixture) -> None:
+def test_dropping_is_counted_told_and_limited(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [example(n) for n in range(30)]
     rows[3] = rows[7] = example(3, images=[])
-    with caplog.at_level(logging.WARNING):
-        report = scan(rows, on_bad_rows="drop")
+    report = scan(rows, on_bad_rows="drop")
     assert report.keep == [n for n in range(30) if n not in (3, 7)]
-    assert "2 of 30 rows are left out." in caplog.text
-    assert "row 3, row 7" in caplog.text
+    told = capsys.readouterr().err
+    assert "2 of 30 rows are left out." in told
+    assert "row 3, row 7" in told
     with pytest.raises(ValueError, match=r"more than max_bad_fraction=0.05"):
         scan(rows, on_bad_rows="drop", max_bad_fraction=0.05)
 
 
+def stored(number: int) -> dict[str, Any]:
+    row = example(number)
+    row["messages"][1]["content"] = [{"type": "text", "text": f"Answer {number}."}]
+    return row | {"row": number}
+
+
+def test_a_recipe_goes_on_with_the_sound_rows() -> None:
+    rows = [stored(n) for n in range(30)]
+    bad = [row | {"images": row["images"] * (1 + (row["row"] == 7))} for row in rows]
+    data = DatasetDict({"train": Dataset.from_list(bad), "test": Dataset.from_list(rows)})
+    dropped = sound_rows(data, None, on_bad_rows="drop")
+    assert dropped["train"]["row"] == [n for n in range(30) if n != 7]
+    assert len(dropped["test"]) == 30
+    assert len(sound_rows(data, None, on_bad_rows="ignore")["train"]) == 30
+    with pytest.raises(ValueError, match="1 bad"):
+        sound_rows(data, None, on_bad_rows="error")
+
+
+def test_a_repetition_is_told_and_stays_unless_rows_are_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    data = DatasetDict({"train": Dataset.from_list([stored(n % 29) | {"row": n} for n in range(30)])})
+    assert len(sound_rows(data, None, on_bad_rows="error")["train"]) == 30
+    assert "row 29\n           repeats row 0" in capsys.readouterr().err
+    assert len(sound_rows(data, None, on_bad_rows="drop")["train"]) == 29
+
+
 def test_settings_and_datasets_that_do_not_serve() -> None:
     with pytest.raises(ValueError, match="on_bad_rows='skip'; expected"):
-        scan([example()], on_bad_rows="skip")  # type: ignore[arg-type]
+        scan([example()], on_bad_rows="skip")
     for empty in ([], iter([example()])):
         with pytest.raises(ValueError, match="has no row, or streams"):
             scan(empty)

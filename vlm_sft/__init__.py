@@ -18,7 +18,7 @@ from vlm_sft.optim import rates_by_part
 from vlm_sft.packing import CheckFlatRows, accept_flat_rows, pack
 from vlm_sft.quantization import check_quantized, fp4_config, int8_config, nf4_config
 from vlm_sft.ranks import say
-from vlm_sft.reports import Sample, plot_loss, write_run_json, write_samples_html
+from vlm_sft.reports import Sample, plot_loss, write_reports, write_run_json, write_samples_html
 from vlm_sft.scan import sound_rows
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "sound_rows",
     "upcast_trainable",
     "with_lengths",
+    "write_reports",
     "write_run_json",
     "write_samples_html",
 ]

@@ -253,6 +253,17 @@ def _csp_hash(template: str, element: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
 
 
+def write_reports(
+    trainer: Any, *, settings: Mapping[str, Any], datasets: Mapping[str, Any], results: Mapping[str, Any]
+) -> None:
+    """Writes `loss.png` and `run.json` into the output folder of a run that has come to its end: `plot_loss` of its
+    history, and `write_run_json` of the recipe's own `settings`, those of the Trainer, and the rest."""
+    output = Path(trainer.args.output_dir)
+    plot_loss(trainer.state.log_history, output / "loss.png", title=output.name)
+    settings = {"recipe": dict(settings), "training": trainer.args.to_dict()}
+    write_run_json(output / "run.json", settings=settings, model=trainer.model, datasets=datasets, results=results)
+
+
 def write_run_json(
     path: str | Path,
     *,

@@ -9,27 +9,28 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from torch.utils.data import DataLoader
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from vlm_sft import ranks
 from vlm_sft.images import repairs_of, to_rgb
 from vlm_sft.messages import Conversation, Message, check_turns, count_images, normalise, text_of
-
-logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"^(?:((?:\S+ )?row \d+)|example 0 of the batch): ")
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SHOWN = 5  # rows of each reason
+_REPEATS = "repeats "
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Fault:
     def reason(self) -> str:
         """The detail without its particulars and the remedy: the same for faults of one kind."""
         return _PARTICULARS.sub("…", self.detail.split(";")[0])
+
+    @property
+    def harms(self) -> bool:
+        """Not true of a repetition: it only weighs twice."""
+        return not self.detail.startswith(_REPEATS)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def scan(
     dataset: Any,
     collator: Any = None,
     *,
-    on_bad_rows: Literal["report", "error", "drop"] = "report",
+    on_bad_rows: str = "report",
     max_bad_fraction: float = 0.1,
     max_aspect: float = 200,
     num_proc: int | None = None,
@@ -103,39 +109,52 @@ def scan(
     does not open, is one pixel wide or more than `max_aspect` times as long as wide (Qwen's processors refuse it,
     LLaVA's cut it to a stripe), a text is blank or holds control characters, or the row repeats an earlier one.
 
-    - `on_bad_rows`: with `"error"`, bad rows raise `ValueError` with the whole report. With `"drop"` the log counts
-      them, and the caller goes on with `dataset.select(report.keep)`; a share above `max_bad_fraction` raises.
+    - `on_bad_rows`: with `"error"`, bad rows raise `ValueError` with the whole report, unless they only repeat others.
+      With `"drop"` they are counted on stderr, and the caller goes on with `dataset.select(report.keep)`; a share above
+      `max_bad_fraction` raises.
+
+    Every process of a launched run must call it; each looks at its share of the rows.
     """
     if on_bad_rows not in ("report", "error", "drop"):
         raise ValueError(f"on_bad_rows={on_bad_rows!r}; expected 'report', 'error' or 'drop'")
     if not hasattr(dataset, "__len__") or not len(dataset):
         raise ValueError("the dataset to scan has no row, or streams; load it with streaming=False")
-    processes = min(len(dataset) // 256, len(os.sched_getaffinity(0))) if num_proc is None else num_proc
-    look: Any = _Look(dataset, collator, max_aspect)
-    batches: Any = DataLoader(look, batch_size=64, collate_fn=list, num_workers=processes)
     faults: list[Fault] = []
     repairs: Counter[str] = Counter()
     lengths: list[int] = []
     seen: dict[bytes, str] = {}
-    with tqdm(total=len(dataset), desc="Scanning", unit=" rows") as progress:
-        for finding in (finding for batch in batches for finding in batch):
-            details = finding.faults
-            # A row that a mixture draws again has the same name, and is meant.
-            if finding.digest and (first := seen.setdefault(finding.digest, finding.row)) != finding.row:
-                details = [f"repeats {first}; drop one of them"]
-            faults += [Fault(finding.index, finding.row, detail) for detail in details]
-            repairs.update(finding.repairs)
-            lengths += [finding.length] if finding.length and not details else []
-            progress.update()
+    for finding in _look_at_all(_Look(dataset, collator, max_aspect), num_proc):
+        details = finding.faults
+        # A row that a mixture draws again has the same name, and is meant.
+        if finding.digest and (first := seen.setdefault(finding.digest, finding.row)) != finding.row:
+            details = [f"{_REPEATS}{first}; drop one of them"]
+        faults += [Fault(finding.index, finding.row, detail) for detail in details]
+        repairs.update(finding.repairs)
+        lengths += [finding.length] if finding.length and not details else []
     processor = "no model's processor" if collator is None else type(collator.processor).__name__
     report = ScanReport(len(dataset), processor, tuple(faults), dict(repairs.most_common()), tuple(lengths))
-    if faults and on_bad_rows == "error":
+    if on_bad_rows == "error" and any(fault.harms for fault in faults):
         raise ValueError(f"{report}\nmend these rows, or leave them out with on_bad_rows='drop'")
+    if faults and on_bad_rows == "error":
+        ranks.say(f"{report}\nthese rows stay; on_bad_rows='drop' leaves them out")
     if faults and on_bad_rows == "drop":
         if report.bad_rows > max_bad_fraction * report.rows:
             raise ValueError(f"{report}\nmore than max_bad_fraction={max_bad_fraction} of the rows are bad; mend them")
-        logger.warning("%d of %d rows are left out.\n%s", report.bad_rows, report.rows, report)
+        ranks.say(f"{report.bad_rows} of {report.rows} rows are left out.\n{report}")
     return report
+
+
+def sound_rows(data: Any, collator: Any, *, on_bad_rows: str) -> Any:
+    """The splits of `data` after a `scan` of each: `"error"` stops at bad rows, `"drop"` leaves them out and counts
+    them, `"ignore"` looks at none, and a bad one stops the run when its turn comes."""
+    if on_bad_rows not in ("error", "drop", "ignore"):
+        raise ValueError(f"on_bad_rows={on_bad_rows!r}; expected 'error', 'drop' or 'ignore'")
+    if on_bad_rows == "ignore":
+        return data
+    reports = {split: scan(rows, collator, on_bad_rows=on_bad_rows) for split, rows in data.items()}
+    if on_bad_rows == "error":
+        return data
+    return type(data)({split: rows.select(reports[split].keep) for split, rows in data.items()})
 
 
 @dataclass(frozen=True)
@@ -194,6 +213,22 @@ class _Look:
             elif max(picture.size) > self.max_aspect * min(picture.size):
                 faults.append(f"{shape} are beyond {self.max_aspect:g} to 1; crop the picture or drop the row")
         return repairs, Conversation(conversation.messages, decoded)
+
+
+def _look_at_all(look: Any, num_proc: int | None) -> list[_Finding]:
+    """The findings in the order of the rows, each process of a launched run looking at its share."""
+    state = PartialState()
+    share = range(state.process_index, len(look), state.num_processes)
+    if num_proc is None:
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        num_proc = min(len(share) // 256, cores)
+    batches: Any = DataLoader(Subset(look, share), batch_size=64, collate_fn=list, num_workers=num_proc)
+    findings: list[_Finding] = []
+    with tqdm(total=len(share), desc="Scanning", unit=" rows", disable=not state.is_main_process) as progress:
+        for batch in batches:
+            findings += batch
+            progress.update(len(batch))
+    return sorted(gather_object(findings), key=lambda finding: finding.index)
 
 
 def _text_faults(messages: Sequence[Message]) -> Iterator[str]:
