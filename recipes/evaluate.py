@@ -26,7 +26,7 @@ from trl import TrlParser
 
 import vlm_sft
 from vlm_sft import metrics
-from vlm_sft.evaluation import question_of
+from vlm_sft.answers import question_of
 from vlm_sft.messages import text_of
 
 METRICS = {
@@ -36,7 +36,6 @@ METRICS = {
         *(metrics.json_validity, metrics.json_field_f1, metrics.table_cell_match, metrics.table_structure_match),
     )
 }
-ERROR_RATES = ("cer", "wer")  # 0 is best
 PAGE_ROWS = 300  # a page holds its pictures, and a browser holds the page
 
 
@@ -74,10 +73,7 @@ def samples(rows: Any, references: list[str], answers: Mapping[str, list[str]], 
     """Rows for the page, spread evenly over all, each answer scored from 0 (wrong) to 1."""
 
     def score(name: str, n: int) -> float | None:
-        if name not in answers:
-            return None
-        value = METRICS[metric]([answers[name][n]], [references[n]])
-        return max(0.0, 1 - value) if metric in ERROR_RATES else value
+        return metrics.row_score(METRICS[metric], answers[name][n], references[n]) if name in answers else None
 
     questions = {n: question_of(rows[n]) for n in range(0, len(rows), -(-len(rows) // PAGE_ROWS))}
     return [

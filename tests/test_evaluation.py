@@ -18,8 +18,9 @@ from PIL import Image
 from transformers import BitsAndBytesConfig
 
 from vlm_sft import tiny
+from vlm_sft.answers import generate, question_of
 from vlm_sft.collators import ChatCollator
-from vlm_sft.evaluation import GenerationEvaluation, generate, question_of
+from vlm_sft.evaluation import GenerationEvaluation
 from vlm_sft.labels import IGNORE_INDEX
 from vlm_sft.metrics import exact_match
 

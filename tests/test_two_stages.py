@@ -20,8 +20,8 @@ from recipe_runs import run
 from sklearn.datasets import load_digits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vlm_sft.answers import generate
 from vlm_sft.assembly import plain_template
-from vlm_sft.evaluation import generate
 from vlm_sft.loading import load_model, load_processor
 from vlm_sft.metrics import exact_match
 

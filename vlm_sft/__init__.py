@@ -1,11 +1,12 @@
 """Thin, checked building blocks for fine-tuning vision-language models on TRL."""
 
 from vlm_sft.adapters import check_adapters, lora_config
+from vlm_sft.answers import generate
 from vlm_sft.batches import OrderByLength
 from vlm_sft.checkpoints import SafeCheckpoints, latest_checkpoint
 from vlm_sft.collators import ChatCollator
 from vlm_sft.datasets import load_conversations, mix
-from vlm_sft.evaluation import GenerationEvaluation, generate
+from vlm_sft.evaluation import GenerationEvaluation
 from vlm_sft.families import ModelParts
 from vlm_sft.freezing import check_precision, check_trainable, freeze, parameter_table, upcast_trainable
 from vlm_sft.generation import KeepGeneration
@@ -16,9 +17,11 @@ from vlm_sft.lengths import with_lengths
 from vlm_sft.loading import AutoModelForVision2Seq, load_model, load_processor
 from vlm_sft.optim import rates_by_part
 from vlm_sft.packing import CheckFlatRows, accept_flat_rows, pack
+from vlm_sft.plots import plot_loss
 from vlm_sft.quantization import check_quantized, fp4_config, int8_config, nf4_config
 from vlm_sft.ranks import say
-from vlm_sft.reports import Sample, plot_loss, write_reports, write_run_json, write_samples_html
+from vlm_sft.reports import write_reports, write_run_json
+from vlm_sft.samples import Sample, write_samples_html
 from vlm_sft.scan import sound_rows
 
 __all__ = [

@@ -1,199 +1,22 @@
-"""What the model says about held-out pictures, and how right it is.
-
-`generate` answers the last question of each row. `GenerationEvaluation` does so at every evaluation of a Trainer and
-compares the answers with the right ones. Shapes: `B` rows of a batch, `T` tokens, padding on the left.
-"""
+"""How right a model's answers to held-out rows are, at every evaluation of a Trainer, with a page to look at."""
 
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, cast
 
-import torch
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vlm_sft.images import to_rgb
-from vlm_sft.messages import Message, normalise, text_of
-from vlm_sft.metrics import Metric, Reference
+from vlm_sft.answers import Rows, generate, question_of
+from vlm_sft.messages import text_of
+from vlm_sft.metrics import Metric, Reference, row_score
 from vlm_sft.ranks import say
-from vlm_sft.spans import Rendered, locate
-
-
-class Rows(Protocol):
-    """A list or dataset of rows with `messages` and `images`."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
-
-
-class Question(NamedTuple):
-    """What is asked of the model: messages up to the last answer, their images, and the answer given there."""
-
-    messages: list[Message]
-    images: list[Any]
-    reference: str | None
-
-
-def question_of(row: Mapping[str, Any]) -> Question:
-    """The row without its last message, if that is the assistant's; the whole row if nothing answers it yet.
-
-    Raises `ValueError` for messages and images that do not fit together, as `messages.normalise` does.
-    """
-    conversation = normalise(row["messages"], row.get("images"))
-    asked, answer = conversation.messages, None
-    if asked[-1]["role"] == "assistant":
-        asked, answer = asked[:-1], text_of(asked[-1])
-    return Question(asked, conversation.images, answer)
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    processor: Any,
-    rows: Rows,
-    *,
-    batch_size: int = 8,
-    max_new_tokens: int = 64,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    stop_token: str | None = "auto",
-    progress: bool = True,
-) -> list[str]:
-    """The model's answer to each row's last question, greedy, without special tokens and outer white space.
-
-    The prompt is what the row is trained on up to its last answer (`ChatCollator` with the same
-    `chat_template_kwargs` and `stop_token`). Generation ends at the stop token behind a trained answer, at those of the
-    model's generation config, or after `max_new_tokens`. With several processes each takes its share of the rows, and
-    each returns all answers. The model is left as it was, in training mode and with its own cache setting.
-
-    Raises `ValueError` without rows, and for each bad row with its number.
-    """
-    if len(rows) == 0:
-        raise ValueError("no rows to generate from; give at least one")
-    rank, world_size = _rank_and_world_size()
-    # Sharded models (FSDP, ZeRO-3) need the same number of batches everywhere: short shares start again from row 0.
-    share = [i % len(rows) for i in range(rank, -(-len(rows) // world_size) * world_size, world_size)]
-    prompter = _Prompter(processor, chat_template_kwargs or {}, stop_token)
-    stop_ids = prompter.stop_ids(model.generation_config)
-    answers: dict[int, str] = {}
-    with _evaluating(model), tqdm(total=len(share), desc="Generating", disable=not progress or rank > 0) as bar:
-        for start in range(0, len(share), batch_size):
-            batch = share[start : start + batch_size]
-            inputs = prompter.inputs(rows, batch).to(model.device)
-            output = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=stop_ids,
-                pad_token_id=processor.tokenizer.pad_token_id,
-                use_cache=True,
-                # Greedy, whatever the model's generation config says (Qwen-VL's samples, with a repetition penalty).
-                do_sample=False,
-                num_beams=1,
-                temperature=1.0,
-                top_k=50,
-                top_p=1.0,
-                repetition_penalty=1.0,
-            )
-            new_ids = output[:, inputs["input_ids"].shape[1] :].tolist()
-            answers |= zip(batch, [_decode(ids, processor, stop_ids) for ids in new_ids], strict=True)
-            bar.update(len(batch))
-    if world_size > 1:
-        shares: list[dict[int, str]] = [{}] * world_size
-        torch.distributed.all_gather_object(shares, answers)
-        answers = {i: answer for part in shares for i, answer in part.items()}
-    return [answers[i] for i in range(len(rows))]
-
-
-class _Prompter:
-    """Questions in, left-padded model inputs out."""
-
-    def __init__(self, processor: Any, chat_template_kwargs: Mapping[str, Any], stop_token: str | None) -> None:
-        if stop_token not in ("auto", None, *processor.tokenizer.get_vocab()):
-            raise ValueError(f"stop_token={stop_token!r} is not a token of {type(processor.tokenizer).__name__}")
-        self.processor = processor
-        self.chat_template_kwargs = chat_template_kwargs
-        self.stop_to_insert = processor.tokenizer.eos_token if stop_token == "auto" else stop_token
-        added = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.content.strip()]
-        self.added_tokens = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
-
-    def stop_ids(self, generation_config: Any) -> list[int]:
-        """The stop token behind a trained answer, the one to insert (EOS), and those of the generation config."""
-        talk = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
-        tokens = {self._locate(talk).turns[0].stop, self.stop_to_insert} - {None}
-        configured = generation_config.eos_token_id
-        ids = {*configured} if isinstance(configured, list) else {configured} - {None}
-        return sorted(ids | {self.processor.tokenizer.convert_tokens_to_ids(token) for token in tokens})
-
-    def inputs(self, rows: Rows, numbers: Sequence[int]) -> Any:
-        """A `BatchFeature` with `input_ids` [B, T] and what else the processor makes."""
-        texts, images = [], []
-        for number in numbers:
-            try:
-                question = question_of(rows[number])
-                images.append([to_rgb(image) for image in question.images])
-                texts.append(self.prompt(question.messages))
-            except ValueError as error:
-                raise ValueError(f"row {number}: {error}") from error
-        return self.processor(
-            text=texts,
-            images=images if any(images) else None,
-            add_special_tokens=not texts[0].startswith(self.processor.tokenizer.bos_token or "\0"),
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-
-    def prompt(self, messages: list[Message]) -> str:
-        """The text that the model continues. Earlier answers end as they are trained to: with a stop token."""
-        history = self._locate(messages).text
-        return history + self._render(messages, True)[len(self._render(messages, False)) :]
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        text: str = self.processor.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **self.chat_template_kwargs,
-        )
-        return text
-
-    def _locate(self, messages: list[Message]) -> Rendered:
-        return locate(
-            messages,
-            self._render,
-            added_tokens=self.added_tokens,
-            stop_to_insert=self.stop_to_insert,
-            trained=(),
-        )
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for a while; each module gets back its own mode, so a frozen part in eval mode stays there."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-
-
-def _decode(ids: list[int], processor: Any, stop_ids: Sequence[int]) -> str:
-    end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
-    text: str = processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
-    return text.strip()
+from vlm_sft.samples import Sample, write_samples_html
+from vlm_sft.trackers import log_samples
 
 
 class GenerationEvaluation(TrainerCallback):
@@ -202,9 +25,12 @@ class GenerationEvaluation(TrainerCallback):
     The numbers join the evaluation's own, so each may be the `metric_for_best_model` (with `greater_is_better` set to
     match). An `EarlyStoppingCallback` that waits for one must be added after this callback. The cost is bounded: at
     most `num_rows` rows, spread evenly over all, and `max_new_tokens` each; `eval_generation_s` logs the seconds it
-    took. Every answer is appended to `samples_file` (default: `samples.jsonl` in the output folder).
+    took. Every answer is appended to `samples_file` (default: `samples.jsonl` in the output folder); `samples.html`
+    beside it shows the newest answers next to the oldest, those before training with `eval_on_start=True`. The
+    trackers that the run reports to get some of the pictures (`vlm_sft.trackers`).
 
-    - `metrics`: name -> function of (predictions, references), those of `vlm_sft.metrics` or your own.
+    - `metrics`: name -> function of (predictions, references), those of `vlm_sft.metrics` or your own. The first one
+      scores the rows of the page, where 1 is right.
     - `references`: the right answers, one entry per row (several for `vqa_accuracy`); default: each row's last answer.
 
     Raises `ValueError` at construction naming all rows that have no reference.
@@ -224,8 +50,8 @@ class GenerationEvaluation(TrainerCallback):
         stop_token: str | None = "auto",
         samples_file: str | Path | None = None,
     ) -> None:
-        if len(rows) == 0 or num_rows < 1:
-            raise ValueError(f"{len(rows)} rows, num_rows={num_rows}; both must be at least 1")
+        if len(rows) == 0 or num_rows < 1 or not metrics:
+            raise ValueError(f"{len(rows)} rows, num_rows={num_rows}, {len(metrics)} metrics; each must be at least 1")
         if references is not None and len(references) != len(rows):
             raise ValueError(f"{len(references)} references for {len(rows)} rows; give one entry per row")
         count = min(num_rows, len(rows))
@@ -282,9 +108,13 @@ class GenerationEvaluation(TrainerCallback):
             metrics.update(scores)
         self.trainer.log(scores)
         if state.is_world_process_zero:
-            self._append_samples(state.global_step, predictions)
+            self._append(state.global_step, predictions)
+            samples, steps = self._samples(predictions)
+            page = self.samples_file.with_suffix(".html")
+            write_samples_html(samples, page, title=f"Answers of {page.parent.name}", subtitle=steps)
+            log_samples(self.trainer, samples)
 
-    def _append_samples(self, step: int, predictions: Sequence[str]) -> None:
+    def _append(self, step: int, predictions: Sequence[str]) -> None:
         self.samples_file.parent.mkdir(parents=True, exist_ok=True)
         with self.samples_file.open("a", encoding="utf-8") as file:
             for number, prediction, reference in zip(self.numbers, predictions, self.references, strict=True):
@@ -296,3 +126,29 @@ class GenerationEvaluation(TrainerCallback):
                     "scores": {name: metric([prediction], [reference]) for name, metric in self.metrics.items()},
                 }
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+    def _samples(self, predictions: Sequence[str]) -> tuple[list[Sample], str]:
+        """The answers beside the oldest to all of the same rows, maybe of an earlier run; and their steps."""
+        steps: dict[int, dict[int, str]] = {}
+        for line in self.samples_file.read_text(encoding="utf-8").splitlines():
+            sample = json.loads(line)
+            steps.setdefault(sample["step"], {})[sample["row"]] = sample["prediction"]
+        last = self.trainer.state.global_step
+        first = min((step for step in steps if step < last and steps[step].keys() >= {*self.numbers}), default=None)
+        metric = next(iter(self.metrics.values()))
+        samples = []
+        for number, after, reference in zip(self.numbers, predictions, self.references, strict=True):
+            question = question_of(self.rows[number])
+            before = None if first is None else steps[first][number]
+            samples.append(
+                Sample(
+                    images=question.images,
+                    question=text_of(question.messages[-1]),
+                    reference=reference if isinstance(reference, str) else " | ".join(reference),
+                    before=before,
+                    after=after,
+                    score_before=None if before is None else row_score(metric, before, reference),
+                    score=row_score(metric, after, reference),
+                )
+            )
+        return samples, f"step {last}" if first is None else f"before: step {first}, after: step {last}"

@@ -100,6 +100,12 @@ def table_structure_match(predictions: Sequence[str], references: Sequence[Refer
     )
 
 
+def row_score(metric: Metric, prediction: str, reference: Reference) -> float:
+    """The metric of one row, where 1 is right; of an error rate, what is left of 1, at least 0."""
+    value = metric([prediction], [reference])
+    return max(0.0, 1 - value) if metric in (cer, wer) else value
+
+
 _NOTHING: Any = object()
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?```", re.DOTALL)
 # Line two of a Markdown table, such as | --- | :-: |
