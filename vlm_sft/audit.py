@@ -25,6 +25,7 @@ import torch
 from accelerate import PartialState
 from PIL.Image import Image
 from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vlm_sft import labels, messages, ranks
 from vlm_sft.labels import IGNORE_INDEX
@@ -222,6 +223,9 @@ def _check_model(collator: Any, rows: Sequence[Any], model: Any, said: dict[str,
     row = min([row for row in rows if row.image.any()] or rows, key=len)
     talk, images = row.source.conversation
     batch = collator([{"messages": talk, "images": images, "row": row.source.number}])
+    if is_deepspeed_zero3_enabled():
+        said["model"] = "not run: it is held in shares (DeepSpeed ZeRO-3)"
+        return
     inputs = {key: value.to(model.device) for key, value in batch.items() if key != "rows"}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
