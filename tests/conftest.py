@@ -147,12 +147,14 @@ def tiny_processor(tiny_dir: Callable[[str], Path]) -> Callable[..., Any]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Prints how many random conversations each property was shown on."""
-    counts = {
-        report.nodeid: dict(report.user_properties)["conversations"]
-        for report in terminalreporter.getreports("passed")
-        if "conversations" in dict(report.user_properties)
-    }
+    """Prints what tests have to show (`record_property("shown", text)`), and how many random conversations each
+    property was tried on."""
+    passed = [(report.nodeid, dict(report.user_properties)) for report in terminalreporter.getreports("passed")]
+    for test, properties in passed:
+        if "shown" in properties:
+            terminalreporter.section(test)
+            terminalreporter.line(properties["shown"])
+    counts = {test: properties["conversations"] for test, properties in passed if "conversations" in properties}
     if counts:
         terminalreporter.section("random conversations")
         for test, count in sorted(counts.items()):

@@ -552,7 +552,9 @@ def test_a_bad_row_ends_as_it_should(case: Case, tmp_path: Path, collator: ChatC
     assert len({other.name for other in CASES}) == len(CASES) >= 40
 
 
-def test_the_matrix_is_printed(tmp_path: Path, collator: ChatCollator, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_matrix_is_printed(
+    tmp_path: Path, collator: ChatCollator, record_property: Callable[[str, object], None]
+) -> None:
     lines = []
     for n, case in enumerate(CASES):
         ends, said = ENDED.get(case.name) or ending(case, tmp_path / str(n), collator)
@@ -564,8 +566,7 @@ def test_the_matrix_is_printed(tmp_path: Path, collator: ChatCollator, capsys: p
     counts = ", ".join(
         f"{sum(case.ends == way for case in CASES)} {way}" for way in ("repaired", "named error", "set aside")
     )
-    with capsys.disabled():
-        print(f"\n\nBad rows: {len(CASES)} cases, {counts}", *lines, sep="\n")
+    record_property("shown", "\n".join([f"Bad rows: {len(CASES)} cases, {counts}", *lines]))
 
 
 def test_a_worker_says_which_row_it_was(tmp_path: Path, collator: ChatCollator) -> None:
@@ -609,7 +610,7 @@ def mutated(value: Any, draw: random.Random) -> Any:
 
 
 def test_fuzzed_rows_are_read_or_named(
-    tmp_path: Path, collator: ChatCollator, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, collator: ChatCollator, record_property: Callable[[str, object], None]
 ) -> None:
     """`FUZZ_ROWS=10000 FUZZ_SEED=7 pytest tests/test_bad_rows.py -k fuzzed` looks further."""
     count, seed = int(os.environ.get("FUZZ_ROWS", 400)), int(os.environ.get("FUZZ_SEED", 0))
@@ -637,8 +638,9 @@ def test_fuzzed_rows_are_read_or_named(
         learned = "".join(encoded_row.text[turn.start : turn.end] for turn in encoded_row.trained)
         assert learned == "".join((f" {text_of(m)}" if m["content"] else "") + "</s>" for m in answers)
         ends["read"] += 1
-    with capsys.disabled():
-        print(f"\n\nFuzzed conversations, seed {seed}: {count:,}, of which {ends['read']:,} are read, all others named")
+    record_property(
+        "shown", f"Fuzzed conversations, seed {seed}: {count:,}, of which {ends['read']:,} are read, all others named"
+    )
     assert min(ends["read"], ends["named errors"]) > count / 10
 
 
