@@ -132,7 +132,7 @@ def test_adapters_and_a_full_projector_on_a_quantized_base(
 
 def test_dora_on_8_bit_layers_fails_on_a_cpu(tiny_model: Callable[..., Any], batch: Callable[[str], Any]) -> None:
     model = tiny_model("llava15", quantization_config=int8_config("llava"))
-    with pytest.raises(ValueError, match=r"no DoRA for Linear8bitLt on cpu .* nf4_config"):
+    with pytest.raises(ValueError, match=r"no working DoRA for Linear8bitLt on cpu .* nf4_config"):
         lora_config(model, use_dora=True)
     config = lora_config(model)
     config.use_dora = True
@@ -210,7 +210,7 @@ def test_dora_on_a_layer_type_that_peft_cannot(tiny_model: Callable[..., Any]) -
     model = tiny_model("llava15")
     model.model.language_model.layers[0].mlp.up_proj = AwqLinear()
     with pytest.raises(
-        ValueError, match=r"no DoRA for AwqLinear on cpu \(model\.language_model\.layers\.0\.mlp\.up_proj\)"
+        ValueError, match=r"no working DoRA for AwqLinear on cpu \(model\.language_model\.layers\.0\.mlp\.up_proj\)"
     ):
         lora_config(model, use_dora=True)
     lora_config(model)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from runs import Collate, rows
 
 from vlm_sft import tiny
 from vlm_sft.adapters import lora_config
@@ -127,6 +128,21 @@ def test_a_precision_that_cannot_train(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_precision(model, fp16=fp16)
+
+
+def test_a_smolvlm_with_embeddings_in_another_dtype_than_its_tower(
+    tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]
+) -> None:
+    model = tiny_model("smolvlm", dtype=torch.bfloat16)
+    freeze(model, train=("language",))
+    upcast_trainable(model)
+    with pytest.raises(ValueError, match=r"tower is in torch.bfloat16 and the embeddings in torch.float32.*load_model"):
+        check_precision(model, fp16=False)
+    batch = Collate(tiny_processor("smolvlm"))(list(rows(1).remove_columns("row")))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="masked_scatter"):
+        model(**batch)  # once it passes, the refusal above can go
+    model.to(torch.float32)
+    check_precision(model, fp16=False)
 
 
 def test_adapters_in_bfloat16_are_fine_unless_a_scaler_has_to_unscale_them(tiny_model: Callable[..., Any]) -> None:

@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import torch
@@ -69,7 +70,7 @@ def lora_config(
     A config or a `model_type` serves too: its modules are read, without weights.
 
     Raises ValueError for a setting out of range, an unknown part, a name that matches nothing, a layer type without
-    DoRA, and a projector trained in full although it is quantized.
+    DoRA (with PEFT 0.21.2 also 8-bit layers on a CPU), and a projector trained in full although it is quantized.
     """
     _refuse_bad_settings(parts, projector, target_modules, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
     model = _model(model_or_type)
@@ -85,8 +86,8 @@ def lora_config(
     if use_dora and (unfit := [path for path in targets if _lacks_dora(modules[path])]):
         kinds = sorted({f"{type(modules[path]).__name__} on {model.device.type}" for path in unfit})
         raise ValueError(
-            f"use_dora=True, but PEFT has no DoRA for {', '.join(kinds)} ({_listed(unfit)}); set use_dora=False, or "
-            "load the base in 16 bit or with nf4_config."
+            f"use_dora=True, but PEFT {version('peft')} has no working DoRA for {', '.join(kinds)} ({_listed(unfit)}); "
+            "set use_dora=False, or load the base in 16 bit or with nf4_config."
         )
     whole = _whole_projector(modules, places) if projector == "full" else []
     packed = [path for path in linears["projector"] if type(modules[path]).__name__ in ("Linear4bit", "Linear8bitLt")]
@@ -302,7 +303,8 @@ def _pattern(targets: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
 
 def _lacks_dora(module: Any) -> bool:
     if type(module).__name__ == "Linear8bitLt":
-        # PEFT 0.21 dequantizes on a CPU in a way that loses the scales, and the second forward fails.
+        # PEFT 0.21.2 (utils/integrations.py, dequantize_module_weight) puts a weight that lies on a CPU back there as a
+        # copy without the scales, which bitsandbytes 0.50.2 has moved to the layer: the second forward fails.
         return bool(module.weight.device.type == "cpu")
     return not isinstance(module, nn.Linear) and type(module).__name__ != "HQQLinear"
 

@@ -90,7 +90,8 @@ def check_precision(model: nn.Module, *, fp16: bool) -> None:
     """Refuses trainable parameters that the precision of this run cannot train.
 
     Raises ValueError for float16 ones, and with `fp16=True` for any but float32: the gradient scaler unscales no
-    others. Warns of bfloat16 ones outside adapters, which lose small updates.
+    others. And for a SmolVLM whose embeddings are in another dtype than its tower. Warns of bfloat16 ones outside
+    adapters, which lose small updates.
     """
     names: dict[str, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -102,6 +103,14 @@ def check_precision(model: nn.Module, *, fp16: bool) -> None:
         raise ValueError(
             f"fp16={fp16} and trainable parameters that it cannot train: {listed}. Call "
             "upcast_trainable(trainer.model) before train(), or train in bf16."
+        )
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # It casts the features of an image to the dtype of its first parameter, and merges them with the embeddings
+    # (transformers 5.23, modeling_smolvlm.py).
+    if base.config.model_type == "smolvlm" and base.dtype != (held := base.get_input_embeddings().weight.dtype):
+        raise ValueError(
+            f"The tower is in {base.dtype} and the embeddings in {held}, which SmolVLM cannot merge; load it with "
+            'load_model(dtype="float32"): bf16=True or fp16=True still computes in 16 bit.'
         )
     if lossy := [name for name in names["bfloat16"] if ".lora_" not in name]:
         warnings.warn(
