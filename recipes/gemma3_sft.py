@@ -31,6 +31,8 @@ class RecipeArguments:
     dataset_name: str = field(
         default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id, folder or file."}
     )
+    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
+    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
     on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
     load_in_4bit: bool = field(default=True, metadata={"help": "NF4 base; --no_load_in_4bit keeps 16 bit."})
@@ -78,7 +80,8 @@ def to_conversation(row: Mapping[str, Any]) -> dict[str, Any]:
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     source = {"revision": args.model_revision}
     processor = vlm_sft.load_processor(args.model_name_or_path, **source)
-    data = vlm_sft.load_conversations(args.dataset_name, to_conversation=to_conversation, seed=training_args.seed)
+    reading = {"columns": args.columns, "image_folder": args.image_folder, "seed": training_args.seed}
+    data = vlm_sft.load_conversations(args.dataset_name, to_conversation=to_conversation, **reading)
     data["test"] = data["test"].select(range(min(args.num_eval_rows, len(data["test"]))))
 
     config = AutoConfig.from_pretrained(args.model_name_or_path, **source)

@@ -37,6 +37,8 @@ class RecipeArguments:
     dataset_name: str = field(
         default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id, folder or file."}
     )
+    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
+    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
     on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
     mm_projector_lr: float = field(default=2e-5, metadata={"help": "Learning rate of the projector."})
@@ -78,7 +80,8 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     if args.vision_tower:
         check_tower(AutoConfig.from_pretrained(args.model_name_or_path, **source), args.vision_tower)
     processor = vlm_sft.load_processor(args.model_name_or_path, **source)
-    data = vlm_sft.load_conversations(args.dataset_name, to_conversation=to_conversation, seed=training_args.seed)
+    reading = {"columns": args.columns, "image_folder": args.image_folder, "seed": training_args.seed}
+    data = vlm_sft.load_conversations(args.dataset_name, to_conversation=to_conversation, **reading)
     data["test"] = data["test"].select(range(min(args.num_eval_rows, len(data["test"]))))
 
     trained = ("projector", "language", "head")

@@ -36,6 +36,7 @@ class RecipeArguments:
     dataset_name: str = field(
         default="LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", metadata={"help": "File, folder or Hub id."}
     )
+    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
     on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     image_folder: str | None = field(
         default=None, metadata={"help": "What file names in rows are relative to; where the data lies unless given."}
@@ -81,12 +82,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     model, processor = assemble_llava(args.vision_tower, args.model_name_or_path, language_revision=args.model_revision)
     keep_frozen_out_of_autograd(model)
     vlm_sft.freeze(model, train=("projector",))
+    reading = {"columns": args.columns, "image_folder": args.image_folder, "seed": training_args.seed}
     data = vlm_sft.load_conversations(
-        args.dataset_name,
-        to_conversation=to_conversation,
-        image_folder=args.image_folder,
-        eval_fraction=0.001,
-        seed=training_args.seed,
+        args.dataset_name, to_conversation=to_conversation, eval_fraction=0.001, **reading
     )
     data["test"] = data["test"].select(range(min(args.num_eval_rows, len(data["test"]))))
     collator = vlm_sft.ChatCollator(

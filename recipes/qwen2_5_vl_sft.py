@@ -28,6 +28,8 @@ class RecipeArguments:
     model_name_or_path: str = field(default="Qwen/Qwen2.5-VL-7B-Instruct", metadata={"help": "Hub id or folder."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     dataset_name: str = field(default="HuggingFaceM4/ChartQA", metadata={"help": "Hub id, folder or file."})
+    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
+    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
     on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
     max_pixels: int = field(
@@ -83,7 +85,8 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     source = {"revision": args.model_revision}
     processor = vlm_sft.load_processor(args.model_name_or_path, **source)
     processor.image_processor.size["longest_edge"] = args.max_pixels  # its name for pixels, saved with the model
-    data = vlm_sft.load_conversations(args.dataset_name, to_conversation=to_conversation, seed=training_args.seed)
+    reading = {"columns": args.columns, "image_folder": args.image_folder, "seed": training_args.seed}
+    data = vlm_sft.load_conversations(args.dataset_name, to_conversation=to_conversation, **reading)
     data["test"] = data["test"].select(range(min(args.num_eval_rows, len(data["test"]))))
 
     config = AutoConfig.from_pretrained(args.model_name_or_path, **source)

@@ -30,6 +30,8 @@ class RecipeArguments:
     )
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     dataset_name: str = field(default="flaviagiammarino/vqa-rad", metadata={"help": "Hub id, folder or file."})
+    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
+    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
     on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     num_eval_rows: int = field(default=200, metadata={"help": "Held-out rows for eval_loss."})
     max_tiles_per_side: int = field(
@@ -86,7 +88,8 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     processor = vlm_sft.load_processor(args.model_name_or_path, **source)
     tiles = processor.image_processor  # its sizes are saved with it, so inference does the same
     tiles.size["longest_edge"] = args.max_tiles_per_side * tiles.max_image_size["longest_edge"]
-    data = vlm_sft.load_conversations(args.dataset_name, to_conversation=to_conversation, seed=training_args.seed)
+    reading = {"columns": args.columns, "image_folder": args.image_folder, "seed": training_args.seed}
+    data = vlm_sft.load_conversations(args.dataset_name, to_conversation=to_conversation, **reading)
     data["test"] = data["test"].select(range(min(args.num_eval_rows, len(data["test"]))))
 
     config = AutoConfig.from_pretrained(args.model_name_or_path, **source)

@@ -216,6 +216,13 @@ def test_alpaca_columns(folder: Path, suffix: str, streaming: bool) -> None:
     ]
 
 
+def test_columns_as_flags_say_them_come_before_to_conversation(folder: Path) -> None:
+    path = write(folder / "a.jsonl", [{"ask": "Add", "what": "1, 2", "say": "3"}])
+    flags = ["prompt=ask", "prompt=what", "response=say"]
+    row = load_conversations(path, columns=flags, to_conversation=lambda row: {"messages": row["messages"]})["train"][0]
+    assert words(row) == [("user", "Add\n1, 2", 0), ("assistant", "3", 0)]
+
+
 def test_own_column_names_and_history(folder: Path) -> None:
     path = write(
         folder / "a.jsonl",
@@ -365,6 +372,7 @@ def test_text_is_converted_once_and_again_when_the_file_changes(folder: Path, mo
         ({"q": "a", "a": "b"}, {"prompt": "q", "response": "x"}, r"no column 'x' for 'response'.*found: q, a"),
         ({"text": "a"}, {"message": "text"}, r"'message' is no field \(did you mean 'messages'\?\)"),
         ({"q": "a", "a": "b"}, {"prompt": "q"}, "'prompt' and 'response' go together"),
+        ({"q": "a", "a": "b"}, ["prompt=q", "a"], "'a' names no column; expected FIELD=COLUMN"),
         ({"messages": [{"role": "user"}]}, None, r"none of the first 1 rows.*row 0.*messages\[0\] has a content that"),
         ({"messages": [], "images": 5}, None, r"row 0: images\[0\] is a int; expected a file name"),
         ({"messages": 5}, None, "`messages` is a int"),
@@ -372,7 +380,7 @@ def test_text_is_converted_once_and_again_when_the_file_changes(folder: Path, mo
         (5, None, "no row is an object with columns"),
     ],
 )
-def test_wrong_columns_are_named(folder: Path, row: Any, columns: dict[str, str] | None, message: str) -> None:
+def test_wrong_columns_are_named(folder: Path, row: Any, columns: Any, message: str) -> None:
     path = write(folder / "a.jsonl", [row])
     with pytest.raises(ValueError, match=message) as raised:
         load_conversations(path, columns=columns)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
+from PIL import Image
 from recipe_data import DATASETS, llava_parts
 from recipe_runs import ROOT, Run, recipe, run
 from transformers import AutoModelForImageTextToText, set_seed
@@ -293,6 +294,17 @@ def test_bad_data(
     with pytest.raises(ValueError, match=told):
         run("llava15_sft", [*flags_of("llava15_sft"), *source, "--output_dir", tmp_path / "output"])
     assert not (tmp_path / "output").exists()
+
+
+def test_columns_by_flag(flags_of: Callable[[str], list[object]], tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "pictures" / "red.png")
+    rows = [{"ask": f"<image>\nNumber {n}: which colour?", "say": f"Red {n}.", "bild": "red.png"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source = ["--dataset_name", tmp_path / "rows.jsonl", "--image_folder", tmp_path / "pictures"]
+    columns = ["--columns", "prompt=ask", "response=say", "images=bild"]
+    length = ["--max_steps", 1, "--output_dir", tmp_path / "output"]
+    assert run("llava15_sft", [*flags_of("llava15_sft"), *source, *columns, *length]).steps == 1
 
 
 @pytest.mark.parametrize(

@@ -295,13 +295,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlm_sft.audit", description="Shows what would be trained.")
     parser.add_argument("--model", required=True, help="Hub id or folder; only its processor is loaded")
     parser.add_argument("--dataset", required=True, help="Hub id, file or folder")
+    parser.add_argument("--columns", nargs="*", metavar="FIELD=COLUMN", help="as in prompt=question")
     parser.add_argument("--image_folder", help="what file names in rows are relative to")
     parser.add_argument("--train_on", default="assistant", choices=["assistant", "last_assistant", "all"])
     parser.add_argument("--num_rows", type=int, default=64, help="how many rows, evenly spread")
     parser.add_argument("--html", metavar="FILE", help="write a page with each row's pictures and tokens")
     options = parser.parse_args(arguments)
     try:
-        rows = load_conversations(options.dataset, eval_fraction=0, image_folder=options.image_folder)["train"]
+        where = {"columns": options.columns, "image_folder": options.image_folder}
+        rows = load_conversations(options.dataset, eval_fraction=0, **where)["train"]
         collator = ChatCollator(load_processor(options.model), train_on=options.train_on)
         report = audit(collator, rows, num_rows=options.num_rows)
     except ValueError as error:

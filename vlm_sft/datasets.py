@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -21,12 +21,10 @@ from datasets import Dataset, DatasetDict, DatasetInfo, Features, IterableDatase
 from huggingface_hub import constants
 
 from vlm_sft import formats, rows
-from vlm_sft.formats import Layout, closest, layout_of, read_rows, to_pictures
+from vlm_sft.formats import Columns, Layout, closest, layout_of, read_rows, to_pictures
 from vlm_sft.messages import normalise
 from vlm_sft.rows import FEATURES, IMAGES, Change, ImageFolder, RowReader, convert, store, store_image
 from vlm_sft.sources import Source, hub_sources, local_sources
-
-Columns = Mapping[str, str | Sequence[str]]
 
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 CONVERSATION: Layout = {"messages": ("messages",), "images": ("images",)}
@@ -57,10 +55,10 @@ def load_conversations(
     Reads a Hub dataset; a folder written by `save_to_disk`; a Parquet, Arrow, JSON, JSON-lines, CSV or TSV file, or a
     folder of them, split by their names; a folder of pictures with a `metadata.jsonl`. Conversations may be `messages`,
     LLaVA's and ShareGPT's `conversations`, or prompt and response; `columns` says so where yours have other names:
-    `{"prompt": "frage", "response": "antwort", "images": "bild"}`.
+    `{"prompt": "frage", "response": "antwort", "images": "bild"}`, or `["prompt=frage", ...]` as flags write it.
 
-    - `to_conversation`: a function of your own from a stored row to a dict of `messages` and `images`, instead of
-      `columns`; pictures pass through it as they are stored.
+    - `to_conversation`: a function of your own from a stored row to a dict of `messages` and `images`, where
+      no `columns` are given; pictures pass through it as they are stored.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
       none, `eval_fraction` of the rows does, drawn with `seed` (when streaming, every n-th row); 0 makes none.
     - `max_rows`: only the first rows of each split.
@@ -72,8 +70,8 @@ def load_conversations(
     Raises `ValueError` for a path that does not exist, a column that is not there, a split without rows, and where none
     of the first rows can be read. One bad row among good ones raises when it is read; `scan` finds them all.
     """
-    if columns is not None and to_conversation is not None:
-        raise ValueError("columns= and to_conversation= both say how to read a row; give one of them")
+    if columns:
+        to_conversation = None
     path = Path(name_or_path).expanduser()
     root = path if path.is_dir() else path.parent if path.exists() else Path(constants.HF_HUB_CACHE)
     with _named_faults(name_or_path if path.exists() else f"{name_or_path} (no such path, so taken for a Hub id)"):

@@ -31,13 +31,18 @@ _IMAGES = ("images", "image", "file_names", "file_name")
 _BETWEEN = re.compile(r"[\s,]*")
 
 
-def layout_of(found: Sequence[str], columns: Mapping[str, str | Sequence[str]] | None = None) -> Layout:
+Columns = Mapping[str, str | Sequence[str]] | Sequence[str]
+
+
+def layout_of(found: Sequence[str], columns: Columns | None = None) -> Layout:
     """Where the parts of a conversation are among the columns found: as `columns` says, else as the common formats do.
 
-    `columns` maps `FIELDS` to column names, as in `{"prompt": ["instruction", "input"], "response": "output"}`.
+    `columns` maps `FIELDS` to column names, as in `{"prompt": ["instruction", "input"], "response": "output"}`, or as a
+    command's flags do: `["prompt=instruction", "prompt=input", "response=output"]`.
     Raises `ValueError` with the columns found, the closest match and the remedy.
     """
-    layout = {field: (name,) if isinstance(name, str) else tuple(name) for field, name in (columns or {}).items()}
+    columns = columns if isinstance(columns, Mapping) else _named(columns or ())
+    layout = {field: (name,) if isinstance(name, str) else tuple(name) for field, name in columns.items()}
     faults = [
         f"{field!r} is no field{closest(field, FIELDS)}; fields are {', '.join(FIELDS)}"
         for field in layout.keys() - set(FIELDS)
@@ -49,7 +54,7 @@ def layout_of(found: Sequence[str], columns: Mapping[str, str | Sequence[str]] |
         if name not in found
     ]
     if faults:
-        raise ValueError(f"columns={dict(columns or {})}: {'; '.join(faults)}. Columns found: {', '.join(found)}")
+        raise ValueError(f"columns={dict(columns)}: {'; '.join(faults)}. Columns found: {', '.join(found)}")
     if not {"messages", "prompt", "response"} & layout.keys():
         known = next((k for k in _KNOWN if {name for names in k.values() for name in names} <= set(found)), None)
         if known is None:
@@ -61,10 +66,20 @@ def layout_of(found: Sequence[str], columns: Mapping[str, str | Sequence[str]] |
         layout |= known
         layout |= {field: (field,) for field in ("system", "history") if "prompt" in known and field in found}
     elif "messages" not in layout and not {"prompt", "response"} <= layout.keys():
-        raise ValueError(f"columns={dict(columns or {})}: 'prompt' and 'response' go together; name both")
+        raise ValueError(f"columns={dict(columns)}: 'prompt' and 'response' go together; name both")
     if "images" not in layout and (images := next((name for name in _IMAGES if name in found), None)):
         layout["images"] = (images,)
     return layout
+
+
+def _named(pairs: Sequence[str]) -> dict[str, list[str]]:
+    named: dict[str, list[str]] = {}
+    for pair in pairs:
+        field, _, name = pair.partition("=")
+        if not name:
+            raise ValueError(f"columns: {pair!r} names no column; expected FIELD=COLUMN, as in prompt=question")
+        named.setdefault(field, []).append(name)
+    return named
 
 
 def to_messages(row: Mapping[str, Any], layout: Layout) -> Any:

@@ -98,8 +98,11 @@ def with_lengths(data: Data, collator: Any, *, num_proc: int | None = None) -> D
     if isinstance(data, DatasetDict):
         return DatasetDict({name: with_lengths(rows, collator, num_proc=num_proc) for name, rows in data.items()})
     lengths: Lengths = on_main(lambda: measure_lengths(data, collator, num_proc=num_proc))
-    rows = data.remove_columns(["length"] if "length" in data.column_names else [])
-    return rows.add_column("length", lengths.tokens.tolist())
+    # As stored: `add_column` writes rows that were selected anew, and with a transform it would write what that makes.
+    stored, how = data.with_format(None), data.format
+    rows = stored.remove_columns(["length"] if "length" in data.column_names else [])
+    rows = rows.add_column("length", lengths.tokens.tolist())
+    return rows.with_format(how["type"], **how["format_kwargs"])
 
 
 class _Frame(NamedTuple):

@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlm_sft.scan", description=__doc__)
     parser.add_argument("--dataset", required=True, help="Hub id, file or folder")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--columns", nargs="*", default=[], metavar="FIELD=COLUMN", help="as in prompt=question")
+    parser.add_argument("--columns", nargs="*", metavar="FIELD=COLUMN", help="as in prompt=question")
     parser.add_argument("--image_folder", help="what file names in rows are relative to")
     parser.add_argument("--allow_outside", action="store_true", help="let file names lead out of the image folder")
     parser.add_argument("--max_rows", type=int, help="scan the first rows only")
@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.dataset,
             split=options.split,
             eval_fraction=0,
-            columns=dict(pair.split("=", 1) for pair in options.columns) or None,
+            columns=options.columns,
             image_folder=options.image_folder,
             allow_outside=options.allow_outside,
             max_rows=options.max_rows,
