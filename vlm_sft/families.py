@@ -97,8 +97,8 @@ def parts_of(
     if parts is None:
         raise ValueError(
             f"model_type {model_type!r} is not one of the known families ({', '.join(MODEL_PARTS)}); pass "
-            "model_parts=ModelParts(vision=..., projector=..., language=..., head=...) with the full paths "
-            "that model.named_modules() shows."
+            "model_parts=ModelParts(vision=..., projector=..., language=..., head=...), each a tuple of full paths. "
+            f"{_outline(subject)}"
         )
     if hasattr(subject, "named_modules"):
         names = {_unwrapped(name) for name, _ in (*subject.named_modules(), *subject.named_parameters())}
@@ -127,6 +127,15 @@ def part_of(name: str, parts: ModelParts) -> Part:
     if not found:
         raise ValueError(f"{name!r} lies in none of {parts}; add its path to the part it belongs to.")
     return max(found)[1]
+
+
+def _outline(model: Any) -> str:
+    """Where to look for the paths: the upper modules of a model, if it is one."""
+    if not hasattr(model, "named_modules"):
+        return "They are those that model.named_modules() shows."
+    names = [_unwrapped(name).split(".") for name, _ in model.named_parameters(remove_duplicate=False)]
+    upper = dict.fromkeys(".".join(name[:2] if name[0] == "model" else name[:1]) for name in names)
+    return f"Its parameters lie in {', '.join(upper)}."
 
 
 def _unwrapped(name: str) -> str:

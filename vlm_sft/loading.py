@@ -94,7 +94,7 @@ def load_model(
     - Only safetensors are read. A weight that is missing, left over or of another shape is an error, unless its name
       matches one of the patterns `ignore_keys`.
 
-    A frozen tower stays out of autograd (`keep_frozen_out_of_autograd`).
+    A frozen tower stays out of autograd (`keep_frozen_out_of_autograd`), in a known family or with `model_parts`.
 
     Raises ValueError for a path that does not exist, a text-only model, an adapter whose base is missing or another
     one, weights that do not fit, and an attention that the model cannot run.
