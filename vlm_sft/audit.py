@@ -25,7 +25,7 @@ import torch
 from accelerate import PartialState
 from PIL.Image import Image
 from torch import Tensor
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from vlm_sft import labels, messages, ranks
 from vlm_sft.labels import IGNORE_INDEX
@@ -223,7 +223,7 @@ def _check_model(collator: Any, rows: Sequence[Any], model: Any, said: dict[str,
     row = min([row for row in rows if row.image.any()] or rows, key=len)
     talk, images = row.source.conversation
     batch = collator([{"messages": talk, "images": images, "row": row.source.number}])
-    if is_deepspeed_zero3_enabled():
+    if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         said["model"] = "not run: it is held in shares (DeepSpeed ZeRO-3)"
         return
     inputs = {key: value.to(model.device) for key, value in batch.items() if key != "rows"}

@@ -35,6 +35,8 @@ class OrderByLength(TrainerCallback):
         loader = kwargs["train_dataloader"]
         self._sampler = _sampler_of(loader)
         if isinstance(self._sampler, LengthGroupedSampler):
+            # All rows of a step, or the order would be another one on another number of processes.
+            self._sampler.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             # As a column, each length would be read from the dataset, with its whole row, each time it is compared.
             lengths = loader.dataset.with_format(None)[args.length_column_name][:]
             self._sampler.lengths = lengths

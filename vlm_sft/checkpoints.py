@@ -131,6 +131,7 @@ class SafeCheckpoints(TrainerCallback):
         """All that must be equal between a checkpoint and the run that resumes it."""
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         own = {"rows_per_step": rows, "data": data_settings(dataset), "fingerprint": self.fingerprint, RATES: rates}
+        own["sharding"] = _sharding(args)
         return plain({**{name: getattr(args, name) for name in _SETTINGS}, **self._model_settings, **own})
 
     def check(self, folder: Path, settings: dict[str, Any], model: nn.Module) -> None:
@@ -214,6 +215,13 @@ def latest_checkpoint(trainer: Any) -> str | None:
 def _notes(args: TrainingArguments) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return plain({**{name: getattr(args, name) for name in _NOTES}, "versions": versions})
+
+
+def _sharding(args: TrainingArguments) -> str | None:
+    """Whose files a checkpoint holds: FSDP and DeepSpeed read no others, DeepSpeed none of another number."""
+    if (kind := PartialState().distributed_type) == DistributedType.DEEPSPEED:
+        return f"DeepSpeed on {args.world_size} processes"
+    return "FSDP" if kind == DistributedType.FSDP else None
 
 
 def _output_dir(args: TrainingArguments) -> Path:

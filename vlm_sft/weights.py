@@ -25,6 +25,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from vlm_sft.hardware import keep_packing
 from vlm_sft.provenance import read_training_base, training_base, weight_differences
+from vlm_sft.sharding import fit_to_shards
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -99,6 +100,7 @@ def read_model(
     # Where transformers kept the commit until it stopped to (5.23); never written to config.json.
     model.config._commit_hash = getattr(revision, "resolved", revision)
     keep_packing(model)
+    fit_to_shards(model)
     return model
 
 
