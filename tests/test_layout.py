@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Facts and pure functions. Every other module composes these, and no module of its own kind.
 FLOOR_0 = {
-    *("answers", "families", "formats", "hardware", "images", "labels", "manifests", "messages", "metrics"),
+    *("answers", "cards", "families", "formats", "hardware", "images", "labels", "manifests", "messages", "metrics"),
     *("picture_tokens", "plots", "provenance", "ranks", "rows", "samples", "sharding", "sources", "spans"),
-    *("trackers", "weights"),
+    *("trackers", "towers", "weights"),
 }
 MODULES = sorted(path.stem for path in (ROOT / "vlm_sft").glob("*.py") if path.stem != "__init__")
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))

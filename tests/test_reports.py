@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import runs
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig
 
-from vlm_sft.reports import write_run_json
+from vlm_sft import tiny
+from vlm_sft.audit import audit
+from vlm_sft.collators import ChatCollator
+from vlm_sft.loading import load_processor
+from vlm_sft.reports import write_reports, write_run_json
 
 
 def report(path: Path, **options) -> tuple[dict, str]:
@@ -94,3 +100,78 @@ def test_run_json_names_the_commit_of_the_script(tmp_path, tiny_model, monkeypat
     script.write_text("print()")
     (script.parent / "outputs").write_text("not of the repository")
     assert report(tmp_path, model=model)[0]["git"] == {"commit": commit, "changed_files": 1}
+
+
+def finished(folder: Path, base: Path, *, dataset_name: str, results: dict, **options) -> tuple[dict, ModelCard, str]:
+    """run.json, the card and its text of a short run in `folder`, whose weights lie there too."""
+    trainer = runs.trainer(base, folder, callbacks=[], **options)
+    trainer.train()
+    trainer.save_model()
+    checked = audit(ChatCollator(load_processor(base)), runs.rows(4), num_rows=2).facts()
+    settings = {"dataset_name": dataset_name, "model_name_or_path": str(base)}
+    data = {"train": runs.rows(8), "test": runs.rows(3)}
+    write_reports(trainer, settings=settings, datasets=data, results=results, audit=checked)
+    card = ModelCard.load(folder / "README.md")
+    return json.loads((folder / "run.json").read_text()), card, (folder / "README.md").read_text()
+
+
+def test_model_card_tells_data_method_and_results_and_its_lines_run(tiny_dir, tmp_path, monkeypatch):
+    lora = LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=8, use_dora=True)
+    results = {"eval_loss": 1.25, "eval_exact_match": 0.75, "eval_runtime": 3.5, "note": "text"}
+    token = "hf_" + "x" * 34
+    run, card, text = finished(
+        tmp_path / "digits_sft",
+        tiny_dir("llava15"),
+        dataset_name="HuggingFaceM4/ChartQA",
+        results=results,
+        peft_config=lora,
+        hub_token=token,
+    )
+    assert (tmp_path / "digits_sft" / "loss.png").is_file()
+    assert run["audit"]["answers"] == "2 end with '</s>'"
+    assert run["results"].keys() == results.keys() | {
+        "train_runtime",
+        "train_samples_per_second",
+        "train_steps_per_second",
+    }
+    assert (card.data.pipeline_tag, card.data.library_name) == ("image-text-to-text", "peft")
+    assert card.data.datasets == "HuggingFaceM4/ChartQA"
+    assert {"trl", "sft"} <= {*card.data.tags}
+    lines = text.splitlines()
+    for line in (
+        "| train | 8 |",
+        "| test | 3 |",
+        "| adapters | DoRA, r 4, alpha 8, dropout 0.0 |",
+        "| base | float32 |",
+        "| rows a step | 2 |",
+        "| steps | 4 (1 epochs) |",
+        "| eval_loss | 1.25 |",
+        "| eval_exact_match | 0.75 |",
+        "- TRL: 1.16.0",
+    ):
+        assert line in lines
+    trainable = run["model"]["trainable_parameters"]
+    assert f"| trained | {trainable:,} of {run['model']['parameters']:,} parameters |" in lines
+    for absent in (str(tmp_path), str(tiny_dir("llava15").parent), token, "None", "text-generation", "eval_runtime"):
+        assert absent not in text
+
+    monkeypatch.chdir(tmp_path)  # where the names of model and base are folders
+    Path(tiny_dir("llava15").name).symlink_to(tiny_dir("llava15"))
+    runs.rows(1)[0]["images"][0].save("photo.jpg")
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace("max_new_tokens=64", "max_new_tokens=4")
+    exec(code, there := {})
+    assert there["model"].peft_config["default"].use_dora
+
+
+def test_model_card_of_a_full_model_and_local_data(tmp_path):
+    base = tiny.save("llava15", tmp_path / "my_base")
+    _, card, text = finished(
+        tmp_path / "run", base, dataset_name=str(tmp_path / "secret" / "rows.jsonl"), results={"eval_loss": 1.0}
+    )
+    assert "Fine-tuned from `my_base` on `rows.jsonl` with" in text
+    assert "| adapters | none, the weights themselves |" in text
+    assert card.data.library_name == "transformers"
+    assert card.data.datasets is None
+    assert str(tmp_path) not in text
+    assert 'from_pretrained("run", dtype="auto")' in text

@@ -11,6 +11,7 @@ import numpy as np
 from accelerate import PartialState
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 _INK, _SOFT, _LINE = "#1f211f", "#6c6f6a", "#e5e3dc"
@@ -31,7 +32,8 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, tit
     train, evaluation, rate = (_series(log_history, key) for key in ("loss", "eval_loss", "learning_rate"))
     if not (len(train) or len(evaluation)):
         raise ValueError("log_history holds neither 'loss' nor 'eval_loss'; train or evaluate first")
-    figure = Figure(figsize=(9, 5.4), dpi=150, facecolor="white", layout="constrained")
+    layout: Any = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(9, 5.4), dpi=150, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [5, 1], "hspace": 0.06})
     broken = [step for series in (train, evaluation) for step, value in series if not math.isfinite(value)]

@@ -1,4 +1,4 @@
-"""What a finished run leaves beside its weights: the facts as JSON, and a model card that tells them.
+"""What a finished run leaves beside its weights: the loss as a picture, the facts as JSON, a model card.
 
 Every process may call these; the main one writes.
 """
@@ -23,19 +23,41 @@ import psutil
 import torch
 from accelerate import PartialState
 
+from vlm_sft.cards import write_model_card
 from vlm_sft.plots import plot_loss
 from vlm_sft.provenance import data_settings, model_settings, plain
 
 
 def write_reports(
-    trainer: Any, *, settings: Mapping[str, Any], datasets: Mapping[str, Any], results: Mapping[str, Any]
+    trainer: Any,
+    *,
+    settings: Mapping[str, Any],
+    datasets: Mapping[str, Any],
+    results: Mapping[str, Any],
+    audit: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `loss.png` and `run.json` into the output folder of a run that has come to its end: `plot_loss` of its
-    history, and `write_run_json` of the recipe's own `settings`, those of the Trainer, and the rest."""
+    """Writes `loss.png`, `run.json` and the model card into the output folder of a run that has come to its end.
+
+    `settings` are the recipe's own; those of the Trainer join them. `audit` is what `AuditReport.facts()` tells. The
+    dataset's name on the card is `settings["dataset_name"]`. Call it after `trainer.save_model()`, for PEFT leaves a
+    card of its own there.
+    """
     output = Path(trainer.args.output_dir)
-    plot_loss(trainer.state.log_history, output / "loss.png", title=output.name)
-    settings = {"recipe": dict(settings), "training": trainer.args.to_dict()}
-    write_run_json(output / "run.json", settings=settings, model=trainer.model, datasets=datasets, results=results)
+    history = trainer.state.log_history
+    plot_loss(history, output / "loss.png", title=output.name)
+    times = {name: value for entry in history for name, value in entry.items() if name in _TIMES}
+    write_run_json(
+        output / "run.json",
+        settings={"recipe": dict(settings), "training": trainer.args.to_dict()},
+        model=trainer.model,
+        datasets=datasets,
+        results=times | dict(results),
+        audit=audit,
+    )
+    write_model_card(trainer, dataset_name=settings.get("dataset_name"), datasets=datasets, results=results)
+
+
+_TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
 def write_run_json(
@@ -45,12 +67,13 @@ def write_run_json(
     model: Any,
     datasets: Mapping[str, Any],
     results: Mapping[str, Any],
+    audit: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes what a run was: versions, git commit, settings, data, what was quantized and trained, results, memory.
 
     `settings` is any nesting of dicts, such as `{"recipe": vars(args), "training": training_args.to_dict()}`;
-    `datasets` maps split to dataset; `results` holds metrics, times and counts. No token or other secret is written,
-    and of a path outside the working directory only the last part.
+    `datasets` maps split to dataset; `results` holds metrics, times and counts; `audit` is `AuditReport.facts()`. No
+    token or other secret is written, and of a path outside the working directory only the last part.
     """
     if not PartialState().is_main_process:
         return
@@ -73,6 +96,7 @@ def write_run_json(
             "trained": _patterns(name for name, weight in model.named_parameters() if weight.requires_grad),
             "quantized": _patterns(name for name, weight in model.named_parameters() if _is_quantized(weight)),
         },
+        "audit": audit,
         "results": results,
         "peak_memory_bytes": _peak_memory(),
     }
