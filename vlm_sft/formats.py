@@ -204,5 +204,5 @@ def _flat(value: Any) -> list[Any]:
 
 def closest(name: str, among: Sequence[str]) -> str:
     """` (did you mean 'x'?)`, or nothing where no name is close."""
-    close = difflib.get_close_matches(name, among, n=1)
+    close = difflib.get_close_matches(name, among, n=1, cutoff=0.7)
     return f" (did you mean {close[0]!r}?)" if close else ""

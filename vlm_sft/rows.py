@@ -121,8 +121,8 @@ def _changed(row: Mapping[str, Any], change: Change) -> Mapping[str, Any]:
         near = closest(str(error.args[0]), [*row]) if isinstance(error, KeyError) and error.args else ""
         columns = ", ".join(map(repr, row))
         raise ValueError(
-            f"to_conversation failed with {type(error).__name__}: {error}{near}; this row has the columns {columns}, "
-            "and to_conversation is yours to edit"
+            f"to_conversation failed with {type(error).__name__}: {error}{near}; this row has the columns {columns}. "
+            "Edit to_conversation, or name the columns: columns= of load_conversations, --columns of a recipe"
         ) from error
     if not isinstance(changed, Mapping) or "messages" not in changed or not changed.keys() <= {"messages", "images"}:
         found = ", ".join(map(repr, changed)) if isinstance(changed, Mapping) else f"a {type(changed).__name__}"
