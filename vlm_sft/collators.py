@@ -6,12 +6,15 @@ are asked.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,6 +26,15 @@ from vlm_sft.labels import IGNORE_INDEX
 from vlm_sft.messages import Conversation, Message
 
 logger = logging.getLogger(__name__)
+
+_BLANK = {
+    "row": -1,
+    "images": [Image.new("RGB", (64, 64))],
+    "messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "."}]},
+    ],
+}
 
 
 class Source(NamedTuple):
@@ -82,6 +94,10 @@ class ChatCollator:
       attention mask (see `vlm_sft.packing`, whose packs it takes as well).
     - `name_rows`: adds `rows` [B], the numbers in the `row` column, for `StopOnNaN`, which names them and takes them
       out before the model sees them.
+    - `key_pictures`: adds `pictures` [B, 2], a hash of the pixels of each row's pictures, for `FeatureCache`.
+    - `picture_in_every_batch`: a batch without a picture gets one more row, with a blank one, on which nothing is
+      trained. Processes that share a model wait for each other at each of its layers, also at those of the tower
+      (FSDP, ZeRO-3; DDP where tower or projector train). None is yes where several processes train.
     - `generation_config`: a model, or its generation config, to check that generation ends at the stop token.
 
     Raises `ValueError` at construction where this cannot be had from the processor, and for each bad row with its name
@@ -100,6 +116,8 @@ class ChatCollator:
     reserved_tokens: Literal["error", "escape"] = "error"
     padding_free: bool = False
     name_rows: bool = False
+    picture_in_every_batch: bool | None = None
+    key_pictures: bool = False
     generation_config: InitVar[Any] = None
     stop_tokens: tuple[str, ...] = field(init=False, repr=False)
     _added: re.Pattern[str] = field(init=False, repr=False)
@@ -128,11 +146,21 @@ class ChatCollator:
                     f"{row.name}: no token is left to train on; give it an answer that is not marked 'train': false, "
                     "or drop the row"
                 )
+        if self._picture_is_due and not any(row.source.conversation.images for row in rows):
+            (blank,), inputs = self.encode([_BLANK])
+            rows = [*rows, replace(blank, labels=torch.full_like(blank.labels, IGNORE_INDEX))]
         if self.name_rows:
             if unknown := [row.name for row in rows if row.source.number is None]:
                 raise ValueError(f"name_rows=True needs a 'row' column; {', '.join(unknown)} has none")
             inputs["rows"] = torch.tensor([row.source.number for row in rows])
+        if self.key_pictures:
+            inputs["pictures"] = torch.tensor([_key(row.source.conversation.images) for row in rows])
         return {**(self._join(rows) if self.padding_free else self._pad(rows)), **inputs}
+
+    @property
+    def _picture_is_due(self) -> bool:
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        return several if self.picture_in_every_batch is None else self.picture_in_every_batch
 
     def encode(self, examples: Sequence[Mapping[str, Any]]) -> tuple[list[Row], dict[str, Tensor]]:
         """The rows before padding, and the model inputs that are not per token (pixels). Rows dropped for their
@@ -426,6 +454,14 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Matches the longest of the tokens; white space is text, not a token."""
     spelled = sorted({token for token in tokens if token.strip()}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
+
+
+def _key(pictures: Sequence[Any]) -> list[int]:
+    """128 bits as two numbers, and zeros without a picture."""
+    digest = hashlib.blake2b(digest_size=16)
+    for picture in pictures:
+        digest.update(repr(picture.size).encode() + picture.tobytes())
+    return [int(n) for n in np.frombuffer(digest.digest(), dtype=np.int64)] if pictures else [0, 0]
 
 
 def _move(turn: spans.Turn, replacements: labels.Replacements) -> spans.Turn:

@@ -78,7 +78,8 @@ def check_flat_rows(model: Any, collator: Any, rows: Sequence[Mapping[str, Any]]
     Raises `ValueError` where it is more than the rounding of this precision, which is what padding itself changes: the
     model then mixes the conversations of a row, or attends to pictures in both directions (Gemma).
     """
-    collate = [replace(collator, padding_free=free, name_rows=False, generation_config=None) for free in (False, True)]
+    settings = {"name_rows": False, "key_pictures": False, "generation_config": None}
+    collate = [replace(collator, padding_free=free, **settings) for free in (False, True)]
     training = model.training
     model.eval()
     try:
