@@ -27,6 +27,7 @@ from transformers import (
 from vlm_sft.assembly import assemble_llava, check_tower, plain_template
 from vlm_sft.audit import audit
 from vlm_sft.collators import ChatCollator
+from vlm_sft.freezing import freeze
 from vlm_sft.loading import load_model, load_processor
 
 TALK = [
@@ -128,6 +129,16 @@ def test_the_seed_decides_the_projector(parts: tuple[Path, Path]) -> None:
 
     assert torch.equal(projector(1), projector(1))
     assert not torch.equal(projector(1), projector(2))
+
+
+def test_its_frozen_tower_stays_out_of_autograd(assembled: tuple[Any, Any]) -> None:
+    model, processor = assembled
+    pixels = processor.image_processor(noise(1), return_tensors="pt")["pixel_values"]
+    freeze(model, train=("projector",))
+    model.enable_input_require_grads()
+    assert not model.model.vision_tower(pixels).last_hidden_state.requires_grad
+    model.disable_input_require_grads()
+    model.requires_grad_(True)
 
 
 def test_every_answer_is_written_with_its_end_and_trained(assembled: tuple[Any, Any]) -> None:

@@ -23,14 +23,10 @@ from vlm_sft import loading, tiny, weights
 from vlm_sft.adapters import check_adapters, lora_config
 from vlm_sft.families import part_of, parts_of
 from vlm_sft.hardware import best_dtype
-from vlm_sft.loading import (
-    AutoModelForVision2Seq,
-    keep_frozen_out_of_autograd,
-    load_model,
-    load_processor,
-)
+from vlm_sft.loading import AutoModelForVision2Seq, load_model, load_processor
 from vlm_sft.provenance import TRAINING_BASE, base_settings, training_base
 from vlm_sft.quantization import check_quantized, nf4_config
+from vlm_sft.towers import keep_frozen_out_of_autograd
 
 
 @pytest.fixture(scope="module")

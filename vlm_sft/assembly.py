@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils.hub import resolve_revision
 
 from vlm_sft.hardware import best_dtype
+from vlm_sft.towers import keep_frozen_out_of_autograd
 
 # Models whose decoder takes embeddings as they are; Gemma, for one, would scale the features of an image.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -114,6 +115,7 @@ def assemble_llava(
         num_additional_image_tokens=1,
         chat_template=chat_template,
     )
+    keep_frozen_out_of_autograd(model)
     return model.eval(), processor
 
 
