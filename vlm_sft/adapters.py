@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal, get_args
@@ -20,7 +20,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from vlm_sft.families import ModelParts, part_of, parts_of
+from vlm_sft.families import ModelParts, listed, part_of, parts_of
 
 Projector = Literal["frozen", "full", "lora"]
 ADAPTABLE_PARTS = ("language", "vision", "projector")
@@ -86,14 +86,14 @@ def lora_config(
     if use_dora and (unfit := [path for path in targets if _lacks_dora(modules[path])]):
         kinds = sorted({f"{type(modules[path]).__name__} on {model.device.type}" for path in unfit})
         raise ValueError(
-            f"use_dora=True, but PEFT {version('peft')} has no working DoRA for {', '.join(kinds)} ({_listed(unfit)}); "
+            f"use_dora=True, but PEFT {version('peft')} has no working DoRA for {', '.join(kinds)} ({listed(unfit)}); "
             "set use_dora=False, or load the base in 16 bit or with nf4_config."
         )
     whole = _whole_projector(modules, places) if projector == "full" else []
     packed = [path for path in linears["projector"] if type(modules[path]).__name__ in ("Linear4bit", "Linear8bitLt")]
     if whole and packed:
         raise ValueError(
-            f'projector="full", but {_listed(packed)} came out quantized and cannot be trained; load the model with '
+            f'projector="full", but {listed(packed)} came out quantized and cannot be trained; load the model with '
             "nf4_config, which keeps the projector in 16 bit."
         )
     return LoraConfig(
@@ -151,7 +151,7 @@ def check_adapters(
         "adapted, but frozen": homes.difference(*inside.values()),
         "trained outside the adapters": {name for name in trainable if not inside[name]},
     }
-    if found := [f"{len(names)} {what}: {_listed(names)}" for what, names in differences.items() if names]:
+    if found := [f"{len(names)} {what}: {listed(names)}" for what, names in differences.items() if names]:
         raise ValueError(
             f"The adapters differ from what was asked. {'; '.join(found)}. Give lora_config and check_adapters the "
             "same parts, projector and target_modules, and wrap the model with that config."
@@ -307,8 +307,3 @@ def _lacks_dora(module: Any) -> bool:
         # copy without the scales, which bitsandbytes 0.50.2 has moved to the layer: the second forward fails.
         return bool(module.weight.device.type == "cpu")
     return not isinstance(module, nn.Linear) and type(module).__name__ != "HQQLinear"
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")

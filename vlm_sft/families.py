@@ -6,6 +6,7 @@ Quantization, adapters, freezing and learning rates all read this one table.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -127,6 +128,12 @@ def part_of(name: str, parts: ModelParts) -> Part:
     if not found:
         raise ValueError(f"{name!r} lies in none of {parts}; add its path to the part it belongs to.")
     return max(found)[1]
+
+
+def listed(names: Collection[str]) -> str:
+    """The first six names in alphabetical order and how many more there are, for a message."""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(sorted(names)[:6]) + more or "none"
 
 
 def _outline(model: Any) -> str:

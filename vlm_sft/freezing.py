@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from vlm_sft.families import PARTS, ModelParts, part_of, parts_of
+from vlm_sft.families import PARTS, ModelParts, listed, part_of, parts_of
 
 
 def freeze(model: nn.Module, *, train: Sequence[str] = ("projector",), model_parts: ModelParts | None = None) -> None:
@@ -47,8 +47,8 @@ def check_trainable(
     lacking = [name for name, parameter in names.items() if not parameter.requires_grad and parameter in asked]
     if extra or lacking:
         raise ValueError(
-            f"train={tuple(train)}, but {len(extra)} parameters of other parts train ({_some(extra)}) and "
-            f"{len(lacking)} of these do not ({_some(lacking)}); call freeze with the same parts, "
+            f"train={tuple(train)}, but {len(extra)} parameters of other parts train ({listed(extra)}) and "
+            f"{len(lacking)} of these do not ({listed(lacking)}); call freeze with the same parts, "
             "after everything that sets requires_grad."
         )
     return parameter_table(model, model_parts=model_parts)
@@ -99,9 +99,9 @@ def check_precision(model: nn.Module, *, fp16: bool) -> None:
             names[str(parameter.dtype).removeprefix("torch.")].append(name)
     refused = {dtype: found for dtype, found in names.items() if dtype == "float16" or (fp16 and dtype != "float32")}
     if refused:
-        listed = "; ".join(f"{len(found)} in {dtype} ({_some(found)})" for dtype, found in refused.items())
+        faults = "; ".join(f"{len(found)} in {dtype} ({listed(found)})" for dtype, found in refused.items())
         raise ValueError(
-            f"fp16={fp16} and trainable parameters that it cannot train: {listed}. Call "
+            f"fp16={fp16} and trainable parameters that it cannot train: {faults}. Call "
             "upcast_trainable(trainer.model) before train(), or train in bf16."
         )
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -114,7 +114,7 @@ def check_precision(model: nn.Module, *, fp16: bool) -> None:
         )
     if lossy := [name for name in names["bfloat16"] if ".lora_" not in name]:
         warnings.warn(
-            f"{len(lossy)} weights outside adapters train in bfloat16 ({_some(lossy)}), where an update much smaller "
+            f"{len(lossy)} weights outside adapters train in bfloat16 ({listed(lossy)}), where an update much smaller "
             "than the weight has no effect; call upcast_trainable(trainer.model) before train().",
             stacklevel=2,
         )
@@ -137,7 +137,7 @@ def _asked(model: nn.Module, train: Sequence[str], model_parts: ModelParts | Non
     asked = {name: parameter for part in train for name, parameter in by_part[part].items()}
     if packed := [name for name, parameter in asked.items() if _is_packed(parameter)]:
         raise ValueError(
-            f"train={tuple(train)}, but {len(packed)} of these weights are quantized ({_some(packed)}) and cannot be "
+            f"train={tuple(train)}, but {len(packed)} of these weights are quantized ({listed(packed)}) and cannot be "
             "trained; load without quantization (no --load_in_4bit), or train adapters with lora_config."
         )
     return set(asked.values())
@@ -151,7 +151,3 @@ def _size(parameter: Any) -> int:
     """Weights held, also where two 4-bit ones share a byte."""
     packing = getattr(parameter, "quant_state", None)
     return math.prod(packing.shape) if packing is not None else parameter.numel()
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) or "none"

@@ -8,7 +8,6 @@ the loaded model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_bitsandbytes_available
 
-from vlm_sft.families import PARTS, ModelParts, part_of, parts_of
+from vlm_sft.families import PARTS, ModelParts, listed, part_of, parts_of
 from vlm_sft.sharding import is_sharded
 
 _PACKED = ("Linear4bit", "Linear8bitLt")
@@ -121,7 +120,7 @@ def check_quantized(model: nn.Module, *, model_parts: ModelParts | None = None) 
             name for name, parameter in others.items() if not parameter.is_floating_point()
         },
     }
-    if found := [f"{len(names)} {what}: {_listed(names)}" for what, names in differences.items() if names]:
+    if found := [f"{len(names)} {what}: {listed(names)}" for what, names in differences.items() if names]:
         raise ValueError(
             f"Quantization differs from what was asked. {'; '.join(found)}. The skip list was "
             f"{config.llm_int8_skip_modules}; build it with nf4_config, fp4_config or int8_config, and load the "
@@ -189,8 +188,3 @@ def _kind(config: BitsAndBytesConfig) -> str:
     ]
     double = "with" if config.bnb_4bit_use_double_quant else "without"
     return f"{config.bnb_4bit_quant_type} {double} double quantization (compute {names[0]}, storage {names[1]})"
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from vlm_sft.families import listed
 from vlm_sft.hardware import keep_packing
 from vlm_sft.provenance import read_training_base, training_base, weight_differences
 from vlm_sft.sharding import fit_to_shards
@@ -85,13 +86,13 @@ def read_model(
             "model anew with save_pretrained."
         ) from error
     unfit = {
-        kind: sorted(str(key) for key in keys if not any(re.search(pattern, str(key)) for pattern in ignore_keys))
+        kind: [str(key) for key in keys if not any(re.search(pattern, str(key)) for pattern in ignore_keys)]
         for kind, keys in info.items()
     }
     if any(unfit.values()):
-        listed = "; ".join(f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in unfit.items() if keys)
+        faults = "; ".join(f"{len(keys)} {kind} ({listed(keys)})" for kind, keys in unfit.items() if keys)
         raise ValueError(
-            f"The weights in {at} do not fit {type(model).__name__}: {listed}. Give the checkpoint of this very model, "
+            f"The weights in {at} do not fit {type(model).__name__}: {faults}. Give the checkpoint of this very model, "
             "or name in ignore_keys what may differ."
         )
     if attn_implementation == "auto" and _flash_attention_runs(model):
@@ -187,7 +188,7 @@ def _put_on(base: Any, folder: str, is_trainable: bool) -> PeftModel:
     if saved != needed:
         raise ValueError(
             f"The adapter in {folder!r} does not fit {base.name_or_path!r}: {len(needed - saved)} weights are missing "
-            f"({_some(needed - saved)}) and {len(saved - needed)} left over ({_some(saved - needed)})."
+            f"({listed(needed - saved)}) and {len(saved - needed)} left over ({listed(saved - needed)})."
         )
     return model
 
@@ -206,7 +207,3 @@ def _flash_attention_runs(model: PreTrainedModel) -> bool:
         and model.dtype in (torch.float16, torch.bfloat16)
         and model.config.model_type not in _NOT_FOR_FLASH_ATTENTION
     )
-
-
-def _some(keys: set[str]) -> str:
-    return ", ".join(sorted(keys)[:3]) or "none"
