@@ -273,12 +273,14 @@ class ChatCollator:
             padding=True,
             padding_side="right",
             # Tensors for pixels alone: the processors of Idefics3 and InternVL would try to make one of the
-            # replacements (transformers 5.23).
-            images_kwargs={"return_tensors": "pt"},
+            # replacements (transformers 5.23). Pictures are RGB here, and to convert them again would copy them.
+            images_kwargs={"return_tensors": "pt", "do_convert_rgb": False},
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
         )
         replacements = output.pop("text_replacement_offsets", None) or [[] for _ in texts]
+        for name in {*self.processor.tokenizer.model_input_names, "offset_mapping"} & output.keys():
+            output[name] = torch.from_numpy(np.array(output[name]))  # 4 times as fast as torch.tensor from lists
         inputs = dict(BatchFeature(dict(output), tensor_type="pt"))
         return inputs, inputs.pop("offset_mapping"), replacements
 

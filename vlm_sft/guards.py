@@ -95,7 +95,8 @@ class StopOnNaN(TrainerCallback):
                 names.append(f"batch {place + 1} of {len(self._seen)} (without the numbers of its rows)")
                 continue
             some = bad_only and bad.shape == rows.shape
-            names += [f"row {row}" for row in (rows[bad] if some else rows).tolist()]
+            # Below zero: the collator's own row with a blank picture.
+            names += [f"row {row}" for row in (rows[bad] if some else rows).tolist() if row >= 0]
         return names
 
 
