@@ -6,6 +6,7 @@ with the collator, and what their processor says of sizes is used for the rest w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -30,7 +31,7 @@ class PictureTokens:
         if size in self.measured:
             return self.measured[size]
         if self.rule is None:
-            self.rule = self._find_rule()
+            self.rule = functools.cache(self._find_rule())  # a processor's own answer takes it 0.2 ms
         return self.rule(size)
 
     def measure(self, size: Size) -> int:

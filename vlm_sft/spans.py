@@ -89,7 +89,8 @@ def locate(
             )
         else:
             header, begin = "", words_end if words_start is None else words_start
-        tail = _tail(plain, render(messages[: number + 1], False), words_end)
+        whole = number + 1 == len(messages)
+        tail = _tail(plain, plain if whole else render(messages[: number + 1], False), words_end)
         written = list(added_tokens.finditer(tail))
         stop = written[-1].group() if written else stop_to_insert
         end = words_end + written[-1].end() if written else words_end
