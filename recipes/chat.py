@@ -101,7 +101,7 @@ def page(speakers: list[Speaker], title: str) -> Any:
             images = [picture(path)] if path else []
             return [speaker.answer([turn("user", question, images=len(images))], images) for speaker in speakers]
         except ValueError as error:
-            raise gr.Error(html.escape(str(error), quote=False), duration=None) from error
+            raise gr.Error(html.escape(str(error), quote=False), duration=None, print_exception=False) from error
 
     with gr.Blocks(title=title, analytics_enabled=False) as blocks, gr.Row():
         shown = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=400)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from datasets import load_from_disk
 from filelock import FileLock
+from peft import get_peft_model
 
+import vlm_sft
 from vlm_sft import tiny
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -63,3 +67,25 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
             )
             printed.write_text(json.dumps(module.main(args, training_args)), encoding="utf-8")
     return Quickstart(folder, base, json.loads(printed.read_text("utf-8")))
+
+
+def adapter(folder: Path, base: Path) -> Path:
+    """A LoRA on `base` whose weights are random, so that it answers otherwise; saved with its processor."""
+    model = vlm_sft.load_model(base)
+    torch.manual_seed(0)
+    tuned = get_peft_model(model, vlm_sft.lora_config(model, r=4))
+    for name, weight in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    tuned.save_pretrained(folder)
+    vlm_sft.load_processor(base).save_pretrained(folder)
+    return folder
+
+
+def without_base(adapter: Path, folder: Path) -> Path:
+    """A copy of the adapter that says that it was trained on a folder which is no more."""
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config["base_model_name_or_path"] = str(folder / "gone")
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

@@ -9,10 +9,8 @@ from typing import Any
 
 import digits
 import pytest
-import torch
 from conversations import ask, picture
 from datasets import Dataset, DatasetDict
-from peft import get_peft_model
 from trl import TrlParser
 
 import vlm_sft
@@ -73,17 +71,7 @@ def test_repeats_what_the_quickstart_printed(quickstart, tmp_path, capsys):
 
 @pytest.fixture(scope="session")
 def adapter(tiny_dir, tmp_path_factory) -> Path:
-    """A LoRA whose weights are random, so that it answers otherwise than its base."""
-    folder = tmp_path_factory.mktemp("adapter")
-    model = vlm_sft.load_model(tiny_dir("llava15"))
-    torch.manual_seed(0)
-    tuned = get_peft_model(model, vlm_sft.lora_config(model, r=4))
-    for name, weight in tuned.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.5)
-    tuned.save_pretrained(folder)
-    vlm_sft.load_processor(tiny_dir("llava15")).save_pretrained(folder)
-    return folder
+    return digits.adapter(tmp_path_factory.mktemp("adapter"), tiny_dir("llava15"))
 
 
 def test_adapter_beside_the_same_model_without_it(adapter, tiny_dir, tmp_path):
@@ -168,12 +156,7 @@ def test_no_rows(tiny_dir, tmp_path):
 
 
 def test_adapter_whose_base_is_gone(adapter, tmp_path):
-    moved = tmp_path / "adapter"
-    moved.mkdir()
-    for file in adapter.iterdir():
-        (moved / file.name).write_bytes(file.read_bytes())
-    config = json.loads((moved / "adapter_config.json").read_text("utf-8"))
-    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    moved = digits.without_base(adapter, tmp_path / "adapter")
     data = write(tmp_path / "data", [row()])
     with pytest.raises(ValueError, match=r"was trained on .*gone.*, which did not load .* Pass base_model="):
         run(model_name_or_path=str(moved), dataset_name=str(data), split="test")
