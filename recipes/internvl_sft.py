@@ -20,7 +20,11 @@ from transformers import AutoConfig
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 import vlm_sft
+from vlm_sft import CheckFlatRows, KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
 from vlm_sft.audit import audit
+from vlm_sft.metrics import anls
+
+METRICS = {"anls": anls}  # of the answers to held-out rows: likeness to the reference, 0 to 1
 
 
 @dataclass
@@ -57,6 +61,7 @@ class RecipeConfig(SFTConfig):
     optim: str = "paged_adamw_32bit"  # pages its states out when memory runs short; without a GPU adamw_torch
     max_grad_norm: float = 0.3  # QLoRA's (arXiv 2305.14314)
     activation_checkpointing: bool | None = True  # memory for some 20% of time
+    eval_on_start: bool = True  # the answers before training, for samples.html
     eval_strategy: str = "steps"
     eval_steps: float | None = 100
     save_steps: float = 100  # as often, so that the best is there to load
@@ -94,10 +99,14 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         model, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
     )
     collator = vlm_sft.ChatCollator(
-        processor, max_length=training_args.max_length, generation_config=model, name_rows=True
+        processor,
+        max_length=training_args.max_length,
+        generation_config=model,
+        name_rows=True,
+        padding_free=vlm_sft.accept_flat_rows(model),
     )
     data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
-    audit(collator, data["train"], model)
+    checked = audit(collator, data["train"], model)
 
     trainer = SFTTrainer(
         model=model,
@@ -107,13 +116,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         processing_class=processor,
         data_collator=collator,
         peft_config=peft_config,
-        callbacks=[
-            vlm_sft.KeepGeneration(model),
-            vlm_sft.OrderByLength(),
-            vlm_sft.SafeCheckpoints(),
-            vlm_sft.StopOnNaN(),
-        ],
+        callbacks=[KeepGeneration(model), OrderByLength(), CheckFlatRows(), SafeCheckpoints(), StopOnNaN()],
     )
+    trainer.add_callback(vlm_sft.GenerationEvaluation(trainer, rows=data["test"], metrics=METRICS, num_rows=32))
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
     vlm_sft.say(vlm_sft.check_adapters(trainer.model))
@@ -121,7 +126,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
 
     metrics = trainer.evaluate()
     trainer.save_model()
-    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics)
+    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics, audit=checked.facts())
     return metrics
 
 

@@ -21,8 +21,12 @@ from transformers import AutoConfig
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 import vlm_sft
+from vlm_sft import CheckFlatRows, KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
 from vlm_sft.assembly import check_tower
 from vlm_sft.audit import audit
+from vlm_sft.metrics import anls
+
+METRICS = {"anls": anls}  # of the answers to held-out rows: likeness to the reference, 0 to 1
 
 
 @dataclass
@@ -57,6 +61,7 @@ class RecipeConfig(SFTConfig):
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03  # below 1, a share of all steps
     activation_checkpointing: bool | None = True  # memory for some 20% of time
+    eval_on_start: bool = True  # the answers before training, for samples.html
     eval_strategy: str = "steps"
     eval_steps: float | None = 500
     save_steps: float = 500  # a checkpoint holds the whole model and its optimizer
@@ -88,10 +93,14 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     model = vlm_sft.load_model(args.model_name_or_path, **source)
     vlm_sft.freeze(model, train=trained)
     collator = vlm_sft.ChatCollator(
-        processor, max_length=training_args.max_length, generation_config=model, name_rows=True
+        processor,
+        max_length=training_args.max_length,
+        generation_config=model,
+        name_rows=True,
+        padding_free=vlm_sft.accept_flat_rows(model),
     )
     data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
-    audit(collator, data["train"], model)
+    checked = audit(collator, data["train"], model)
 
     trainer = SFTTrainer(
         model=model,
@@ -103,13 +112,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         optimizer_cls_and_kwargs=vlm_sft.rates_by_part(
             training_args, learning_rates={"projector": args.mm_projector_lr}
         ),
-        callbacks=[
-            vlm_sft.KeepGeneration(model),
-            vlm_sft.OrderByLength(),
-            vlm_sft.SafeCheckpoints(),
-            vlm_sft.StopOnNaN(),
-        ],
+        callbacks=[KeepGeneration(model), OrderByLength(), CheckFlatRows(), SafeCheckpoints(), StopOnNaN()],
     )
+    trainer.add_callback(vlm_sft.GenerationEvaluation(trainer, rows=data["test"], metrics=METRICS, num_rows=32))
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
     vlm_sft.say(vlm_sft.check_trainable(trainer.model, train=trained))
@@ -117,7 +122,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
 
     metrics = trainer.evaluate()
     trainer.save_model()
-    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics)
+    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics, audit=checked.facts())
     return metrics
 
 

@@ -21,9 +21,12 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 import vlm_sft
+from vlm_sft import CheckFlatRows, KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
 from vlm_sft.assembly import assemble_llava, plain_template
 from vlm_sft.audit import audit
-from vlm_sft.loading import keep_frozen_out_of_autograd
+from vlm_sft.metrics import anls
+
+METRICS = {"anls": anls}  # of the answers to held-out rows: likeness to the reference, 0 to 1
 
 
 @dataclass
@@ -57,6 +60,7 @@ class RecipeConfig(SFTConfig):
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03  # below 1, a share of all steps
     activation_checkpointing: bool | None = True  # memory for some 20% of time
+    eval_on_start: bool = True  # the answers before training, for samples.html
     eval_strategy: str = "steps"
     eval_steps: float | None = 500
     save_steps: float = 500  # a checkpoint holds the whole model
@@ -80,22 +84,22 @@ def to_conversation(row: Mapping[str, Any]) -> dict[str, Any]:
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     set_seed(training_args.seed)  # for the projector's first weights
     model, processor = assemble_llava(args.vision_tower, args.model_name_or_path, language_revision=args.model_revision)
-    keep_frozen_out_of_autograd(model)
     vlm_sft.freeze(model, train=("projector",))
     reading = {"columns": args.columns, "image_folder": args.image_folder, "seed": training_args.seed}
     data = vlm_sft.load_conversations(
         args.dataset_name, to_conversation=to_conversation, eval_fraction=0.001, **reading
     )
     data["test"] = data["test"].select(range(min(args.num_eval_rows, len(data["test"]))))
+    plain = {"chat_template": plain_template(processor.tokenizer)}  # in training only: saved is the processor's own
     collator = vlm_sft.ChatCollator(
         processor,
         max_length=training_args.max_length,
-        chat_template_kwargs={"chat_template": plain_template(processor.tokenizer)},  # saved is the processor's own
+        chat_template_kwargs=plain,
         stop_token=None,
         name_rows=True,
     )
     data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
-    audit(collator, data["train"], model, require_stop_token=False)
+    checked = audit(collator, data["train"], model, require_stop_token=False)
 
     trainer = SFTTrainer(
         model=model,
@@ -104,12 +108,12 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         eval_dataset=data["test"],
         processing_class=processor,
         data_collator=collator,
-        callbacks=[
-            vlm_sft.KeepGeneration(model),
-            vlm_sft.OrderByLength(),
-            vlm_sft.SafeCheckpoints(),
-            vlm_sft.StopOnNaN(),
-        ],
+        callbacks=[KeepGeneration(model), OrderByLength(), CheckFlatRows(), SafeCheckpoints(), StopOnNaN()],
+    )
+    trainer.add_callback(
+        vlm_sft.GenerationEvaluation(
+            trainer, rows=data["test"], metrics=METRICS, num_rows=32, chat_template_kwargs=plain, stop_token=None
+        )
     )
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
@@ -118,7 +122,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
 
     metrics = trainer.evaluate()
     trainer.save_model()
-    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics)
+    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics, audit=checked.facts())
     return metrics
 
 

@@ -84,7 +84,8 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
     )
     print(vlm_sft.parameter_table(model))
     collator = vlm_sft.ChatCollator(processor, generation_config=model, name_rows=True)
-    audit(collator, data["train"], model).to_html(output / "audit.html")
+    checked = audit(collator, data["train"], model)
+    checked.to_html(output / "audit.html")
 
     references = [DIGITS[digits.target[row]] for row in data["test"]["row"]]
     before = vlm_sft.generate(model, processor, data["test"], batch_size=99, max_new_tokens=8)
@@ -106,7 +107,6 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
     print(f"Held-out digits read correctly after training: {metrics['accuracy']:.1%}")
     trainer.save_model()
     data.save_to_disk(output / "data")
-    vlm_sft.plot_loss(trainer.state.log_history, output / "loss.png", title="Quickstart: digits")
     samples = [
         vlm_sft.Sample(
             images=data["test"][n]["images"],
@@ -121,8 +121,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
     ]
     vlm_sft.write_samples_html(samples, output / "samples.html", title="Quickstart: held-out digits", picture_px=64)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    settings = {"recipe": vars(args), "training": training_args.to_dict()}
-    vlm_sft.write_run_json(output / "run.json", settings=settings, model=model, datasets=data, results=metrics)
+    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics, audit=checked.facts())
     print(NEXT.format(output=output))
     return metrics
 

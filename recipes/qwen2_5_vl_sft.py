@@ -20,7 +20,11 @@ from transformers import AutoConfig
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 import vlm_sft
+from vlm_sft import CheckFlatRows, KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
 from vlm_sft.audit import audit
+from vlm_sft.metrics import exact_match
+
+METRICS = {"exact_match": exact_match}  # of the answers to held-out rows: share of the answers that are right
 
 
 @dataclass
@@ -57,6 +61,7 @@ class RecipeConfig(SFTConfig):
     optim: str = "paged_adamw_32bit"  # pages its states out when memory runs short; without a GPU adamw_torch
     max_grad_norm: float = 0.3  # QLoRA's (arXiv 2305.14314)
     activation_checkpointing: bool | None = True  # memory for some 20% of time
+    eval_on_start: bool = True  # the answers before training, for samples.html
     eval_strategy: str = "steps"
     eval_steps: float | None = 100
     save_steps: float = 100  # as often, so that the best is there to load
@@ -74,11 +79,9 @@ class RecipeConfig(SFTConfig):
 
 def to_conversation(row: Mapping[str, Any]) -> dict[str, Any]:
     """A ChartQA row, with `image`, `query` and a list of answers in `label`, as a conversation."""
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["query"]}]},
-        {"role": "assistant", "content": [{"type": "text", "text": row["label"][0]}]},
-    ]
-    return {"messages": messages, "images": [row["image"]]}
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["query"]}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": row["label"][0]}]}
+    return {"messages": [question, answer], "images": [row["image"]]}
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
@@ -98,10 +101,14 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         model, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
     )
     collator = vlm_sft.ChatCollator(
-        processor, max_length=training_args.max_length, generation_config=model, name_rows=True
+        processor,
+        max_length=training_args.max_length,
+        generation_config=model,
+        name_rows=True,
+        padding_free=vlm_sft.accept_flat_rows(model),
     )
     data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
-    audit(collator, data["train"], model)
+    checked = audit(collator, data["train"], model)
 
     trainer = SFTTrainer(
         model=model,
@@ -111,13 +118,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         processing_class=processor,
         data_collator=collator,
         peft_config=peft_config,
-        callbacks=[
-            vlm_sft.KeepGeneration(model),
-            vlm_sft.OrderByLength(),
-            vlm_sft.SafeCheckpoints(),
-            vlm_sft.StopOnNaN(),
-        ],
+        callbacks=[KeepGeneration(model), OrderByLength(), CheckFlatRows(), SafeCheckpoints(), StopOnNaN()],
     )
+    trainer.add_callback(vlm_sft.GenerationEvaluation(trainer, rows=data["test"], metrics=METRICS, num_rows=32))
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
     vlm_sft.say(vlm_sft.check_adapters(trainer.model))
@@ -125,7 +128,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
 
     metrics = trainer.evaluate()
     trainer.save_model()
-    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics)
+    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics, audit=checked.facts())
     return metrics
 
 

@@ -24,10 +24,11 @@ from PIL import Image, ImageDraw, ImageFont
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 import vlm_sft
-from vlm_sft import KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
+from vlm_sft import ChatCollator, GenerationEvaluation, KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
 from vlm_sft.audit import audit
 from vlm_sft.metrics import table_cell_match, table_structure_match
 
+METRICS = {"table_cell_match": table_cell_match, "table_structure_match": table_structure_match}
 QUESTION = "Write this table as Markdown."
 WORDS = ("north", "apples", "total", "2024", "7", "0.5", "12.75", "1,204", "18%", "-3", "open", "Ada", "Li Wei")
 LOOKS = (("white", "white", "black", "black"), ("#eee", "#ccc", "#224", "#eee"), ("#222", "#444", "#fff", "#777"))
@@ -52,6 +53,7 @@ class RecipeConfig(SFTConfig):
     learning_rate: float = 2e-4  # LoRA's usual rate
     warmup_steps: float = 0.03  # below 1, a share of all steps
     activation_checkpointing: bool | None = True  # memory for some 20% of time
+    eval_on_start: bool = True  # the answers before training, for samples.html
     eval_strategy: str = "steps"
     eval_steps: float | None = 100
     save_steps: float = 100
@@ -108,9 +110,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
             write_tables(drawn, count=args.num_tables, seed=seed)
     data = vlm_sft.load_conversations(args.dataset_name or drawn, to_conversation=to_conversation, seed=seed)
     model = vlm_sft.load_model(args.model_name_or_path)
-    collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length, name_rows=True)
+    collator = ChatCollator(processor, max_length=training_args.max_length, generation_config=model, name_rows=True)
     data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
-    audit(collator, data["train"], model)
+    checked = audit(collator, data["train"], model)
 
     trainer = SFTTrainer(
         model=model,
@@ -122,17 +124,15 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         peft_config=vlm_sft.lora_config(model, r=16, lora_alpha=16),
         callbacks=[KeepGeneration(model), OrderByLength(), SafeCheckpoints(), StopOnNaN()],
     )
-    tables = {"table_cell_match": table_cell_match, "table_structure_match": table_structure_match}
-    trainer.add_callback(
-        vlm_sft.GenerationEvaluation(trainer, rows=data["test"], metrics=tables, max_new_tokens=args.max_new_tokens)
-    )
+    answers = GenerationEvaluation(trainer, rows=data["test"], metrics=METRICS, max_new_tokens=args.max_new_tokens)
+    trainer.add_callback(answers)
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.say(vlm_sft.check_adapters(trainer.model))
     trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer))
 
     metrics = trainer.evaluate()
     trainer.save_model()
-    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics)
+    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics, audit=checked.facts())
     return metrics
 
 

@@ -167,11 +167,15 @@ class _Prompter:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for a while; each module gets back its own mode, so a frozen part in eval mode stays there."""
+    """Evaluation mode and one precision; each module gets back its own mode, so a frozen part in eval mode stays so."""
     modes = [(module, module.training) for module in model.modules()]
+    # In training, autocast brings adapters or a projector in float32 and their 16-bit base together.
+    dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    narrow = next(iter(dtypes - {torch.float32}), None)
     model.eval()
     try:
-        yield
+        with torch.autocast(model.device.type, narrow, enabled=len(dtypes) > 1):
+            yield
     finally:
         for module, training in modes:
             module.training = training
