@@ -1,5 +1,6 @@
 # make quickstart   train a tiny vision-language model on real pictures and look at the result
 # make test         the test suite, offline, on the CPU
+# make test-browser the page, the trackers and the server, in a headless Chromium (Debian: apt-get install chromium)
 # make check        lint, format and types
 #
 # Each verb makes .venv if it is missing and installs what it needs, once. Another interpreter:
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test check
+.PHONY: help quickstart test test-browser check
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -24,6 +25,9 @@ quickstart: $(VENV)/.installed
 # Two workers are faster than two threads.
 test: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-browser: $(VENV)/web/.installed
+	$(VENV)/web/bin/python -m pytest -m web
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -50,4 +54,14 @@ $(VENV)/.dev: $(VENV)/.installed
 $(VENV)/test-only/.installed: Makefile $(VENV)/.dev
 	rm -rf $(@D)
 	$(PIP) install --quiet --no-deps --target $(@D) torchvision==0.28.0
+	@touch $@
+
+# Gradio 6 and trackio want a Pillow older than the one in requirements.txt. So they lie in an environment of their own,
+# which sees the packages of .venv behind its own.
+$(VENV)/web/.installed: Makefile pyproject.toml | $(VENV)/.dev
+	rm -rf $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth"
+	$(PIP) --python $(@D)/bin/python install --quiet --editable ".[web,test-browser]"
 	@touch $@

@@ -69,14 +69,14 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     return Quickstart(folder, base, json.loads(printed.read_text("utf-8")))
 
 
-def adapter(folder: Path, base: Path) -> Path:
+def adapter(folder: Path, base: Path, *, std: float = 0.5) -> Path:
     """A LoRA on `base` whose weights are random, so that it answers otherwise; saved with its processor."""
     model = vlm_sft.load_model(base)
     torch.manual_seed(0)
     tuned = get_peft_model(model, vlm_sft.lora_config(model, r=4))
     for name, weight in tuned.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.5)
+            torch.nn.init.normal_(weight, std=std)
     tuned.save_pretrained(folder)
     vlm_sft.load_processor(base).save_pretrained(folder)
     return folder
