@@ -168,6 +168,20 @@ def test_named_layers_only(tiny_model: Callable[..., Any]) -> None:
     assert report.layers_by_part == {"vision": 4, "language": 4}
 
 
+def test_settings_reach_the_config(tiny_model: Callable[..., Any]) -> None:
+    asked = {"r": 3, "lora_alpha": 7, "lora_dropout": 0.2, "use_dora": True, "use_rslora": True}
+    config = lora_config(tiny_model("llava15"), **asked)
+    assert {name: getattr(config, name) for name in asked} == asked
+
+
+def test_a_pooling_head_of_the_tower_is_left_out() -> None:
+    """Gemma's tower has one by default, and the language model never sees what it makes."""
+    pattern = lora_config("gemma3", parts=("vision",)).target_modules
+    assert isinstance(pattern, str)
+    assert re.fullmatch(pattern, "model.vision_tower.encoder.layers.0.mlp.fc1")
+    assert not re.fullmatch(pattern, "model.vision_tower.head.mlp.fc1")
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [

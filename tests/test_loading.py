@@ -17,7 +17,7 @@ import torch
 from peft import get_peft_model
 from runs import Collate, rows, trainer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from vlm_sft import loading, tiny, weights
 from vlm_sft.adapters import check_adapters, lora_config
@@ -238,6 +238,21 @@ def test_the_revision_is_resolved_once_and_kept(
     assert "0123456789abcdef" not in model.config.to_json_string()
 
 
+def test_the_processor_is_that_of_the_revision(
+    tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    plain = AutoProcessor.from_pretrained
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.update(options)
+        return plain(name)
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
+    load_processor(tiny_dir("llava15"), revision="v1")
+    assert asked == {"revision": "v1", "trust_remote_code": False}
+
+
 def test_a_text_only_model(text_only: Path) -> None:
     with pytest.raises(ValueError, match="is a 'llama' model, which takes no images; give a vision-language model"):
         load_model(text_only)
@@ -362,6 +377,34 @@ def test_an_adapter_whose_base_is_gone(
     with pytest.raises(ValueError, match=rf"The adapter in '{adapter}' was trained on .*Pass base_model="):
         load_model(adapter)
     load_model(adapter, base_model=tiny_dir("llava15"))
+
+
+@pytest.mark.parametrize(
+    ("named", "recorded", "moved", "read"),
+    [("v1", "0123ab", False, "v1"), (None, "0123ab", False, "0123ab"), ("v1", "0123ab", True, None)],
+)
+def test_an_adapter_reads_the_revision_that_it_was_trained_on(
+    named: str | None,
+    recorded: str,
+    moved: bool,
+    read: str | None,
+    adapter: Path,
+    tiny_dir: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    plain = AutoModelForImageTextToText.from_pretrained
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.append(options["revision"])
+        return plain(name, **options)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    change_config(adapter, revision=named)
+    base = json.loads((adapter / TRAINING_BASE).read_text())
+    (adapter / TRAINING_BASE).write_text(json.dumps(base | {"revision": recorded}))
+    load_model(adapter, base_model=tiny_dir("llava15") if moved else None)
+    assert asked == [read]
 
 
 def test_an_adapter_on_another_base_of_the_same_shapes(adapter: Path, tmp_path: Path) -> None:
@@ -508,6 +551,11 @@ def test_marking_can_be_undone_and_a_copy_marks_itself(tiny_dir: Callable[[str],
     twin.enable_input_require_grads()
     twin.enable_input_require_grads()
     assert (hooks(twin), hooks(model)) == (1, 0)
+    twin.disable_input_require_grads()
+    assert hooks(twin) == 0
+    twin.model.vision_tower.requires_grad_(True)
+    twin.enable_input_require_grads()
+    assert hooks(twin) > 1
     twin.disable_input_require_grads()
     assert hooks(twin) == 0
 

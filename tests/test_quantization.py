@@ -80,6 +80,10 @@ def test_type_double_quantization_compute_and_storage_are_those_asked_for(
         assert layer.weight.dtype == (storage or torch.uint8)
 
 
+def test_the_threshold_of_8_bit_reaches_the_config() -> None:
+    assert int8_config("llava", threshold=3.0).llm_int8_threshold == 3.0
+
+
 def test_a_config_serves_like_its_model_type(tiny_dir: Callable[[str], Path]) -> None:
     skipped = ["model.visual", "model.visual.merger", "lm_head"]
     assert nf4("qwen2_5_vl").llm_int8_skip_modules == skipped
