@@ -2,6 +2,7 @@
 # make test         the test suite, offline, on the CPU
 # make test-browser the page, the trackers and the server, in a headless Chromium (Debian: apt-get install chromium)
 # make check        lint, format and types
+# make bench        training, collation and single switches beside TRL's own path, into benchmarks/README.md
 #
 # Each verb makes .venv if it is missing and installs what it needs, once. Another interpreter:
 #   make PYTHON=python3.12 quickstart
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-browser check
+.PHONY: help quickstart test test-browser check bench
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -27,12 +28,16 @@ test: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-browser: $(VENV)/web/.installed
-	$(VENV)/web/bin/python -m pytest -m web
+	$(VENV)/web/bin/python -m pytest -m web tests/test_chat.py tests/test_serving.py tests/test_trackers.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Some ten minutes; whatever else runs on the machine shows in the figures.
+bench: $(VENV)/.dev $(VENV)/test-only/.installed
+	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/cpu.py --write
 
 $(BIN)/python:
 	@command -v $(PYTHON) > /dev/null || { \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,9 @@ from vlm_sft.metrics import exact_match
 from vlm_sft.samples import Sample
 
 
-def evaluated(base: Path, output_dir: Path, report_to: list[str]) -> Any:
+def evaluated(base: Path, output_dir: Path, report_to: list[str], **options: Any) -> Any:
     """A four-step run that evaluates three of five rows before training and every two steps."""
-    options = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_dataset": runs.rows(4)}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_dataset": runs.rows(4)}
     trainer = runs.trainer(base, output_dir, callbacks=[], report_to=report_to, **options)
     metrics = {"accuracy": exact_match}
     trainer.add_callback(
@@ -78,12 +79,12 @@ def in_web_environment(test: Any) -> Any:
 
 
 @in_web_environment
-def test_trackio_holds_numbers_and_pictures_on_this_machine(tiny_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    evaluated(tiny_dir("llava15"), tmp_path / "run", ["trackio"])
-    pictures = [Image.open(file) for file in (tmp_path / "trackio").rglob("*.png")]
+def test_trackio_holds_numbers_and_pictures_on_this_machine(tiny_dir, tmp_path):
+    evaluated(tiny_dir("llava15"), tmp_path / "run", ["trackio"], project="digits")
+    folder = Path(os.environ["HF_HOME"], "trackio")  # its default place
+    pictures = [Image.open(file) for file in (folder / "media" / "digits").rglob("*.png")]
     assert [picture.size for picture in pictures] == [(32, 32)] * 9  # three at each of three evaluations
-    held = b"".join(file.read_bytes() for file in (tmp_path / "trackio").glob("*.db*"))
+    held = b"".join(file.read_bytes() for file in folder.glob("digits.db*"))
     assert b"eval/accuracy" in held
     assert b"right: There are 3." in held
 
