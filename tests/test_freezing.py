@@ -36,6 +36,9 @@ def test_the_named_parts_train_and_no_others(
     freeze(model, train=("head",) if family not in ("gemma3", "internvl") else ("language",))
     with pytest.raises(ValueError, match=r"parameters of other parts train \(.*call freeze"):
         check_trainable(model, train=("vision",))
+    freeze(model, train=("projector",))
+    with pytest.raises(ValueError, match=r"but 0 parameters of other parts train \(none\) and \d+ of these do not \("):
+        check_trainable(model, train=("projector", "vision"))
 
 
 def test_the_table(tiny_model: Callable[..., Any]) -> None:
@@ -79,7 +82,7 @@ def test_a_head_that_shares_the_embedding_trains_with_the_language_model(tiny_mo
     assert model.lm_head.weight.requires_grad
 
 
-@pytest.mark.parametrize("pack", [nf4, int8_config])
+@pytest.mark.parametrize("pack", [nf4, partial(nf4, storage_dtype=torch.bfloat16), int8_config])
 def test_quantized_weights_cannot_train(pack: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llava15", quantization_config=pack("llava"))
     with pytest.raises(ValueError, match=r"14 of these weights are quantized.*no --load_in_4bit"):
