@@ -1,0 +1,205 @@
+"""Our path beside TRL's own and the 2024 note's, on two CPU cores: `make bench`, or
+
+    python benchmarks/cpu.py [--rows 256] [--runs 3] [--write]
+
+Each run is a process of its own, the paths take turns, and what is printed is the median (and the range) of the runs.
+`--write` puts the tables into benchmarks/README.md. Without a GPU, in some ten minutes; leave the machine alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+import collation
+import datasets
+import mix
+import parts
+import torch
+import training
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+
+from vlm_sft import IGNORE_INDEX, ChatCollator, pack, tiny
+
+PATHS = ("trl", "note", "recipe", "packed", "cached")
+NAMES = {
+    "trl": "TRL 1.16, `sft_vlm.py`",
+    "note": "collate function of 2024",
+    "recipe": "recipe",
+    "packed": "recipe, packed (SDPA)",
+    "cached": "recipe, cached features, 2nd epoch",
+}
+README = Path(__file__).with_name("README.md")
+Table = list[list[str]]
+
+
+def in_a_process(call: Callable[..., Any], *args: Any) -> Any:
+    """The result of the call in a fork of this process, whose memory and caches it does not leave behind."""
+    forks = multiprocessing.get_context("fork")
+    mine, other = forks.Pipe()
+
+    def work() -> None:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        other.send(call(*args))
+
+    process = forks.Process(target=work)
+    process.start()
+    other.close()
+    result = mine.recv()
+    process.join()
+    return result
+
+
+def spread(values: Iterable[float], digits: int = 0) -> str:
+    """The median, and the range where there is one."""
+    values = sorted(values)
+    middle = f"{statistics.median(values):,.{digits}f}"
+    ends = [f"{value:,.{digits}f}" for value in (values[0], values[-1])]
+    return middle if ends[0] == ends[1] else f"{middle} ({ends[0]}-{ends[1]})"
+
+
+def side_by_side(kind: str, rows: int, runs: int) -> Table:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "rows")
+        data = mix.rows(rows)
+        data.save_to_disk(str(folder))
+        collator = ChatCollator(mix.llava(kind)[1])
+        answers = sum(int((row.labels != IGNORE_INDEX).sum()) for row in collator.encode(list(data))[0])
+        found: dict[str, list[training.Run]] = {path: [] for path in PATHS}
+        for _ in range(runs):
+            for path in PATHS:
+                epochs = 2 if path == "cached" else 1
+                found[path].append(in_a_process(run_of, path, kind, folder, epochs))
+                print(kind, path, found[path][-1], flush=True)
+    table = [["", "trained tokens/s", "x TRL", "computed per real token", "first step, s", "memory, MiB"]]
+    speeds = {path: [answers / run.epochs[-1] for run in those] for path, those in found.items()}
+    for path, those in found.items():
+        ratios = [ours / theirs for ours, theirs in zip(speeds[path], speeds["trl"], strict=True)]
+        table.append(
+            [
+                NAMES[path],
+                spread(speeds[path]),
+                spread(ratios, 2),
+                f"{those[0].computed / those[0].real:.2f}",
+                spread((run.first_step for run in those), 1),
+                spread(run.peak for run in those),
+            ]
+        )
+    return table
+
+
+def run_of(path: str, kind: str, folder: Path, epochs: int) -> training.Run:
+    return training.run(path, partial(mix.llava, kind), folder, epochs=epochs)
+
+
+def padding(lengths: list[int], batch: int) -> Table:
+    """Tokens that are real, of those computed, by the way of batching."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    grouped = list(LengthGroupedSampler(batch, lengths=lengths, generator=generator))
+    balanced = BatchRebalanceSampler(lengths, effective_batch_size=4 * batch, dp_size=1, grad_accum=4)
+    budget = 2048
+    packs = pack(datasets.Dataset.from_dict({"length": lengths}), max_length=budget).with_format(None)["length"][:]
+
+    def share(batches: Iterable[list[int]]) -> str:
+        chosen = [[lengths[n] for n in batch] for batch in batches]
+        return f"{sum(map(sum, chosen)) / sum(len(those) * max(those) for those in chosen):.3f}"
+
+    def cut(indices: list[int]) -> list[list[int]]:
+        return [indices[n : n + batch] for n in range(0, len(indices), batch)]
+
+    return [
+        ["batches", "real/computed"],
+        [f"random, {batch} rows", share(cut(order))],
+        ["`group_by_length`", share(cut(grouped))],
+        ["`batch_rebalance`, 4 accumulation steps", share(list(balanced))],
+        [f"`pack` to {budget:,} tokens, rows without padding", "1.000"],
+        [f"`pack` to {budget:,} tokens, of the budget", f"{sum(packs) / (budget * len(packs)):.3f}"],
+    ]
+
+
+def collated(backend: str) -> Table:
+    times = collation.beside_image_work(backend)
+    alone = times["image work alone"]
+    return [
+        ["", "ms a row", "x image work"],
+        *([name, f"{value:.1f}", f"{value / alone:.2f}"] for name, value in times.items()),
+    ]
+
+
+def text_sides() -> Table:
+    rows = [["family", "one exchange", "four exchanges"]]
+    for family in tiny.FAMILIES:
+        rows.append([family, *(f"{value:.2f}" for value in collation.text_side(family))])
+    return rows
+
+
+def markdown(table: Table) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(table[0]) - 1) + "|", *lines[1:]])
+
+
+def machine() -> str:
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    kind = model[1] if model else platform.processor()
+    libraries = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+    return (
+        f"{datetime.date.today():%Y-%m-%d}. {len(os.sched_getaffinity(0))} cores of {kind}, one thread a process. "
+        f"Python {platform.python_version()}, {versions}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=256, help="of each run")
+    parser.add_argument("--runs", type=int, default=3, help="of each path")
+    parser.add_argument("--write", action="store_true", help="the tables into benchmarks/README.md")
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    tables = {
+        f"Training, {kind} model, {args.rows} rows, batches of {training.BATCH}, {args.runs} runs": side_by_side(
+            kind, args.rows, args.runs
+        )
+        for kind in ("vision-heavy", "LM-heavy")
+    }
+    microseconds, in_memory, tokenizer, lengths = collation.length_pass()
+    tables |= {
+        f"Padding, {len(lengths):,} rows of the same mix": padding(lengths, training.BATCH),
+        "Collation, CPU ms a row, pictures at LLaVA-1.5's own size, by Pillow": collated("pil"),
+        "Collation, the same by torchvision": collated("torchvision"),
+        "Collation, the text side alone (rendering, spans, labels), CPU ms a row": text_sides(),
+        "Length pass, CPU microseconds a row": [
+            ["rows on disk", "rows in memory, headers read", "of it the tokenizer"],
+            [f"{value:.0f}" for value in (microseconds, in_memory, tokenizer)],
+        ],
+        "A frozen tower out of autograd, vision-heavy model, one step": parts.frozen_tower(),
+        "DoRA beside LoRA, LM-heavy model, one step": parts.dora(),
+    }
+    text = "\n\n".join(f"### {title}\n\n{markdown(table)}" for title, table in tables.items())
+    text = f"{machine()} {(time.perf_counter() - start) / 60:.0f} minutes.\n\n{text}\n"
+    print(text)
+    if args.write:
+        before, _, rest = README.read_text().partition("<!-- cpu -->\n")
+        README.write_text(f"{before}<!-- cpu -->\n{text}<!-- end -->\n{rest.partition('<!-- end -->')[2].lstrip()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""One training run of each path, over the same rows: TRL's own, the 2024 note's, and a recipe's.
+
+`run(path, ...)` sets up the path the way its users do and trains for whole epochs; what it measures is in `Run`. On a
+GPU where there is one, in bfloat16.
+
+- `"trl"`: as `examples/scripts/sft_vlm.py` of TRL 1.16, with SFTTrainer's default collator.
+- `"note"`: the same with the collate function that notebooks of 2024 pass round, images flattened so that it takes
+  rows with several pictures or none.
+- `"recipe"`: as the recipes: lengths, grouped batches, `ChatCollator`, data workers, a frozen tower out of autograd.
+- `"packed"`: the recipe with packs of whole conversations in rows without padding.
+- `"cached"`: the recipe with the features of the frozen tower kept on disk.
+
+All have the same LoRA adapters on the language model, optimizer, seed, and rows (or tokens) of a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from datasets import load_from_disk
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+import vlm_sft
+from vlm_sft.features import FeatureCache
+from vlm_sft.loading import keep_frozen_out_of_autograd
+
+BATCH = 8
+
+
+@dataclass
+class Run:
+    """Of one run: seconds of each epoch, and from set-up to the end of the first step; tokens, padding included and
+    without it, and patches of pictures; MiB by which this process grew, or the peak on the GPU."""
+
+    epochs: list[float] = field(default_factory=list)
+    first_step: float = 0.0
+    computed: int = 0
+    real: int = 0
+    patches: int = 0
+    peak: int = 0
+
+
+class Clock(TrainerCallback):
+    """Seconds of the epochs and to the first step."""
+
+    def __init__(self, run: Run, start: float) -> None:
+        self.run, self.start, self.began = run, start, start
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.run.first_step = time.perf_counter() - self.start
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.epochs.append(time.perf_counter() - self.began)
+
+
+def note_collate(processor: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Renders each example, pads them all, and masks padding and image tokens by their ids."""
+    texts = [processor.apply_chat_template(example["messages"], tokenize=False) for example in examples]
+    images = [image for example in examples for image in example["images"]]
+    batch = processor(text=texts, images=images or None, return_tensors="pt", padding=True)
+    labels = batch["input_ids"].clone()
+    labels[labels == processor.tokenizer.pad_token_id] = -100
+    labels[labels == processor.tokenizer.convert_tokens_to_ids(processor.image_token)] = -100
+    batch["labels"] = labels
+    return batch
+
+
+def run(path: str, build: Callable[[], tuple[Any, Any]], folder: Path, *, epochs: int = 1) -> Run:
+    """One run in this process of the model and processor that `build` makes; `folder` holds the rows
+    (`mix.rows(...).save_to_disk`)."""
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    on_gpu = torch.cuda.is_available()
+    measured = Run()
+    held = psutil.Process().memory_info().rss
+    start = time.perf_counter()
+    model, processor = build()
+    train = recipe_parts if path not in ("trl", "note") else stock_parts
+    with tempfile.TemporaryDirectory() as output:
+        options, parts = train(path, model, processor, folder, Path(output))
+        args = SFTConfig(
+            output_dir=output,
+            max_length=None,
+            num_train_epochs=epochs,
+            learning_rate=1e-4,
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            activation_checkpointing=True,  # TRL's default, under its new name
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=on_gpu,
+            **{"per_device_train_batch_size": BATCH, **options},
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            processing_class=processor,
+            peft_config=vlm_sft.lora_config(model, r=8, lora_dropout=0.0),
+            **{**parts, "callbacks": [Clock(measured, start), *parts.get("callbacks", [])]},
+        )
+        trainer.model.register_forward_pre_hook(Count(measured), with_kwargs=True)
+        trainer.train()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured.peak = (peak - (0 if on_gpu else held)) >> 20
+    return measured
+
+
+def stock_parts(path: str, model: Any, processor: Any, folder: Path, output: Path) -> tuple[dict[str, Any], Any]:
+    parts: dict[str, Any] = {"train_dataset": load_from_disk(str(folder))}
+    if path == "trl":
+        return {}, parts
+    parts["data_collator"] = lambda examples: note_collate(processor, examples)
+    return {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}, parts
+
+
+def recipe_parts(path: str, model: Any, processor: Any, folder: Path, output: Path) -> tuple[dict[str, Any], Any]:
+    data = vlm_sft.load_conversations(folder, eval_fraction=0)
+    keep_frozen_out_of_autograd(model)  # as load_model does
+    flat, cached = path == "packed", path == "cached"
+    collator = vlm_sft.ChatCollator(processor, generation_config=model, padding_free=flat, key_pictures=cached)
+    data = vlm_sft.with_lengths(data, collator, num_proc=0)
+    workers = vlm_sft.best_worker_count()
+    options = {
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "group_by_length",
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": workers > 0,
+    }
+    callbacks: list[Any] = [vlm_sft.OrderByLength()]
+    if cached:
+        callbacks.append(FeatureCache(output / "features", max_gb=1))
+    if flat:
+        vlm_sft.accept_flat_rows(model)
+        lengths = data["train"].with_format(None)["length"][:]
+        budget = max(max(lengths), round(BATCH * sum(lengths) / len(lengths)))
+        data["train"] = vlm_sft.pack(data["train"], max_length=budget)
+        options |= {"per_device_train_batch_size": 1, "train_sampling_strategy": "random"}
+        callbacks = [vlm_sft.CheckFlatRows()]
+    return options, {"train_dataset": data["train"], "data_collator": collator, "callbacks": callbacks}
+
+
+class Count:
+    """Tokens and patches that reach the model in training."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if model.training:
+            self.run.computed += kwargs["input_ids"].numel()
+            mask = kwargs.get("attention_mask")
+            self.run.real += int(mask.sum()) if mask is not None else kwargs["input_ids"].numel()
+            pixels = kwargs.get("pixel_values")
+            if pixels is not None:  # patches [N, D] of Qwen-VL, or pictures [N, 3, H, W]
+                patch = 1 if pixels.ndim == 2 else model.config.vision_config.patch_size
+                self.run.patches += len(pixels) * (pixels[0, 0].numel() // patch**2 if pixels.ndim == 4 else 1)

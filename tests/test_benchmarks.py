@@ -1,0 +1,114 @@
+"""The benchmarks run, on a few rows and tiny sizes, and what they write down names things that exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from trl import SFTConfig
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+NAMES = ("mix", "training", "parts", "collation", "cpu", "gpu")
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield {name: importlib.import_module(name) for name in NAMES}
+    logging.disable(logging.NOTSET)
+    for name in NAMES:
+        sys.modules.pop(name)
+
+
+def test_rows_are_drawn_from_the_seed(benchmarks: dict[str, Any]) -> None:
+    mix = benchmarks["mix"]
+    rows = mix.rows(200)
+    assert rows[:5]["messages"] == mix.rows(5)[:]["messages"] != mix.rows(5, seed=1)[:]["messages"]
+    pictures = [len(images) for images in rows["images"]]
+    assert set(pictures) == {0, 1, 2, 3}
+    assert 0.05 < pictures.count(0) / 200 < 0.16
+    assert {len(messages) // 2 for messages in rows["messages"]} >= {1, 2, 3, 4, 5}
+
+
+def test_paths_train_on_the_same_rows(benchmarks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, made = benchmarks["cpu"], []
+
+    def here(call: Any, *args: Any) -> Any:
+        made.append(call(*args))
+        return made[-1]
+
+    monkeypatch.setattr(cpu, "in_a_process", here)
+    table = cpu.side_by_side("LM-heavy", 10, 1)
+    runs = dict(zip(cpu.PATHS, made, strict=True))
+    assert [row[0] for row in table[1:]] == list(cpu.NAMES.values())
+    assert runs["recipe"].real == runs["packed"].real == runs["packed"].computed == runs["cached"].real // 2
+    # The note's collate function adds the BOS of inference, TRL's does not; ours adds EOS behind each answer too.
+    assert runs["note"].real == runs["trl"].real + 10 < runs["recipe"].real
+    assert all(len(run.epochs) == (2 if path == "cached" else 1) for path, run in runs.items())
+
+
+def test_a_run_in_a_process_comes_back(benchmarks: dict[str, Any]) -> None:
+    assert benchmarks["cpu"].in_a_process(sum, [1, 2]) == 3
+
+
+def test_grouping_and_packing_leave_little_padding(benchmarks: dict[str, Any]) -> None:
+    lengths = [50 + (n * 7919) % 700 for n in range(4000)]
+    table = benchmarks["cpu"].padding(lengths, 8)
+    shares = [float(row[1]) for row in table[1:]]
+    assert shares[0] < 0.7
+    assert min(shares[1], shares[4]) > 0.98
+
+
+def test_parts_and_collation_have_figures(benchmarks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, collation = benchmarks["parts"], benchmarks["collation"]
+    monkeypatch.setattr(parts.compare, "__kwdefaults__", {"repeats": 1})
+    tower = parts.frozen_tower()
+    held = [float(row[3]) for row in tower[1:]]
+    assert held[1] < held[0]
+    assert held[3] < held[2]
+    assert len(parts.dora()) == 3
+    monkeypatch.setattr(collation, "ROWS", 8)
+    assert set(collation.beside_image_work(repeats=1)) == {"image work alone", "TRL", "note", "recipe"}
+    assert min(collation.text_side("llava15", repeats=1)) > 0
+    *times, lengths = collation.length_pass(count=544)
+    assert len(lengths) == 544
+    assert len(times) == 3
+
+
+@pytest.mark.slow
+def test_the_gpu_program_runs_tiny_without_one(
+    benchmarks: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu, process = benchmarks["gpu"], benchmarks["gpu"].in_a_process
+
+    def here(name: str, path: str, folder: str, *flags: str) -> Any:
+        return process(name, path, folder, *flags) if path == "qlora" else gpu.one(name, path, Path(folder), True)
+
+    monkeypatch.setattr(gpu, "in_a_process", here)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--rows", "8", "--runs", "1"])
+    gpu.main()
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^\| (llava-1.5-7b|Qwen2.5-VL-7B), (trl|note|recipe) \| [\d,]+ \|", printed, re.M)) == 6
+    assert "QLoRA of llava-1.5-7b, one row of 1" in printed
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "no GPU is visible" in capsys.readouterr().err
+
+
+def test_the_switches_of_the_readme_exist() -> None:
+    text = (FOLDER / "README.md").read_text("utf-8")
+    fields = {field.name for field in dataclasses.fields(SFTConfig)} | {"no_use_dora"}
+    flags = set(re.findall(r"`--(\w+)", text))
+    assert len(flags) > 6
+    assert flags <= fields
+    for program in re.findall(r"python benchmarks/(\w+\.py)", text):
+        assert (FOLDER / program).is_file()
