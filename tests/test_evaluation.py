@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import multiprocessing
 import re
@@ -283,6 +284,29 @@ def test_callback_logs_numbers_and_writes_samples(tiny_dir, tmp_path, capsys):
     assert "answers to 2 of 5 rows, up to 5 tokens each" in capsys.readouterr().err
 
 
+def test_page_holds_the_answers_before_training_beside_the_newest(tiny_dir, tmp_path):
+    trainer = evaluated(tiny_dir("llava15"), tmp_path, num_rows=2, eval_on_start=True, learning_rate=1e-2)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    said = {(line["step"], line["row"]): line["prediction"] for line in lines}
+    assert [line["step"] for line in lines] == [0, 0, 2, 2, 4, 4]
+    assert said[0, 0] != said[4, 0]
+
+    def shown() -> list[str]:
+        """Before and after, row by row."""
+        page = (tmp_path / "samples.html").read_text()
+        assert "before: step 0, after: step 4" in page
+        assert page.count("data:image/webp") == 2
+        return [html.unescape(text) for text in re.findall(r'class="mark \w+">([^<]*)<', page)]
+
+    assert shown() == [said[0, 0], said[4, 0], said[0, 2], said[4, 2]]
+    # An evaluation after training, as of the best model, takes the place of the last one.
+    with torch.no_grad():
+        trainer.model.lm_head.weight.neg_()
+    trainer.evaluate()
+    assert shown()[::2] == [said[0, 0], said[0, 2]]
+    assert shown()[1::2] != [said[4, 0], said[4, 2]]
+
+
 def test_the_metric_chooses_the_best_model(tiny_dir, tmp_path):
     scores = iter([0.75, 0.25])
     trainer = evaluated(
@@ -316,5 +340,7 @@ def test_callback_names_rows_without_reference_and_names_that_are_taken(tiny_dir
         GenerationEvaluation(trainer, rows=ROWS, references=["yes"], metrics=metrics)
     with pytest.raises(ValueError, match="num_rows=0"):
         GenerationEvaluation(trainer, rows=ROWS, num_rows=0, metrics=metrics)
+    with pytest.raises(ValueError, match="0 metrics; each must be at least 1"):
+        GenerationEvaluation(trainer, rows=ROWS, metrics={})
     with pytest.raises(ValueError, match="reports eval_loss itself"):
         evaluated(tiny_dir("llava15"), tmp_path, metrics={"loss": exact_match})

@@ -142,3 +142,17 @@ def test_a_reference_that_cannot_be_read_is_named(metric, what):
     good = '{"a": 1}' if metric is metrics.json_field_f1 else TABLE
     with pytest.raises(ValueError, match=rf"references\[1\]: {what}.*'plain words'"):
         metric([good, good], [good, "plain words"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "said", "right", "score"),
+    [
+        (metrics.exact_match, "cat", ["dog", "cat"], 1.0),
+        (metrics.anls, "cats", "cat", 0.75),
+        (metrics.cer, "cut!", "cat!", 0.75),
+        (metrics.cer, "a dog and a cat", "cat", 0.0),
+        (metrics.wer, "a cat", "a cat", 1.0),
+    ],
+)
+def test_row_score_is_1_where_the_row_is_right(metric, said, right, score):
+    assert metrics.row_score(metric, said, right) == score
