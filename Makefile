@@ -1,5 +1,6 @@
 # make quickstart   train a tiny vision-language model on real pictures and look at the result
 # make test         the test suite, offline, on the CPU
+# make test-faults  runs are killed, starved and misled: the tests that docs/faults.md lists
 # make test-browser the page, the trackers and the server, in a headless Chromium (Debian: apt-get install chromium)
 # make check        lint, format and types
 # make bench        training, collation and single switches beside TRL's own path, into benchmarks/README.md
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-browser check bench
+.PHONY: help quickstart test test-faults test-browser check bench
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -25,7 +26,10 @@ quickstart: $(VENV)/.installed
 # beside a torch without CUDA it breaks `import trl`; tests/torchvision_cpu shows the tests where it is.
 # Two workers are faster than two threads.
 test: $(VENV)/.dev $(VENV)/test-only/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
+
+test-faults: $(VENV)/.dev $(VENV)/test-only/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile $$(grep -o 'tests/[a-z_]*\.py::[a-z0-9_]*' docs/faults.md | sort -u)
 
 test-browser: $(VENV)/web/.installed
 	$(VENV)/web/bin/python -m pytest -m web tests/test_chat.py tests/test_serving.py tests/test_trackers.py

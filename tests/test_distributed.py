@@ -37,8 +37,8 @@ FULL = ("llava_finetune_full", "--mm_projector_lr", "0.01")
 SMALL = (
     *("--use_cpu", "--max_steps", "4", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2"),
     *("--warmup_steps", "0", "--lr_scheduler_type", "constant", "--learning_rate", "0.01", "--logging_steps", "1"),
-    *("--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "3", "--disable_tqdm", "True"),
-    *("--dataloader_num_workers", "0", "--dataloader_persistent_workers", "False"),
+    *("--eval_on_start", "False", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "3"),
+    *("--dataloader_num_workers", "0", "--dataloader_persistent_workers", "False", "--disable_tqdm", "True"),
 )
 ONE, TWO = ("--gradient_accumulation_steps", "2"), ("--gradient_accumulation_steps", "1")  # four rows a step
 

@@ -14,7 +14,7 @@ from vlm_sft.families import ModelParts
 from vlm_sft.features import FeatureCache
 from vlm_sft.freezing import check_precision, check_trainable, freeze, parameter_table, upcast_trainable
 from vlm_sft.generation import KeepGeneration
-from vlm_sft.guards import StopOnNaN
+from vlm_sft.guards import StopOnNaN, explain_out_of_memory
 from vlm_sft.hardware import best_dtype, best_optimizer, best_worker_count, fit_to_hardware
 from vlm_sft.labels import IGNORE_INDEX
 from vlm_sft.lengths import with_lengths
@@ -57,6 +57,7 @@ __all__ = [
     "check_precision",
     "check_quantized",
     "check_trainable",
+    "explain_out_of_memory",
     "fit_to_hardware",
     "fp4_config",
     "freeze",

@@ -159,8 +159,11 @@ class SafeCheckpoints(TrainerCallback):
 
     def _lock(self, output_dir: Path) -> None:
         """Keeps other runs out of the folder, such as processes of one launch that did not join."""
-        output_dir.mkdir(parents=True, exist_ok=True)
-        self._locked = (output_dir / ".lock").open("a")  # free again when it is closed or the process ends
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self._locked = (output_dir / ".lock").open("a")  # free again when it is closed or the process ends
+        except OSError as error:
+            raise ValueError(f"output_dir={str(output_dir)!r} cannot be written: {error}; choose another") from error
         try:
             fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

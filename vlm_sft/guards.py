@@ -1,7 +1,9 @@
-"""Training stops before the optimizer takes a step that would destroy the model."""
+"""Training stops before the optimizer takes a step that would destroy the model, and says what filled the memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,6 +100,56 @@ class StopOnNaN(TrainerCallback):
             # Below zero: the collator's own row with a blank picture.
             names += [f"row {row}" for row in (rows[bad] if some else rows).tolist() if row >= 0]
         return names
+
+
+@contextmanager
+def explain_out_of_memory(trainer: Any) -> Iterator[None]:
+    """Adds to an out-of-memory error the batch, its longest row and the ways out, and lets the error through.
+
+    with explain_out_of_memory(trainer):
+        trainer.train()
+    """
+    seen: dict[str, Any] = {}
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.update(kwargs)
+
+    hook = trainer.model.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+            batch = {name: value for name, value in seen.items() if isinstance(value, Tensor)}
+            error.add_note(_explained(batch, trainer.args, trainer.state.global_step))
+        raise
+    finally:
+        hook.remove()
+
+
+def _explained(batch: dict[str, Tensor], args: TrainingArguments, step: int) -> str:
+    where = f"step {step + 1}, process {args.process_index}: out of memory"
+    if (ids := batch.get("input_ids")) is not None:
+        mask = batch.get("attention_mask", torch.ones_like(ids))
+        lengths = mask.reshape(len(ids), -1).sum(dim=1).tolist()
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        rows = batch.get("rows")
+        name = (
+            f"row {int(rows[longest])}" if rows is not None and len(rows) == len(ids) else f"row {longest} of the batch"
+        )
+        where += (
+            f" in a batch of {ids.shape[0]} rows of {ids.shape[1]} tokens. The longest is {name}, {lengths[longest]} "
+            f"tokens of at most max_length={getattr(args, 'max_length', None)}"
+        )
+    half, twice = max(1, args.per_device_train_batch_size // 2), 2 * args.gradient_accumulation_steps
+    smaller = (
+        f"--per_device_train_batch_size {half} --gradient_accumulation_steps {twice} (the same step)"
+        if args.per_device_train_batch_size > 1
+        else "--activation_checkpointing (slower by some 20%)"
+    )
+    return (
+        f"{where}.\nThree ways out: {smaller}; a lower --max_length or smaller pictures; --load_in_4bit, or "
+        "the model in shares on several GPUs (accelerate_configs/fsdp2.yaml). What fits: `python -m vlm_sft.memory`."
+    )
 
 
 def _all_finite(gradients: list[Tensor]) -> bool:
