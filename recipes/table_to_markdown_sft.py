@@ -2,7 +2,6 @@
 
 Trained: LoRA adapters of rank 16 on every linear layer in the language model's blocks. Frozen in 16 bit: all the rest.
 In the loss: the table and the stop token. Data: tables drawn on the spot in several looks and sizes, or --dataset_name.
-Each evaluation writes out tables and compares: share of the cells that are right, share of the tables of right shape.
 
     accelerate launch recipes/table_to_markdown_sft.py
 
@@ -128,7 +127,8 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     trainer.add_callback(answers)
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.say(vlm_sft.check_adapters(trainer.model))
-    trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer))
+    with vlm_sft.explain_out_of_memory(trainer):
+        trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer))
 
     metrics = trainer.evaluate()
     trainer.save_model()
