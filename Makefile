@@ -39,7 +39,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Some ten minutes; whatever else runs on the machine shows in the figures.
+# Some twelve minutes; whatever else runs on the machine shows in the figures.
 bench: $(VENV)/.dev $(VENV)/test-only/.installed
 	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/cpu.py --write
 
