@@ -8,8 +8,10 @@ import subprocess
 from pathlib import Path
 
 import runs
+import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig
 
@@ -161,7 +163,10 @@ def test_model_card_tells_data_method_and_results_and_its_lines_run(tiny_dir, tm
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     code = code.replace("max_new_tokens=64", "max_new_tokens=4")
     exec(code, there := {})
-    assert there["model"].peft_config["default"].use_dora
+    loaded, saved = get_peft_model_state_dict(there["model"]), load_file("digits_sft/adapter_model.safetensors")
+    assert any("magnitude" in name for name in saved)
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
 
 
 def test_model_card_of_a_full_model_and_local_data(tmp_path):
