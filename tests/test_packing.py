@@ -112,6 +112,7 @@ def test_packs_train_through_trl_to_the_padded_loss(family, tiny_model, tiny_pro
             report_to="none",
             save_strategy="no",
             logging_steps=1,
+            dataloader_pin_memory=False,
         )
         collator = ChatCollator(processor, padding_free=name == "packed")
         trainer = SFTTrainer(
