@@ -38,6 +38,8 @@ TALK = [
     {"role": "assistant", "content": "Yes."},
 ]
 
+ENDS = ["<|endoftext|>", "<|im_start|>"]
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -56,7 +58,7 @@ def qwen(folder: Path, tokenizer: Any) -> Path:
     settings = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = Qwen2Config(vocab_size=1024, num_key_value_heads=2, tie_word_embeddings=True, **settings)
     model = Qwen2ForCausalLM(config)
-    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    ends = tokenizer.convert_tokens_to_ids(ENDS)
     # As Qwen2-Instruct's: sampling settings, and more than one end.
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=ends)
     model.save_pretrained(folder)
@@ -114,12 +116,19 @@ def test_a_qwen_keeps_its_size_its_shared_head_and_its_ends(
     model, processor = assemble_llava(parts[0], qwen(tmp_path, tokenizer))
     assert model.get_input_embeddings().num_embeddings == 1024
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    ends = tokenizer.convert_tokens_to_ids(ENDS)
+    assert tokenizer.eos_token_id not in ends
     assert set(model.generation_config.eos_token_id) == {*ends, tokenizer.eos_token_id}
+    assert set(tokenizer.all_special_tokens) <= set(processor.tokenizer.all_special_tokens)
     assert not model.generation_config.do_sample
     model.save_pretrained(tmp_path / "llava")
     processor.save_pretrained(tmp_path / "llava")
     audit(ChatCollator(load_processor(tmp_path / "llava")), [{"messages": TALK, "images": noise(1)}], model)
+
+
+def test_every_part_has_the_asked_dtype(parts: tuple[Path, Path]) -> None:
+    model, _ = assemble_llava(*parts, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
 def test_the_seed_decides_the_projector(parts: tuple[Path, Path]) -> None:

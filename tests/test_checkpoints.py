@@ -23,10 +23,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from vlm_sft import tiny
+from vlm_sft.adapters import lora_config
 from vlm_sft.checkpoints import SafeCheckpoints, _key_differences, _save_pretrained, latest_checkpoint
+from vlm_sft.freezing import upcast_trainable
+from vlm_sft.loading import load_model
 from vlm_sft.manifests import MANIFEST, verify_checkpoint, write_manifest
 from vlm_sft.optim import rates_by_part
 from vlm_sft.provenance import read_training_base
+from vlm_sft.quantization import nf4_config
 
 FOUR = ("llava15", "qwen2_5_vl", "smolvlm", "gemma3")
 
@@ -157,6 +161,22 @@ def test_a_resumed_adapter_is_bit_equal(changes: dict[str, Any], llava: Path, tm
     reference = train(llava, tmp_path, peft_config=lora(**changes), **accumulated)
     shutil.rmtree(tmp_path / "checkpoint-4")
     assert runs.same(reference, train(llava, tmp_path, peft_config=lora(**changes), **accumulated))
+
+
+def test_a_resumed_4_bit_run_is_bit_equal(llava: Path, tmp_path: Path) -> None:
+    """As a recipe takes it: DoRA in float32 on NF4, and a projector in full."""
+
+    def run() -> dict[str, torch.Tensor]:
+        model = load_model(llava, quantization_config=nf4_config("llava", compute_dtype=torch.float32))
+        config = lora_config(model, r=4, use_dora=True, projector="full", lora_dropout=0.1)
+        trainer = untrained(llava, tmp_path, model=model, peft_config=config)
+        upcast_trainable(trainer.model)
+        trainer.train(resume_from_checkpoint=latest_checkpoint(trainer))
+        return runs.weights(trainer.model)
+
+    reference = run()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert runs.same(reference, run())
 
 
 def test_an_adapter_has_its_base_beside_it(adapted: tuple[Path, dict[str, Any]], llava: Path) -> None:

@@ -97,6 +97,9 @@ def test_the_result_is_a_plain_model(adapter: Path, llava: Path, tmp_path: Path)
     moved = {name for name in base if not torch.equal(base[name], written[name])}
     assert {name.split(".")[0] for name in moved} == {"language_model", "multi_modal_projector"}
     assert all(name.split(".")[-2] in ("q_proj", "v_proj", "up_proj", "linear_1", "linear_2") for name in moved)
+    card = (merged.folder / "README.md").read_text("utf-8")
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "base_model:" not in card  # no folder of this machine
     processor = AutoProcessor.from_pretrained(merged.folder)
     assert processor.chat_template == AutoProcessor.from_pretrained(llava).chat_template
 

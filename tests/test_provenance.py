@@ -38,10 +38,10 @@ def test_differences_are_listed_by_leaf() -> None:
 
 def test_plain_survives_json() -> None:
     value = plain(
-        {"targets": {"v", "q"}, "dtype": torch.bfloat16, "config": LoraConfig(target_modules=["q"]).to_dict()}
+        {"targets": {*"vqkoudg"}, "dtype": torch.bfloat16, "config": LoraConfig(target_modules=["q"]).to_dict()}
     )
     assert value == json.loads(json.dumps(value))
-    assert value["targets"] == ["q", "v"]
+    assert value["targets"] == sorted("vqkoudg")
     assert value["dtype"] == "torch.bfloat16"
 
 
@@ -114,6 +114,14 @@ def test_another_base_of_the_same_shapes_is_told_apart() -> None:
     assert weight_differences(first["weights"], second["weights"])
 
 
+def test_a_weight_is_looked_at_from_its_first_value_to_its_last(tiny_model: Any) -> None:
+    model, name = tiny_model("llava15"), "model.language_model.layers.1.mlp.up_proj.weight"
+    known = training_base(model)["weights"]
+    with torch.no_grad():
+        model.get_parameter(name)[-1, -1] += 1
+    assert [line.split(":")[0] for line in weight_differences(known, training_base(model)["weights"])] == [name]
+
+
 def test_what_is_not_there_reads_as_none(tmp_path: Path) -> None:
     assert read_training_base(tmp_path) is None
     (tmp_path / TRAINING_BASE).write_text('{"revision": "abc"}')
@@ -143,5 +151,8 @@ def test_settings_of_the_data() -> None:
     assert data_settings(rows.select(range(20))) == known
     assert data_settings(rows.select(range(19, -1, -1)))["columns"]["row"] != known["columns"]["row"]
     assert data_settings(runs.rows(20, seed=1))["columns"]["images"] != known["columns"]["images"]
+    # Sixteen rows are looked at, from all of the set.
+    changed = rows.map(lambda row, at: {"row": row["row"] + (at >= 16)}, with_indices=True)
+    assert data_settings(changed)["columns"]["row"] != known["columns"]["row"]
     assert data_settings(rows.to_iterable_dataset()) == {"rows": None, "columns": {}}
     assert data_settings([1, 2]) == {"rows": 2, "columns": {}}

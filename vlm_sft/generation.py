@@ -40,11 +40,6 @@ class KeepGeneration(TrainerCallback):
                 "first, for instance do_sample=True where a temperature is set."
             ) from error
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._restore()
-
     def _restore(self) -> None:
         restored: Any = copy.deepcopy(self.loaded)
         changed = self.model.generation_config
