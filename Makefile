@@ -32,7 +32,8 @@ test-faults: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $$(grep -o 'tests/[a-z_]*\.py::[a-z0-9_]*' docs/faults.md | sort -u)
 
 test-browser: $(VENV)/web/.installed
-	$(VENV)/web/bin/python -m pytest -m web tests/test_chat.py tests/test_serving.py tests/test_trackers.py
+	$(VENV)/web/bin/python -m pytest -m web \
+		tests/test_chat.py tests/test_samples.py tests/test_serving.py tests/test_trackers.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -194,7 +194,7 @@ def test_page_reads_a_digit_in_a_browser_and_stays_up_after_bad_input(quickstart
     broken.write_text("<b>not a picture</b>")
     flags = ["--model_name_or_path", quickstart.folder, "--base_model", quickstart.base, "--max_new_tokens", 8]
     with served(*flags) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         page = browser.new_page()
         page.set_default_timeout(60_000)
         expect.set_options(timeout=60_000)

@@ -145,13 +145,22 @@ document.title = JSON.stringify(found);
 """
 
 
+@pytest.mark.web
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_page_filters_searches_and_sorts_in_a_browser(tmp_path):
     write_samples_html(SAMPLES, tmp_path / "samples.html")
     allowed = base64.b64encode(hashlib.sha256(DRIVER.encode()).digest()).decode()
     page = (tmp_path / "samples.html").read_text().replace("script-src '", f"script-src 'sha256-{allowed}' '")
     (tmp_path / "driven.html").write_text(page.replace("</body>", f"<script>{DRIVER}</script></body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-sync",
+    ]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-quic"]
     output = subprocess.run(
         [*command, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "driven.html").as_uri()],
