@@ -24,7 +24,7 @@ from together import free_port, together
 from torch.distributed.tensor import DTensor
 from trl import SFTConfig
 
-from vlm_sft import ChatCollator, StopOnNaN, fit_to_hardware, freeze, load_processor, tiny
+from vlm_sft import ChatCollator, SafeCheckpoints, StopOnNaN, fit_to_hardware, freeze, load_processor, tiny
 from vlm_sft.families import part_of, parts_of
 from vlm_sft.loading import load_model
 from vlm_sft.manifests import verify_checkpoint
@@ -282,6 +282,40 @@ def test_deepspeed_keeps_up(config: str, flags_of: Any, tmp_path: Path) -> None:
     run(FULL[0], flags_of(FULL, tmp_path / "alone", *ONE, *more))
     ended(launch(config, FULL[0], flags_of(FULL, tmp_path / "output", *TWO, *more)))
     assert losses_in(tmp_path / "output", step=2) == pytest.approx(losses_in(tmp_path / "alone", step=2), abs=1e-4)
+
+
+class Spoil(ChatCollator):
+    """The pictures of row 4 come out as NaN."""
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        batch = super().__call__(examples)
+        if 4 in batch["rows"].tolist():
+            batch["pixel_values"][0, 0, 0, 0] = torch.nan
+        return batch
+
+
+def spoiled(base: Path, output: Path, max_skipped: int) -> tuple[int, bool]:
+    """Steps passed over, and whether the weights of this process are finite."""
+    runs.SFTConfig = Settings
+    model, guard = load_model(base), StopOnNaN(max_skipped=max_skipped)
+    freeze(model, train=TRAINED["tower frozen"])
+    options = {"train_sampling_strategy": "sequential", "max_steps": 2, "save_steps": 1, "dataset": mixed(8)}
+    collator = Spoil(load_processor(base), name_rows=True)
+    callbacks = [SafeCheckpoints(), guard]
+    trainer = runs.trainer(base, output, model=model, callbacks=callbacks, collator=collator, **options)
+    trainer.train()
+    shares = [value.to_local() if isinstance(value, DTensor) else value for value in trainer.model.parameters()]
+    return guard.skipped, all(bool(torch.isfinite(share).all()) for share in shares)
+
+
+@pytest.mark.parametrize("config", ["cpu_2proc", "cpu_2proc_fsdp2"])
+def test_a_nan_at_one_process_stops_both_and_can_be_passed_over(config: str, tiny_dir: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"FloatingPointError: step 2: .* from row 4\b") as stopped:
+        together(spoiled, tiny_dir("llava15"), tmp_path / "stopped", 0, config=config, limit_s=60)
+    assert str(stopped.value).count("FloatingPointError: step 2") == 2
+    assert verify_checkpoint(tmp_path / "stopped/checkpoint-1") == []
+    found = together(spoiled, tiny_dir("llava15"), tmp_path / "passed", 1, config=config, limit_s=60)
+    assert found == [(1, True), (1, True)]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -48,7 +48,7 @@ def fit_to_hardware(args: TrainingArguments) -> None:
 
     Without `bf16` or `fp16` set, `best_dtype` decides. A paged optimizer gives way where it cannot run. Several GPUs
     and no launcher: this process takes the first one and says how to use all, since SFTTrainer refuses
-    `nn.DataParallel`.
+    `nn.DataParallel`. A launch with FSDP shards on CPUs too (`shard_on_cpu`).
     """
     if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
         # The only way to hide devices from the Trainer; it must come before CUDA is first used.
