@@ -40,7 +40,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Some twelve minutes; whatever else runs on the machine shows in the figures.
+# Some ten minutes; whatever else runs on the machine shows in the figures.
 bench: $(VENV)/.dev $(VENV)/test-only/.installed
 	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/cpu.py --write
 

@@ -1,9 +1,9 @@
 """Our path beside TRL's own and the 2024 note's, on two CPU cores: `make bench`, or
 
-    python benchmarks/cpu.py [--rows 400] [--runs 3] [--write]
+    python benchmarks/cpu.py [--rows 320] [--runs 3] [--write]
 
 Each run is a process of its own, the paths take turns, and what is printed is the median (and the range) of the runs.
-`--write` puts the tables into benchmarks/README.md. Without a GPU, in some twelve minutes; leave the machine alone.
+`--write` puts the tables into benchmarks/README.md. Without a GPU, in some ten minutes; leave the machine alone.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=400, help="of each run")
+    parser.add_argument("--rows", type=int, default=320, help="of each run")
     parser.add_argument("--runs", type=int, default=3, help="of each path")
     parser.add_argument("--write", action="store_true", help="the tables into benchmarks/README.md")
     args = parser.parse_args()

@@ -16,7 +16,6 @@ All have the same LoRA adapters on the language model, optimizer, seed, and rows
 from __future__ import annotations
 
 import logging
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from datasets import load_from_disk
 from transformers import TrainerCallback
@@ -86,7 +84,7 @@ def run(path: str, build: Callable[[], tuple[Any, Any]], folder: Path, *, epochs
     torch.set_num_threads(1)
     on_gpu = torch.cuda.is_available()
     measured = Run()
-    held = psutil.Process().memory_info().rss
+    held = resident(anew=True)
     start = time.perf_counter()
     model, processor = build()
     train = recipe_parts if path not in ("trl", "note") else stock_parts
@@ -116,9 +114,16 @@ def run(path: str, build: Callable[[], tuple[Any, Any]], folder: Path, *, epochs
         )
         trainer.model.register_forward_pre_hook(Count(measured), with_kwargs=True)
         trainer.train()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    measured.peak = (peak - (0 if on_gpu else held)) >> 20
+    measured.peak = (torch.cuda.max_memory_allocated() if on_gpu else resident() - held) >> 20
     return measured
+
+
+def resident(*, anew: bool = False) -> int:
+    """The most bytes of memory that this process held, since its start or, with `anew`, now. Linux only."""
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def stock_parts(path: str, model: Any, processor: Any, folder: Path, output: Path) -> tuple[dict[str, Any], Any]:
