@@ -39,8 +39,8 @@ def write_reports(
     """Writes `loss.png`, `run.json` and the model card into the output folder of a run that has come to its end.
 
     `settings` are the recipe's own; those of the Trainer join them. `audit` is what `AuditReport.facts()` tells. The
-    dataset's name on the card is `settings["dataset_name"]`. Call it after `trainer.save_model()`, for PEFT leaves a
-    card of its own there.
+    dataset's name on the card is `settings["dataset_name"]`. Call it last: after `trainer.save_model()`, for PEFT leaves
+    a card of its own there, and with it the trackers and the group of processes end.
     """
     output = Path(trainer.args.output_dir)
     history = trainer.state.log_history
@@ -55,6 +55,7 @@ def write_reports(
         audit=audit,
     )
     write_model_card(trainer, dataset_name=settings.get("dataset_name"), datasets=datasets, results=results)
+    trainer.accelerator.end_training()
 
 
 _TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
