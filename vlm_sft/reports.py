@@ -39,8 +39,8 @@ def write_reports(
     """Writes `loss.png`, `run.json` and the model card into the output folder of a run that has come to its end.
 
     `settings` are the recipe's own; those of the Trainer join them. `audit` is what `AuditReport.facts()` tells. The
-    dataset's name on the card is `settings["dataset_name"]`. Call it last: after `trainer.save_model()`, for PEFT leaves
-    a card of its own there, and with it the trackers and the group of processes end.
+    dataset's name on the card is `settings["dataset_name"]`. It is a recipe's last call: after `trainer.save_model()`,
+    where PEFT leaves a card of its own, and the trackers and the group of processes end with it.
     """
     output = Path(trainer.args.output_dir)
     history = trainer.state.log_history
