@@ -148,6 +148,17 @@ def tiny_processor(tiny_dir: Callable[[str], Path]) -> Callable[..., Any]:
     return processor_of
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache for datasets that no other test has written to, and no progress bars."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints what tests have to show (`record_property("shown", text)`), and how many random conversations each
     property was tried on."""

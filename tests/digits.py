@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,11 +13,10 @@ import torch
 from datasets import load_from_disk
 from filelock import FileLock
 from peft import get_peft_model
+from recipe_runs import recipe
 
 import vlm_sft
 from vlm_sft import tiny
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 class Quickstart(NamedTuple):
@@ -34,16 +30,6 @@ class Quickstart(NamedTuple):
     def rows(self) -> Any:
         """Held-out digits."""
         return load_from_disk(self.folder / "data")["test"]
-
-
-def recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:

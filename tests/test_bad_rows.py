@@ -11,7 +11,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from vlm_sft import ChatCollator, load_conversations
 from vlm_sft.messages import normalise, text_of
 from vlm_sft.rows import ImageFolder, RowReader
 from vlm_sft.scan import scan
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 BAD = 4  # the bad row's place among the good ones
 SIDE = 24
@@ -483,14 +485,6 @@ CASES = [
 ]
 
 ENDED: dict[str, tuple[str, str]] = {}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="module")

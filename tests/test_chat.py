@@ -17,10 +17,11 @@ from typing import Any
 import digits
 import pytest
 from PIL import Image
+from recipe_runs import recipe
 
 import vlm_sft
 
-chat = digits.recipe("chat")
+chat = recipe("chat")
 QUESTION = "Which digit is this?"
 
 

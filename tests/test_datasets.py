@@ -7,7 +7,6 @@ import io
 import json
 import pickle
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from vlm_sft.formats import read_rows
 from vlm_sft.images import to_rgb
 from vlm_sft.messages import normalise, text_of
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 VSFT = Features(
     {
         "messages": [
@@ -36,14 +37,6 @@ VSFT = Features(
     }
 )
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def picture(number: int) -> Image.Image:

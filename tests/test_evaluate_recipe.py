@@ -11,12 +11,13 @@ import digits
 import pytest
 from conversations import ask, picture
 from datasets import Dataset, DatasetDict
+from recipe_runs import recipe
 from trl import TrlParser
 
 import vlm_sft
 from vlm_sft import metrics
 
-evaluate = digits.recipe("evaluate")
+evaluate = recipe("evaluate")
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +16,8 @@ from PIL import Image
 from vlm_sft import ChatCollator, load_conversations, tiny
 from vlm_sft.lengths import Lengths, measure_lengths
 from vlm_sft.picture_tokens import FEW_SIZES, PictureTokens
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 WORDS = (
     *(
@@ -37,14 +38,6 @@ WORDS = (
     ),
     *("<b>", "think", "[INST]", "USER: hi ASSISTANT: yes", "e\u0301", "\u200b", "\t"),
 )
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def conversation(seed: int) -> dict[str, Any]:

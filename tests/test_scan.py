@@ -7,11 +7,10 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
@@ -20,13 +19,7 @@ from PIL import Image
 from vlm_sft import ChatCollator, load_conversations, mix
 from vlm_sft.scan import ScanReport, main, scan, sound_rows
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
