@@ -8,8 +8,6 @@ names the one it was trained from. The page is for this machine alone, unless --
     python recipes/chat.py --web                                    # a page; needs Gradio: pip install -e ".[web]"
 """
 
-from __future__ import annotations
-
 import contextlib
 import html
 import importlib.util

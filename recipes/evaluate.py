@@ -11,8 +11,6 @@ Writes samples.html and metrics.json to `output_dir`. Under accelerate launch se
 Edit: `METRICS` for one of your own, and `load_conversations`, which takes `columns` or your `to_conversation`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,7 +43,7 @@ class RecipeArguments:
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     base: bool = field(default=False, metadata={"help": "Let the model as it was before training answer as well."})
     base_model: str | None = field(default=None, metadata={"help": "Its folder or Hub id, if not recorded or moved."})
-    dataset_name: str = field(default="outputs/quickstart/data", metadata={"help": "Hub id, folder or file."})
+    dataset_name: str = field(default="outputs/quickstart/data", metadata={"help": "Hub id or path."})
     split: str | None = field(default=None, metadata={"help": "Split to answer instead of the held-out rows."})
     seed: int = field(default=42, metadata={"help": "The training's: rows of a single split are held out by it."})
     num_rows: int | None = field(default=None, metadata={"help": "Only the first rows."})

@@ -10,8 +10,6 @@ Needs, takes, reaches: not yet measured on a GPU. Run again to go on from the ne
 Edit: `to_conversation` for your rows, the defaults below for your values. Each is a flag, or a line of --config X.yaml.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,9 +29,7 @@ METRICS = {"anls": anls}  # of the answers to held-out rows: likeness to the ref
 class RecipeArguments:
     model_name_or_path: str = field(default="OpenGVLab/InternVL3-8B-hf", metadata={"help": "Hub id or folder."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
-    dataset_name: str = field(
-        default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id, folder or file."}
-    )
+    dataset_name: str = field(default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id or path."})
     columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
     image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
     on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
@@ -98,12 +94,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     peft_config = vlm_sft.lora_config(
         model, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
     )
+    flat = vlm_sft.accept_flat_rows(model)  # with FlashAttention, rows need no padding
     collator = vlm_sft.ChatCollator(
-        processor,
-        max_length=training_args.max_length,
-        generation_config=model,
-        name_rows=True,
-        padding_free=vlm_sft.accept_flat_rows(model),
+        processor, max_length=training_args.max_length, generation_config=model, name_rows=True, padding_free=flat
     )
     data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
     checked = audit(collator, data["train"], model)

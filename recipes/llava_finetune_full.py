@@ -11,8 +11,6 @@ Run again to go on from the newest checkpoint in `output_dir`. There is no 4-bit
 Edit: `to_conversation` for your rows, the defaults below for your values. Each is a flag, or a line of --config X.yaml.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,15 +30,11 @@ METRICS = {"anls": anls}  # of the answers to held-out rows: likeness to the ref
 @dataclass
 class RecipeArguments:
     model_name_or_path: str = field(
-        default="outputs/llava_pretrain", metadata={"help": "Stage 1's folder, or any LLaVA-1.5 by folder or Hub id."}
+        default="outputs/llava_pretrain", metadata={"help": "Stage 1's folder, or any LLaVA-1.5."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
-    vision_tower: str | None = field(
-        default=None, metadata={"help": "Stage 1's vision_tower: a folder made with another one is refused."}
-    )
-    dataset_name: str = field(
-        default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id, folder or file."}
-    )
+    vision_tower: str | None = field(default=None, metadata={"help": "Stage 1's, to refuse a folder of another."})
+    dataset_name: str = field(default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id or path."})
     columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
     image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
     on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
@@ -55,7 +49,6 @@ class RecipeConfig(SFTConfig):
     num_train_epochs: float = 1  # this and the rates: LLaVA-1.5's scripts/v1_5/finetune.sh
     train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
     per_device_train_batch_size: int = 8
-    per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 16  # 128 rows a step on one GPU; with eight GPUs set 2
     learning_rate: float = 2e-5
     lr_scheduler_type: str = "cosine"
@@ -92,12 +85,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     trained = ("projector", "language", "head")
     model = vlm_sft.load_model(args.model_name_or_path, **source)
     vlm_sft.freeze(model, train=trained)
+    flat = vlm_sft.accept_flat_rows(model)  # with FlashAttention, rows need no padding
     collator = vlm_sft.ChatCollator(
-        processor,
-        max_length=training_args.max_length,
-        generation_config=model,
-        name_rows=True,
-        padding_free=vlm_sft.accept_flat_rows(model),
+        processor, max_length=training_args.max_length, generation_config=model, name_rows=True, padding_free=flat
     )
     data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
     checked = audit(collator, data["train"], model)

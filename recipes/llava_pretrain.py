@@ -11,8 +11,6 @@ Data: liuhaotian/LLaVA-Pretrain, images.zip unpacked beside the JSON or in --ima
 Edit: `to_conversation` for your rows, the defaults below for your values. Each is a flag, or a line of --config X.yaml.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,17 +31,13 @@ METRICS = {"anls": anls}  # of the answers to held-out rows: likeness to the ref
 class RecipeArguments:
     model_name_or_path: str = field(default="lmsys/vicuna-7b-v1.5", metadata={"help": "Text model, Hub id or folder."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the text model."})
-    vision_tower: str = field(
-        default="openai/clip-vit-large-patch14-336", metadata={"help": "CLIP model, Hub id or folder."}
-    )
+    vision_tower: str = field(default="openai/clip-vit-large-patch14-336", metadata={"help": "CLIP: Hub id or folder."})
     dataset_name: str = field(
-        default="LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", metadata={"help": "File, folder or Hub id."}
+        default="LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", metadata={"help": "Hub id or path."}
     )
     columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
     on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
-    image_folder: str | None = field(
-        default=None, metadata={"help": "What file names in rows are relative to; where the data lies unless given."}
-    )
+    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
     num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
 
 

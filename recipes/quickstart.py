@@ -9,8 +9,6 @@ Writes to outputs/quickstart: model, processor, data, loss.png, samples.html, au
 Edit: `DIGITS` and `to_conversation` for another question, the size of the model in `RecipeArguments`.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

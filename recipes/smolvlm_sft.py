@@ -10,8 +10,6 @@ Needs, takes, reaches: not yet measured on a GPU. Run again to go on from the ne
 Edit: `to_conversation` for your rows, the defaults below for your values. Each is a flag, or a line of --config X.yaml.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,18 +27,14 @@ METRICS = {"exact_match": exact_match}  # of the answers to held-out rows: share
 
 @dataclass
 class RecipeArguments:
-    model_name_or_path: str = field(
-        default="HuggingFaceTB/SmolVLM2-2.2B-Instruct", metadata={"help": "Hub id or folder."}
-    )
+    model_name_or_path: str = field(default="HuggingFaceTB/SmolVLM2-2.2B-Instruct", metadata={"help": "Id or folder."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
-    dataset_name: str = field(default="flaviagiammarino/vqa-rad", metadata={"help": "Hub id, folder or file."})
+    dataset_name: str = field(default="flaviagiammarino/vqa-rad", metadata={"help": "Hub id or path."})
     columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
     image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
     on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     num_eval_rows: int = field(default=200, metadata={"help": "Held-out rows for eval_loss."})
-    max_tiles_per_side: int = field(
-        default=2, metadata={"help": "2 x 2 tiles and the whole, 81 tokens each; 4 for text."}
-    )
+    max_tiles_per_side: int = field(default=2, metadata={"help": "2 x 2 and the whole, 81 tokens each; 4 for text."})
     load_in_4bit: bool = field(default=False, metadata={"help": "NF4 base instead of 16 bit."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
@@ -55,7 +49,6 @@ class RecipeConfig(SFTConfig):
     num_train_epochs: float = 3  # a small dataset
     train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
     per_device_train_batch_size: int = 8
-    per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 2  # 16 rows a step on one GPU
     learning_rate: float = 1e-4  # half of QLoRA's, since each row comes three times
     lr_scheduler_type: str = "cosine"  # as LLaVA; TRL's is linear
@@ -103,12 +96,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     peft_config = vlm_sft.lora_config(
         model, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
     )
+    flat = vlm_sft.accept_flat_rows(model)  # with FlashAttention, rows need no padding
     collator = vlm_sft.ChatCollator(
-        processor,
-        max_length=training_args.max_length,
-        generation_config=model,
-        name_rows=True,
-        padding_free=vlm_sft.accept_flat_rows(model),
+        processor, max_length=training_args.max_length, generation_config=model, name_rows=True, padding_free=flat
     )
     data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
     checked = audit(collator, data["train"], model)

@@ -9,8 +9,6 @@ Needs, takes, reaches: not yet measured on a GPU. Run again to go on from the ne
 Edit: `to_conversation` for your rows, the defaults below for your values. Each is a flag, or a line of --config X.yaml.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Mapping
