@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from runs import rows as picture_rows
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
@@ -102,6 +102,19 @@ def test_lengths_come_with_every_split_and_through_the_transform(twin: Any, tmp_
     assert data["train"][2]["read"] == 2
     again = with_lengths(data, collator, num_proc=0)
     assert again["train"].column_names == data["train"].column_names
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_rows_that_were_selected_get_lengths_and_are_not_written_anew(
+    first: int, twin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collator = ChatCollator(twin()[1])
+    whole = talks(8).select(range(first, 8))
+    chosen = whole.select([4, 1, 3, 1])
+    monkeypatch.setattr(Dataset, "flatten_indices", lambda *_: pytest.fail("all rows would be written"))
+    rows = with_lengths(chosen, collator, num_proc=0)
+    assert rows["length"][:] == [len(row) for row in collator.encode(list(chosen))[0]]
+    assert rows["row"][:] == chosen["row"][:]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -98,11 +98,24 @@ def with_lengths(data: Data, collator: Any, *, num_proc: int | None = None) -> D
     if isinstance(data, DatasetDict):
         return DatasetDict({name: with_lengths(rows, collator, num_proc=num_proc) for name, rows in data.items()})
     lengths: Lengths = on_main(lambda: measure_lengths(data, collator, num_proc=num_proc))
-    # As stored: `add_column` writes rows that were selected anew, and with a transform it would write what that makes.
+    # As stored: with a transform, `add_column` may write what that makes.
     stored, how = data.with_format(None), data.format
-    rows = stored.remove_columns(["length"] if "length" in data.column_names else [])
-    rows = rows.add_column("length", lengths.tokens.tolist())
+    rows = _with_column(stored.remove_columns(["length"] if "length" in data.column_names else []), lengths.tokens)
     return rows.with_format(how["type"], **how["format_kwargs"])
+
+
+def _with_column(rows: Dataset, lengths: NDArray[np.int64]) -> Dataset:
+    """The rows with the column `length`. Selected rows `add_column` (datasets 5.2) would first write anew, pictures and
+    all; where their numbers tell the place of each, the column goes to the whole, and they are selected again."""
+    whole = Dataset(rows.data, info=rows.info)
+    if "row" in rows.column_names:
+        place = {number: n for n, number in enumerate(whole["row"][:])}
+        chosen = [place[number] for number in rows["row"][:]]
+        if len(place) == len(whole):
+            column = np.zeros(len(whole), dtype=np.int64)
+            column[chosen] = lengths
+            return whole.add_column("length", column.tolist()).select(chosen)
+    return rows.add_column("length", lengths.tolist())
 
 
 class _Frame(NamedTuple):
