@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 from runs import rows as picture_rows
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
@@ -165,6 +166,14 @@ def test_evaluations_see_the_same_batches(twin: Any, tmp_path: Path) -> None:
         orders.append([batch["input_ids"].tolist() for batch in loader])
         trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, {})
     assert orders[0] == orders[1]
+
+
+def test_a_length_column_that_would_be_dropped_is_refused(tmp_path: Path) -> None:
+    for strategy in STRATEGIES:
+        options = {"activation_checkpointing": False, "bf16": False, "use_cpu": True}
+        args = SFTConfig(str(tmp_path), train_sampling_strategy=strategy, **options)
+        with pytest.raises(ValueError, match=rf"{strategy}'.*remove_unused_columns=False"):
+            OrderByLength().on_init_end(args, TrainerState(), TrainerControl())
 
 
 def one_of_two(rank: int, port: int, folder: str, output: str) -> None:

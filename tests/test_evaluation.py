@@ -227,8 +227,11 @@ def test_bad_rows_are_named(tiny_processor):
     processor = tiny_processor("llava15")
     with pytest.raises(ValueError, match="no rows"):
         generate(Scripted(processor), processor, [])
-    with pytest.raises(ValueError, match="row 2: 1 images but the messages hold 0"):
-        generate(Scripted(processor), processor, [*ROWS[:2], ROWS[2] | {"images": [picture(0)]}], progress=False)
+    bad = ROWS[2] | {"images": [picture(0)]}
+    with pytest.raises(ValueError, match=r"^row 2: 1 images but the messages hold 0"):
+        generate(Scripted(processor), processor, [*ROWS[:2], bad], progress=False)
+    with pytest.raises(ValueError, match=r"^row 70: 1 images"):  # rows chosen from many
+        generate(Scripted(processor), processor, [*ROWS[:2], bad | {"row": 70}], progress=False)
 
 
 def test_two_processes_share_the_rows_and_both_know_all_answers(tiny_model, tiny_processor, tmp_path, capfd):

@@ -64,7 +64,7 @@ def generate(
     model's generation config, or after `max_new_tokens`. With several processes each takes its share of the rows, and
     each returns all answers. The model is left as it was, in training mode and with its own cache setting.
 
-    Raises `ValueError` without rows, and for each bad row with its number.
+    Raises `ValueError` without rows, and for a bad row with its number (its `row` column where it has one).
     """
     if len(rows) == 0:
         raise ValueError("no rows to generate from; give at least one")
@@ -126,12 +126,15 @@ class _Prompter:
         """A `BatchFeature` with `input_ids` [B, T] and what else the processor makes."""
         texts, images = [], []
         for number in numbers:
+            name = number
             try:
-                question = question_of(rows[number])
+                row = rows[number]
+                name = row.get("row", number)  # `rows` may be some of a dataset
+                question = question_of(row)
                 images.append([to_rgb(image) for image in question.images])
                 texts.append(self.prompt(question.messages))
             except ValueError as error:
-                raise ValueError(f"row {number}: {error}") from error
+                raise ValueError(f"row {name}: {error}") from error
         return self.processor(
             text=texts,
             images=images if any(images) else None,

@@ -22,12 +22,20 @@ class OrderByLength(TrainerCallback):
 
     Every row comes once an epoch. `longest_first` puts the longest rows of the dataset into the first batch of each
     process, so that a run that will not fit in memory fails at once; only with `"group_by_length"`. Without one of the
-    two strategies nothing is changed.
+    two strategies nothing is changed. Raises `ValueError` where the Trainer would drop the lengths.
     """
 
     def __init__(self, *, longest_first: bool = False) -> None:
         self.longest_first = longest_first
         self._sampler: Any = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        strategy = args.train_sampling_strategy
+        if strategy in ("group_by_length", "batch_rebalance") and args.remove_unused_columns:
+            raise ValueError(
+                f"train_sampling_strategy={strategy!r} needs the column {args.length_column_name!r}, which the Trainer "
+                "drops; set remove_unused_columns=False, or train_sampling_strategy='random'"
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
