@@ -471,6 +471,12 @@ def test_other_versions_and_a_longer_run_are_said(broken: Path, llava: Path, cap
     assert "checkpoint-4: max_steps: recorded 4, now 8" in said
 
 
+def test_a_checkpoint_asked_for_by_flag_is_not_passed_over(broken: Path, llava: Path) -> None:
+    trainer = untrained(llava, broken, resume_from_checkpoint=str(broken / "checkpoint-2"))
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint='.*checkpoint-2' has no effect"):
+        latest_checkpoint(trainer)
+
+
 def test_a_finished_run_is_not_overwritten(broken: Path, llava: Path) -> None:
     before = {path: path.read_bytes() for path in broken.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="checkpoint-2, checkpoint-4, and a run that starts after step 0"):

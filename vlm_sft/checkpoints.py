@@ -191,12 +191,18 @@ class SafeCheckpoints(TrainerCallback):
 def latest_checkpoint(trainer: Any) -> str | None:
     """The newest complete checkpoint in the trainer's `output_dir`, or None; says which it skipped, and why.
 
-    Raises `ValueError` where that checkpoint does not belong to this run, with all that differs, and for a trainer
-    without `SafeCheckpoints`.
+    Raises `ValueError` where that checkpoint does not belong to this run, with all that differs, for a trainer without
+    `SafeCheckpoints`, and where `resume_from_checkpoint` asks for another choice than the newest.
     """
     guard = next((c for c in trainer.callback_handler.callbacks if isinstance(c, SafeCheckpoints)), None)
     if guard is None:
         raise ValueError("latest_checkpoint: the trainer has no SafeCheckpoints() among its callbacks; add it")
+    if (asked := trainer.args.resume_from_checkpoint) is not None:
+        raise ValueError(
+            f"resume_from_checkpoint={asked!r} has no effect: a run goes on from the newest complete checkpoint in "
+            f"output_dir={trainer.args.output_dir!r} by itself; leave it out (to go on from an older one, move the "
+            "newer ones away)"
+        )
 
     optimizer_kwargs: dict[str, Any] = (trainer.optimizer_cls_and_kwargs or (None, {}))[1]
 
