@@ -209,6 +209,27 @@ def test_alpaca_columns(folder: Path, suffix: str, streaming: bool) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "flags"),
+    [
+        ({"conversations": [], "image": "a.png"}, "messages=conversations images=image"),
+        ({"prompt": "a", "response": "b"}, "prompt=prompt response=response"),
+        ({"ask": "a", "say": "b"}, r"messages=\.\.\. images=\.\.\., or prompt="),
+    ],
+)
+def test_where_to_conversation_does_not_fit_the_error_says_which_columns_would(
+    tmp_path: Path, row: Any, flags: str
+) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=rf"KeyError: 'messages'.*--columns {flags}"):
+        load_conversations(tmp_path / "rows.json", to_conversation=lambda row: {"messages": row["messages"]})
+
+
+def test_an_image_folder_that_does_not_exist(folder: Path) -> None:
+    with pytest.raises(ValueError, match="image_folder='nowhere': there is no such folder"):
+        load_conversations(folder, image_folder="nowhere")
+
+
 def test_columns_as_flags_say_them_come_before_to_conversation(folder: Path) -> None:
     path = write(folder / "a.jsonl", [{"ask": "Add", "what": "1, 2", "say": "3"}])
     flags = ["prompt=ask", "prompt=what", "response=say"]

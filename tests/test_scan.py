@@ -177,6 +177,11 @@ def test_a_repetition_is_told_and_stays_unless_rows_are_dropped(capsys: pytest.C
     assert len(sound_rows(data, None, on_bad_rows="drop")["train"]) == 29
 
 
+def test_the_particulars_of_a_reason_are_those_of_its_first_row() -> None:
+    rows = [example(0), example(1), example(0), example(1)]
+    assert "2  row 2, row 3\n           row 2: repeats row 0; drop one of them" in str(scan(rows))
+
+
 def test_settings_and_datasets_that_do_not_serve() -> None:
     with pytest.raises(ValueError, match="on_bad_rows='skip'; expected"):
         scan([example()], on_bad_rows="skip")

@@ -67,11 +67,13 @@ def load_conversations(
     - `max_pixels`: larger pictures are made smaller, in their shape. `pad_to_square`: LLaVA-1.5's padding, a background
       as in `tuple(int(255 * mean) for mean in processor.image_processor.image_mean)`.
 
-    Raises `ValueError` for a path that does not exist, a column that is not there, a split without rows, and where none
-    of the first rows can be read. One bad row among good ones raises when it is read; `scan` finds them all.
+    Raises `ValueError` for a path or folder that does not exist, a column that is not there, a split without rows, and
+    where none of the first rows can be read. One bad row among good ones raises when it is read; `scan` finds them all.
     """
     if columns:
         to_conversation = None
+    if image_folder and not Path(image_folder).expanduser().is_dir():
+        raise ValueError(f"image_folder={str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
     path = Path(name_or_path).expanduser()
     root = path if path.is_dir() else path.parent if path.exists() else Path(constants.HF_HUB_CACHE)
     with _named_faults(name_or_path if path.exists() else f"{name_or_path} (no such path, so taken for a Hub id)"):

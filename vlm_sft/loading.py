@@ -22,7 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from vlm_sft.families import MODEL_PARTS, ModelParts
 from vlm_sft.hardware import best_dtype
 from vlm_sft.towers import keep_frozen_out_of_autograd
-from vlm_sft.weights import existing, first_line, read_adapted, read_model
+from vlm_sft.weights import existing, first_line, place, read_adapted, read_model
 
 AutoModelForVision2Seq = AutoModelForImageTextToText
 """The name that transformers 5 dropped, for code that was written with it."""
@@ -52,8 +52,8 @@ def load_processor(name_or_path: str | Path, *, revision: str | None = None, tru
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No processor in {name!r} (revision {revision or 'main'}): {first_line(error)}. Give the folder or Hub "
-            "name of a vision-language model; a text-only model has no image processor."
+            f"No processor in {place(name, revision)}: {first_line(error)}. Give the folder or Hub name of a "
+            "vision-language model; a text-only model has no image processor."
         ) from error
     if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import datasets
 from datasets import Features, List, Value
 
-from vlm_sft.formats import Layout, closest, to_messages, to_pictures
+from vlm_sft.formats import Layout, closest, layout_of, to_messages, to_pictures
 from vlm_sft.images import open_image, pad_to_square, to_rgb
 
 IMAGES = List(datasets.Image(decode=False))
@@ -114,6 +114,14 @@ def store_image(image: Any, number: int, *, folder: str = "") -> Any:
     return {"bytes": None, "path": os.path.join(folder, path)}  # which leaves an absolute path as it is
 
 
+def _flags(found: list[str]) -> str:
+    """What `--columns` takes for these columns, where their names are those of a common format."""
+    try:
+        return " ".join(f"{field}={name}" for field, names in layout_of(found).items() for name in names)
+    except ValueError:
+        return "messages=... images=..., or prompt=... response=... images=..."
+
+
 def _changed(row: Mapping[str, Any], change: Change) -> Mapping[str, Any]:
     try:
         changed = change(row)
@@ -122,7 +130,7 @@ def _changed(row: Mapping[str, Any], change: Change) -> Mapping[str, Any]:
         columns = ", ".join(map(repr, row))
         raise ValueError(
             f"to_conversation failed with {type(error).__name__}: {error}{near}; this row has the columns {columns}. "
-            "Edit to_conversation, or name the columns: columns= of load_conversations, --columns of a recipe"
+            f"Edit to_conversation, or name the columns: --columns {_flags(list(row))}"
         ) from error
     if not isinstance(changed, Mapping) or "messages" not in changed or not changed.keys() <= {"messages", "images"}:
         found = ", ".join(map(repr, changed)) if isinstance(changed, Mapping) else f"a {type(changed).__name__}"

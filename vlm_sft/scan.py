@@ -80,7 +80,8 @@ class ScanReport:
             reasons.setdefault(fault.reason, []).append(fault)
         for faults in sorted(reasons.values(), key=len, reverse=True):
             names = ", ".join(fault.row for fault in faults[:_SHOWN]) + ", ..." * (len(faults) > _SHOWN)
-            lines += [f"{len(faults):>9,}  {names}", f"{'':9}  {faults[0].detail}"]
+            first = f"{faults[0].row}: " * any(fault.detail != faults[0].detail for fault in faults)
+            lines += [f"{len(faults):>9,}  {names}", f"{'':9}  {first}{faults[0].detail}"]
         lines += [f"{count:>9,}  pictures {repair}" for repair, count in self.repairs.items()]
         if ordered := sorted(self.lengths):
             shares = ((share, ordered[(len(ordered) - 1) * share // 100]) for share in (50, 90, 99, 100))

@@ -52,7 +52,7 @@ def read_model(
     (unless a pattern of `ignore_keys` is found in the name), and an attention that the model cannot run.
     """
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    at = f"{name!r} (revision {revision or 'main'})"
+    at = place(name, revision)
     try:
         config = AutoConfig.from_pretrained(name, **shared)
     except OSError as error:
@@ -163,7 +163,14 @@ def existing(name_or_path: str | Path | None) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def place(name: str, revision: str | None) -> str:
+    """The name for an error, and what it was taken for: a slip in a folder's name makes a Hub name of it."""
+    if Path(name).is_dir():
+        return repr(name)
+    return f"{name!r} (no such folder, so taken for a Hub name; revision {revision or 'main'})"
 
 
 def _check_base(base: Any, folder: str, trained_on: Mapping[str, Any]) -> None:
