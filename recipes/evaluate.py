@@ -5,10 +5,10 @@ The rows are those that the training recipes hold out, unless --split names othe
 
     python recipes/evaluate.py                             # what the quickstart left
     python recipes/evaluate.py --model_name_or_path outputs/quickstart --metrics exact_match cer --num_rows 100
-    accelerate launch recipes/evaluate.py --model_name_or_path outputs/llava15_sft --base --metrics vqa_accuracy
+    accelerate launch recipes/evaluate.py --model_name_or_path outputs/llava15_sft --base --dataset_name my_data.jsonl
 
 Writes samples.html and metrics.json to `output_dir`. Under accelerate launch several GPUs share the rows.
-Edit: `METRICS` for one of your own, and `load_conversations`, which takes `columns` or your `to_conversation`.
+Edit: `METRICS` for one of your own, and `load_conversations`, which takes your `to_conversation`.
 """
 
 import json
@@ -44,6 +44,8 @@ class RecipeArguments:
     base: bool = field(default=False, metadata={"help": "Let the model as it was before training answer as well."})
     base_model: str | None = field(default=None, metadata={"help": "Its folder or Hub id, if not recorded or moved."})
     dataset_name: str = field(default="outputs/quickstart/data", metadata={"help": "Hub id or path."})
+    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
+    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
     split: str | None = field(default=None, metadata={"help": "Split to answer instead of the held-out rows."})
     seed: int = field(default=42, metadata={"help": "The training's: rows of a single split are held out by it."})
     num_rows: int | None = field(default=None, metadata={"help": "Only the first rows."})
@@ -91,7 +93,8 @@ def samples(rows: Any, references: list[str], answers: Mapping[str, list[str]], 
 def main(args: RecipeArguments) -> dict[str, dict[str, float]]:
     process = PartialState()
     options = {"split": args.split, "eval_fraction": 0} if args.split else {"seed": args.seed}
-    rows = vlm_sft.load_conversations(args.dataset_name, **options)["train" if args.split else "test"]
+    reading = {"columns": args.columns, "image_folder": args.image_folder, **options}
+    rows = vlm_sft.load_conversations(args.dataset_name, **reading)["train" if args.split else "test"]
     rows = rows.select(range(min(args.num_rows or len(rows), len(rows))))
     references = [question_of(row).reference for row in rows]
     if missing := [str(row) for row, reference in zip(rows["row"], references, strict=True) if reference is None]:
@@ -124,7 +127,7 @@ def main(args: RecipeArguments) -> dict[str, dict[str, float]]:
     shown = samples(rows, references, answers, args.metrics[0])
     vlm_sft.write_samples_html(shown, output / "samples.html", title=f"Answers of {Path(args.model_name_or_path).name}")
     if process.is_main_process:
-        print(table(scores, rows=len(rows)))
+        print(f"{args.model_name_or_path} on {args.dataset_name}\n{table(scores, rows=len(rows))}")
         found = {"rows": len(rows), "metrics": scores, "settings": vars(args)}
         (output / "metrics.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return scores

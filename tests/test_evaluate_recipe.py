@@ -56,6 +56,7 @@ def test_repeats_what_the_quickstart_printed(quickstart, tmp_path, capsys):
     assert scores["tuned"]["cer"] < scores["base"]["cer"]
 
     lines = capsys.readouterr().out.splitlines()
+    assert f"{quickstart.folder} on {quickstart.folder / 'data'}" in lines
     accuracy, before = (f"{quickstart.printed[name]:.4f}" for name in ("accuracy", "accuracy_before"))
     assert [line.split() for line in lines if line.startswith(("40 rows", "exact_match"))] == [
         ["40", "rows", "base", "tuned"],
