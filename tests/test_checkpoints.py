@@ -467,8 +467,8 @@ def test_other_versions_and_a_longer_run_are_said(broken: Path, llava: Path, cap
     manifest.write_text(json.dumps(content))
     assert latest_checkpoint(untrained(llava, broken, max_steps=8)) == str(broken / "checkpoint-4")
     said = capfd.readouterr().err
-    assert "checkpoint-4: versions.trl: recorded '0.9.0', now" in said
-    assert "checkpoint-4: max_steps: recorded 4, now 8" in said
+    assert "checkpoint-4 is resumed; versions.trl: recorded '0.9.0', now" in said
+    assert "checkpoint-4 is resumed; max_steps: recorded 4, now 8" in said
 
 
 def test_a_checkpoint_asked_for_by_flag_is_not_passed_over(broken: Path, llava: Path) -> None:

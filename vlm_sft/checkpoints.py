@@ -214,7 +214,7 @@ def latest_checkpoint(trainer: Any) -> str | None:
             settings = guard.settings(trainer.args, trainer.train_dataset, optimizer_kwargs.get(RATES))
             guard.check(folder, settings, trainer.model)
             for line in differences(read_manifest(folder)["notes"], _notes(trainer.args)):
-                say(f"{folder}: {line}")
+                say(f"{folder} is resumed; {line}")
             return str(folder)
         return None
 
