@@ -175,6 +175,8 @@ def test_a_repetition_is_told_and_stays_unless_rows_are_dropped(capsys: pytest.C
     assert len(sound_rows(data, None, on_bad_rows="error")["train"]) == 30
     assert "row 29\n           repeats row 0" in capsys.readouterr().err
     assert len(sound_rows(data, None, on_bad_rows="drop")["train"]) == 29
+    half = DatasetDict({"train": Dataset.from_list([stored(n % 5) | {"row": n} for n in range(10)])})
+    assert len(sound_rows(half, None, on_bad_rows="drop")["train"]) == 5
 
 
 def test_the_particulars_of_a_reason_are_those_of_its_first_row() -> None:

@@ -174,7 +174,7 @@ def _evaluating(model: Any) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     # In training, autocast brings adapters or a projector in float32 and their 16-bit base together.
     dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
-    narrow = next(iter(dtypes - {torch.float32}), None)
+    narrow = min(dtypes - {torch.float32}, key=str, default=None)
     model.eval()
     try:
         with torch.autocast(model.device.type, narrow, enabled=len(dtypes) > 1):

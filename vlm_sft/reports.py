@@ -40,7 +40,7 @@ def write_reports(
 
     `settings` are the recipe's own; those of the Trainer join them. `audit` is what `AuditReport.facts()` tells. The
     dataset's name on the card is `settings["dataset_name"]`. It is a recipe's last call: after `trainer.save_model()`,
-    where PEFT leaves a card of its own, and the trackers and the group of processes end with it.
+    where PEFT leaves a card of its own, and the group of processes ends with it.
     """
     output = Path(trainer.args.output_dir)
     history = trainer.state.log_history
@@ -55,7 +55,7 @@ def write_reports(
         audit=audit,
     )
     write_model_card(trainer, dataset_name=settings.get("dataset_name"), datasets=datasets, results=results)
-    trainer.accelerator.end_training()
+    trainer.end()
 
 
 _TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")

@@ -112,7 +112,7 @@ def scan(
 
     - `on_bad_rows`: with `"error"`, bad rows raise `ValueError` with the whole report, unless they only repeat others.
       With `"drop"` they are counted on stderr, and the caller goes on with `dataset.select(report.keep)`; a share above
-      `max_bad_fraction` raises.
+      `max_bad_fraction`, repetitions not counted, raises.
 
     Every process of a launched run must call it; each looks at its share of the rows.
     """
@@ -139,7 +139,7 @@ def scan(
     if faults and on_bad_rows == "error":
         ranks.say(f"{report}\nthese rows stay; on_bad_rows='drop' leaves them out")
     if faults and on_bad_rows == "drop":
-        if report.bad_rows > max_bad_fraction * report.rows:
+        if len({fault.index for fault in faults if fault.harms}) > max_bad_fraction * report.rows:
             raise ValueError(f"{report}\nmore than max_bad_fraction={max_bad_fraction} of the rows are bad; mend them")
         ranks.say(f"{report.bad_rows} of {report.rows} rows are left out.\n{report}")
     return report
