@@ -78,9 +78,10 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     if args.vision_tower:
         check_tower(AutoConfig.from_pretrained(args.model_name_or_path, **source), args.vision_tower)
     processor = vlm_sft.load_processor(args.model_name_or_path, **source)
-    reading = {"columns": args.columns, "image_folder": args.image_folder, "seed": training_args.seed}
-    data = vlm_sft.load_conversations(args.dataset_name, to_conversation=to_conversation, **reading)
-    data["test"] = data["test"].select(range(min(args.num_eval_rows, len(data["test"]))))
+    reading = {"columns": args.columns, "image_folder": args.image_folder, "max_eval_rows": args.num_eval_rows}
+    data = vlm_sft.load_conversations(
+        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **reading
+    )
 
     trained = ("projector", "language", "head")
     model = vlm_sft.load_model(args.model_name_or_path, **source)

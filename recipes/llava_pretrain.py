@@ -79,11 +79,10 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     set_seed(training_args.seed)  # for the projector's first weights
     model, processor = assemble_llava(args.vision_tower, args.model_name_or_path, language_revision=args.model_revision)
     vlm_sft.freeze(model, train=("projector",))
-    reading = {"columns": args.columns, "image_folder": args.image_folder, "seed": training_args.seed}
+    reading = {"columns": args.columns, "image_folder": args.image_folder, "max_eval_rows": args.num_eval_rows}
     data = vlm_sft.load_conversations(
-        args.dataset_name, to_conversation=to_conversation, eval_fraction=0.001, **reading
+        args.dataset_name, to_conversation=to_conversation, eval_fraction=0.001, seed=training_args.seed, **reading
     )
-    data["test"] = data["test"].select(range(min(args.num_eval_rows, len(data["test"]))))
     plain = {"chat_template": plain_template(processor.tokenizer)}  # in training only: saved is the processor's own
     collator = vlm_sft.ChatCollator(
         processor,

@@ -84,10 +84,10 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     source = {"revision": args.model_revision}
     processor = vlm_sft.load_processor(args.model_name_or_path, **source)
     processor.image_processor.size["longest_edge"] = args.max_pixels  # its name for pixels, saved with the model
-    reading = {"columns": args.columns, "image_folder": args.image_folder, "seed": training_args.seed}
-    data = vlm_sft.load_conversations(args.dataset_name, to_conversation=to_conversation, **reading)
-    data["test"] = data["test"].select(range(min(args.num_eval_rows, len(data["test"]))))
-
+    reading = {"columns": args.columns, "image_folder": args.image_folder, "max_eval_rows": args.num_eval_rows}
+    data = vlm_sft.load_conversations(
+        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **reading
+    )
     config = AutoConfig.from_pretrained(args.model_name_or_path, **source)
     quantization = vlm_sft.nf4_config(config, compute_dtype=vlm_sft.best_dtype()) if args.load_in_4bit else None
     model = vlm_sft.load_model(args.model_name_or_path, quantization_config=quantization, **source)

@@ -56,8 +56,8 @@ def test_command(document, command, tmp_path):
             options = [word for word in words if word.startswith("--")]
             shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
             assert all(option in shown.stdout for option in options)
-        case ["transformers" | "vllm", "serve", "outputs/merged", *_]:
-            pass  # tests/test_serving.py runs the first one
+        case ["transformers" | "vllm", "serve", folder, *_]:  # tests/test_serving.py runs the first one
+            assert any(other.startswith("python -m vlm_sft.merging") and folder in other for _, other in COMMANDS)
         case ["accelerate", "launch", "--config_file", config, recipe, *flags]:
             assert (ROOT / config).is_file()
             parse(recipe, flags)

@@ -310,6 +310,14 @@ def test_columns_by_flag(flags_of: Callable[[str], list[object]], tmp_path: Path
     assert run("llava15_sft", [*flags_of("llava15_sft"), *source, *columns, *length]).steps == 1
 
 
+def test_one_row_alone(flags_of: Callable[[str], list[object]], tmp_path: Path) -> None:
+    (tmp_path / "row.jsonl").write_text('{"prompt": "Well?", "response": "Yes."}', encoding="utf-8")
+    source = ["--dataset_name", tmp_path / "row.jsonl", "--columns", "prompt=prompt", "response=response"]
+    with pytest.raises(ValueError, match=r"row\.jsonl: one row, and none to hold out; give more rows"):
+        run("llava15_sft", [*flags_of("llava15_sft"), *source, "--output_dir", tmp_path / "output"])
+    assert not (tmp_path / "output").exists()
+
+
 @pytest.mark.parametrize(
     ("what", "told"),
     [("ignore", "^row 5: 2 images"), ("drop", "more than max_bad_fraction=0.1"), ("skip", "on_bad_rows='skip'")],

@@ -48,6 +48,7 @@ def load_conversations(
     max_pixels: int | None = None,
     pad_to_square: tuple[int, int, int] | None = None,
     max_rows: int | None = None,
+    max_eval_rows: int | None = None,
     seed: int = 0,
 ) -> DatasetDict | IterableDatasetDict:
     """`{"train", "test"}` with the columns `messages`, `images` and `row`, the row's place in its source.
@@ -61,7 +62,7 @@ def load_conversations(
       no `columns` are given; pictures pass through it as they are stored.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
       none, `eval_fraction` of the rows does, drawn with `seed` (when streaming, every n-th row); 0 makes none.
-    - `max_rows`: only the first rows of each split.
+    - `max_rows`: only the first rows of each split. `max_eval_rows`: of "test", which then must be there.
     - `image_folder`: what file names in rows are relative to; the folder of the data unless given. Files outside it
       are refused unless `allow_outside` is set, URLs always.
     - `max_pixels`: larger pictures are made smaller, in their shape. `pad_to_square`: LLaVA-1.5's padding, a background
@@ -100,6 +101,11 @@ def load_conversations(
             _check_first_rows(loaded[key], reader)
     if "test" not in loaded and eval_fraction:
         loaded = _divide(loaded["train"], eval_fraction, seed)
+    if max_eval_rows is not None:
+        if "test" not in loaded:
+            raise ValueError(f"{name_or_path}: one row, and none to hold out; give more rows, or an eval_split")
+        rows = loaded["test"]
+        loaded["test"] = rows.take(max_eval_rows if streaming else min(max_eval_rows, len(rows)))
     if streaming:
         return IterableDatasetDict({key: rows.map(reader.read) for key, rows in loaded.items()})
     return DatasetDict({key: rows.with_transform(reader) for key, rows in loaded.items()})
