@@ -34,7 +34,8 @@ import torch
 import training
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
-from vlm_sft import IGNORE_INDEX, ChatCollator, pack, tiny
+from vlm_sft import IGNORE_INDEX, ChatCollator, pack
+from vlm_sft.tools import tiny
 
 PATHS = ("trl", "note", "recipe", "packed", "cached")
 NAMES = {

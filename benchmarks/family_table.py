@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlm_sft import IGNORE_INDEX, ChatCollator, tiny
+from vlm_sft import IGNORE_INDEX, ChatCollator
+from vlm_sft.tools import tiny
 
 Row = dict[str, Any]
 

@@ -31,8 +31,9 @@ from peft import get_peft_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaConfig, Qwen2_5_VLConfig
 
 import vlm_sft
-from vlm_sft import IGNORE_INDEX, ChatCollator, tiny
-from vlm_sft.families import part_of, parts_of
+from vlm_sft import IGNORE_INDEX, ChatCollator
+from vlm_sft.models.parts import part_of, parts_of
+from vlm_sft.tools import tiny
 
 PATHS = ("trl", "note", "recipe")
 # config.json of llava-hf/llava-1.5-7b-hf and Qwen/Qwen2.5-VL-7B-Instruct; the token ids are those of the twins.
@@ -121,7 +122,7 @@ def qlora(name: str, small: bool, tokens: int = 2048) -> dict[str, Any]:
     )
     print(vlm_sft.check_quantized(model), file=sys.stderr)
     del weights
-    vlm_sft.loading.keep_frozen_out_of_autograd(model)
+    vlm_sft.models.loading.keep_frozen_out_of_autograd(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     adapted = get_peft_model(model, vlm_sft.lora_config(model, r=16)).train()

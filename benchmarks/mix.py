@@ -75,7 +75,7 @@ def llava(kind: str) -> tuple[Any, Any]:
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from vlm_sft import tiny
+    from vlm_sft.tools import tiny
 
     small, processor = tiny.build("llava15", image_size=112, patch_size=14, corpus=[" ".join(WORDS)])
     tower, language = {"vision-heavy": ((192, 9), (96, 2)), "LM-heavy": ((64, 3), (160, 2))}[kind]

@@ -17,7 +17,7 @@ import torch
 from peft import get_peft_model
 
 from vlm_sft import ChatCollator, lora_config
-from vlm_sft.loading import keep_frozen_out_of_autograd
+from vlm_sft.models.loading import keep_frozen_out_of_autograd
 
 
 def batch_for(processor: Any, *, rows: int = 8) -> dict[str, torch.Tensor]:

@@ -27,10 +27,10 @@ import torch
 from datasets import load_from_disk
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from vlm_sft.training.features import FeatureCache
 
 import vlm_sft
-from vlm_sft.features import FeatureCache
-from vlm_sft.loading import keep_frozen_out_of_autograd
+from vlm_sft.models.loading import keep_frozen_out_of_autograd
 
 BATCH = 8
 

@@ -21,7 +21,7 @@ from peft import PeftModel
 from trl import TrlParser
 
 import vlm_sft
-from vlm_sft.images import open_image, to_rgb
+from vlm_sft.chat.images import open_image, to_rgb
 
 
 @dataclass

@@ -23,9 +23,9 @@ from peft import PeftModel
 from trl import TrlParser
 
 import vlm_sft
-from vlm_sft import metrics
-from vlm_sft.answers import question_of
-from vlm_sft.messages import text_of
+from vlm_sft.chat.messages import text_of
+from vlm_sft.evaluation.callback import metrics
+from vlm_sft.evaluation.generate import question_of
 
 METRICS = {
     metric.__name__: metric

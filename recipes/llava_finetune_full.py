@@ -20,9 +20,9 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 import vlm_sft
 from vlm_sft import CheckFlatRows, KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
-from vlm_sft.assembly import check_tower
-from vlm_sft.audit import audit
-from vlm_sft.metrics import anls
+from vlm_sft.chat.audit import audit
+from vlm_sft.evaluation.metrics import anls
+from vlm_sft.models.llava import check_tower
 
 METRICS = {"anls": anls}  # of the answers to held-out rows: likeness to the reference, 0 to 1
 

@@ -19,8 +19,8 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 import vlm_sft
 from vlm_sft import CheckFlatRows, KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
-from vlm_sft.audit import audit
-from vlm_sft.metrics import exact_match
+from vlm_sft.chat.audit import audit
+from vlm_sft.evaluation.metrics import exact_match
 
 METRICS = {"exact_match": exact_match}  # of the answers to held-out rows: share of the answers that are right
 

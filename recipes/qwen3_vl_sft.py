@@ -19,8 +19,8 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 import vlm_sft
 from vlm_sft import CheckFlatRows, KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
-from vlm_sft.audit import audit
-from vlm_sft.metrics import cer
+from vlm_sft.chat.audit import audit
+from vlm_sft.evaluation.metrics import cer
 
 METRICS = {"cer": cer}  # of the answers to held-out rows: wrong characters for each right one
 QUESTION = "Write this formula as LaTeX."

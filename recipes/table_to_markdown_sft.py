@@ -22,8 +22,8 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 import vlm_sft
 from vlm_sft import ChatCollator, GenerationEvaluation, KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
-from vlm_sft.audit import audit
-from vlm_sft.metrics import table_cell_match, table_structure_match
+from vlm_sft.chat.audit import audit
+from vlm_sft.evaluation.metrics import table_cell_match, table_structure_match
 
 METRICS = {"table_cell_match": table_cell_match, "table_structure_match": table_structure_match}
 QUESTION = "Write this table as Markdown."

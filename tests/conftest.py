@@ -108,7 +108,7 @@ def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """tiny_dir(family): a folder that from_pretrained reads, one for the whole session; never write to it."""
-    from vlm_sft import tiny  # here, so that tests of pure functions start without transformers
+    from vlm_sft.tools import tiny  # here, so that tests of pure functions start without transformers
 
     folders: dict[str, Path] = {}
 
@@ -126,7 +126,7 @@ def tiny_model(tiny_dir: Callable[[str], Path]) -> Callable[..., Any]:
 
     from transformers import AutoModelForImageTextToText
 
-    from vlm_sft.hardware import keep_packing
+    from vlm_sft.models.hardware import keep_packing
 
     def model_of(family: str, **options: Any) -> Any:
         model = AutoModelForImageTextToText.from_pretrained(tiny_dir(family), **options)

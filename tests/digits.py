@@ -16,7 +16,7 @@ from peft import get_peft_model
 from recipe_runs import recipe
 
 import vlm_sft
-from vlm_sft import tiny
+from vlm_sft.tools import tiny
 
 
 class Quickstart(NamedTuple):

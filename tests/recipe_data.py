@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
-from vlm_sft import tiny
+from vlm_sft.tools import tiny
 
 TEXT, NUMBER, PICTURE = Value("string"), Value("int64"), ImageFeature()
 

@@ -26,9 +26,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vlm_sft import ChatCollator, load_conversations
-from vlm_sft.messages import normalise, text_of
-from vlm_sft.rows import ImageFolder, RowReader
-from vlm_sft.scan import scan
+from vlm_sft.chat.messages import normalise, text_of
+from vlm_sft.data.rows import ImageFolder, RowReader
+from vlm_sft.data.scan import scan
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -24,10 +24,11 @@ from together import free_port, together
 from torch.distributed.tensor import DTensor
 from trl import SFTConfig
 
-from vlm_sft import ChatCollator, SafeCheckpoints, StopOnNaN, fit_to_hardware, freeze, load_processor, tiny
-from vlm_sft.families import part_of, parts_of
-from vlm_sft.loading import load_model
-from vlm_sft.manifests import verify_checkpoint
+from vlm_sft import ChatCollator, SafeCheckpoints, StopOnNaN, fit_to_hardware, freeze, load_processor
+from vlm_sft.models.loading import load_model
+from vlm_sft.models.parts import part_of, parts_of
+from vlm_sft.tools import tiny
+from vlm_sft.training.manifests import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.loopback]
 

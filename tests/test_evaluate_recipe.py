@@ -15,7 +15,7 @@ from recipe_runs import recipe
 from trl import TrlParser
 
 import vlm_sft
-from vlm_sft import metrics
+from vlm_sft.evaluation.callback import metrics
 
 evaluate = recipe("evaluate")
 

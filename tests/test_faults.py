@@ -29,8 +29,8 @@ from together import together
 from transformers import TrainerCallback
 
 from vlm_sft import ChatCollator, SafeCheckpoints, explain_out_of_memory, load_conversations, load_processor
-from vlm_sft.checkpoints import latest_checkpoint
-from vlm_sft.manifests import verify_checkpoint
+from vlm_sft.training.checkpoints import latest_checkpoint
+from vlm_sft.training.manifests import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.loopback]
 launched = pytest.mark.faults

@@ -20,13 +20,13 @@ import torch
 from runs import Collate, rows, trainer
 from transformers import AutoConfig
 
-from vlm_sft.adapters import check_adapters, lora_config
-from vlm_sft.checkpoints import SafeCheckpoints
-from vlm_sft.families import PARTS
-from vlm_sft.freezing import check_precision, check_trainable, freeze, upcast_trainable
-from vlm_sft.generation import KeepGeneration
-from vlm_sft.loading import load_model, load_processor
-from vlm_sft.quantization import check_quantized, int8_config, nf4_config
+from vlm_sft.models.adapters import check_adapters, lora_config
+from vlm_sft.models.freezing import check_precision, check_trainable, freeze, upcast_trainable
+from vlm_sft.models.loading import load_model, load_processor
+from vlm_sft.models.parts import PARTS
+from vlm_sft.models.quantization import check_quantized, int8_config, nf4_config
+from vlm_sft.training.checkpoints import SafeCheckpoints
+from vlm_sft.training.generation import KeepGeneration
 
 nf4 = partial(nf4_config, compute_dtype=torch.float32)
 FAMILIES = ("llava15", "qwen2_5_vl", "smolvlm", "gemma3")
@@ -54,7 +54,7 @@ cannot on a CPU and lora_config refuses.
 
 RELOAD = """
 import json, sys, torch
-from vlm_sft.loading import load_model
+from vlm_sft.models.loading import load_model
 torch.set_num_threads(1)
 with torch.no_grad():
     logits = [load_model(at, dtype=dtype)(**torch.load(batch)).logits for at, dtype, batch in json.load(sys.stdin)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vlm_sft.ranks import on_any, on_main, say
+from vlm_sft.distributed import on_any, on_main, say
 
 
 def one_of_two(rank: int, port: int, answers: Any) -> None:
@@ -44,7 +44,7 @@ def test_two_processes_agree() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["vlm_sft.ranks"])
+    forks.set_forkserver_preload(["vlm_sft.distributed"])
     answers = forks.Queue()
     processes = [forks.Process(target=one_of_two, args=(rank, port, answers)) for rank in (0, 1)]
     for process in processes:

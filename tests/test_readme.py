@@ -57,7 +57,7 @@ def test_command(document, command, tmp_path):
             shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
             assert all(option in shown.stdout for option in options)
         case ["transformers" | "vllm", "serve", folder, *_]:  # tests/test_serving.py runs the first one
-            assert any(other.startswith("python -m vlm_sft.merging") and folder in other for _, other in COMMANDS)
+            assert any(other.startswith("python -m vlm_sft.tools.merging") and folder in other for _, other in COMMANDS)
         case ["accelerate", "launch", "--config_file", config, recipe, *flags]:
             assert (ROOT / config).is_file()
             parse(recipe, flags)
@@ -97,7 +97,7 @@ def test_quoted_errors_are_the_librarys():
     rows = (ROOT / "README.md").read_text("utf-8").split("## When something goes wrong")[1].splitlines()
     quoted = [match[1] for row in rows if (match := re.match(r"\| `([^`]+)`", row))]
     elsewhere = {"operator torchvision::nms does not exist", "CUDA out of memory"}
-    source = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text("utf-8") for path in (ROOT / "vlm_sft").glob("*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text("utf-8") for path in (ROOT / "vlm_sft").rglob("*.py")))
     for text in set(quoted) - elsewhere:
         pattern = ".*?".join(re.escape(words) for words in re.split(r"\.\.\.|'[^']*'|\b\d+\b", text) if words.strip())
         assert re.search(pattern, source, re.S), text

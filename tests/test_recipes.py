@@ -19,10 +19,10 @@ from recipe_data import DATASETS, llava_parts
 from recipe_runs import ROOT, Run, recipe, run
 from transformers import AutoModelForImageTextToText, set_seed
 
-from vlm_sft.assembly import assemble_llava
-from vlm_sft.families import part_of, parts_of
-from vlm_sft.loading import load_model, load_processor
-from vlm_sft.manifests import verify_checkpoint
+from vlm_sft.models.llava import assemble_llava
+from vlm_sft.models.loading import load_model, load_processor
+from vlm_sft.models.parts import part_of, parts_of
+from vlm_sft.training.manifests import verify_checkpoint
 
 ADAPTERS = {  # recipe -> family of its twin, data
     "llava15_sft": ("llava15", "chats"),
@@ -236,7 +236,7 @@ def test_stage_1_saves_the_chat_template_and_stage_2_takes_its_folder(
 def test_bfloat16_as_on_a_gpu(
     name: str, flags_of: Callable[[str], list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("vlm_sft", "vlm_sft.hardware", "vlm_sft.loading", "vlm_sft.assembly"):
+    for module in ("vlm_sft", "vlm_sft.models.hardware", "vlm_sft.models.loading", "vlm_sft.models.llava"):
         monkeypatch.setattr(f"{module}.best_dtype", lambda: torch.bfloat16)
     finished = run(name, [*flags_of(name), "--use_cpu", "--max_steps", 2, "--output_dir", tmp_path])
     weights = list(finished.trainer.model.parameters())
@@ -366,7 +366,7 @@ def test_unknown_yaml_key(tmp_path: Path) -> None:
 def test_4_bit_without_bitsandbytes(
     flags_of: Callable[[str], list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlm_sft.quantization.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("vlm_sft.models.quantization.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
         run("llava15_sft", [*flags_of("llava15_sft"), "--output_dir", tmp_path / "output"])
     assert not (tmp_path / "output").exists()

@@ -17,7 +17,7 @@ import digits
 import pytest
 
 import vlm_sft
-from vlm_sft.merging import merge
+from vlm_sft.tools.merging import merge
 
 pytestmark = [
     pytest.mark.web,

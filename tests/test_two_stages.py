@@ -20,10 +20,10 @@ from recipe_runs import run
 from sklearn.datasets import load_digits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vlm_sft.answers import generate
-from vlm_sft.assembly import plain_template
-from vlm_sft.loading import load_model, load_processor
-from vlm_sft.metrics import exact_match
+from vlm_sft.evaluation.generate import generate
+from vlm_sft.evaluation.metrics import exact_match
+from vlm_sft.models.llava import plain_template
+from vlm_sft.models.loading import load_model, load_processor
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUESTION = "Which digit is this?"

@@ -11,13 +11,13 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, Mistral3Config, TrainingArguments
 
-from vlm_sft.adapters import check_adapters, lora_config
-from vlm_sft.families import MODEL_PARTS, ModelParts
-from vlm_sft.freezing import check_trainable, freeze
-from vlm_sft.loading import load_model
-from vlm_sft.optim import rates_by_part
-from vlm_sft.provenance import TRAINING_BASE, training_base
-from vlm_sft.quantization import check_quantized, int8_config, nf4_config
+from vlm_sft.models.adapters import check_adapters, lora_config
+from vlm_sft.models.fingerprints import TRAINING_BASE, training_base
+from vlm_sft.models.freezing import check_trainable, freeze
+from vlm_sft.models.loading import load_model
+from vlm_sft.models.parts import MODEL_PARTS, ModelParts
+from vlm_sft.models.quantization import check_quantized, int8_config, nf4_config
+from vlm_sft.training.optim import rates_by_part
 
 PARTS = ModelParts(
     vision=("model.vision_tower",),

@@ -3,45 +3,43 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlm_sft.adapters import check_adapters, lora_config
-from vlm_sft.answers import generate, question_of
-from vlm_sft.batches import OrderByLength
-from vlm_sft.checkpoints import SafeCheckpoints, latest_checkpoint
-from vlm_sft.collators import ChatCollator
-from vlm_sft.datasets import load_conversations, mix
-from vlm_sft.evaluation import GenerationEvaluation
-from vlm_sft.families import ModelParts
-from vlm_sft.features import FeatureCache
-from vlm_sft.freezing import check_precision, check_trainable, freeze, parameter_table, upcast_trainable
-from vlm_sft.generation import KeepGeneration
-from vlm_sft.guards import StopOnNaN, explain_out_of_memory
-from vlm_sft.hardware import best_dtype, best_optimizer, best_worker_count, fit_to_hardware
-from vlm_sft.labels import IGNORE_INDEX
-from vlm_sft.lengths import with_lengths
-from vlm_sft.loading import AutoModelForVision2Seq, load_model, load_processor
-from vlm_sft.manifests import verify_checkpoint
-from vlm_sft.optim import rates_by_part
-from vlm_sft.packing import CheckFlatRows, accept_flat_rows, pack
-from vlm_sft.plots import plot_loss
-from vlm_sft.quantization import check_quantized, fp4_config, int8_config, nf4_config
-from vlm_sft.ranks import say
-from vlm_sft.reports import write_reports, write_run_json
-from vlm_sft.samples import Sample, write_samples_html
-from vlm_sft.towers import keep_frozen_out_of_autograd
+from vlm_sft.chat.collator import ChatCollator
+from vlm_sft.chat.labels import IGNORE_INDEX
+from vlm_sft.chat.packing import CheckFlatRows, accept_flat_rows, pack
+from vlm_sft.data.datasets import load_conversations, mix
+from vlm_sft.data.lengths import with_lengths
+from vlm_sft.distributed import say
+from vlm_sft.evaluation.callback import GenerationEvaluation
+from vlm_sft.evaluation.generate import generate, question_of
+from vlm_sft.evaluation.pages import Sample, write_samples_html
+from vlm_sft.models.adapters import check_adapters, lora_config
+from vlm_sft.models.freezing import check_precision, check_trainable, freeze, parameter_table, upcast_trainable
+from vlm_sft.models.hardware import best_dtype, best_optimizer, best_worker_count, fit_to_hardware
+from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor
+from vlm_sft.models.parts import ModelParts
+from vlm_sft.models.quantization import check_quantized, fp4_config, int8_config, nf4_config
+from vlm_sft.models.towers import keep_frozen_out_of_autograd
+from vlm_sft.training.batches import OrderByLength
+from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint
+from vlm_sft.training.generation import KeepGeneration
+from vlm_sft.training.guards import StopOnNaN, explain_out_of_memory
+from vlm_sft.training.manifests import verify_checkpoint
+from vlm_sft.training.optim import rates_by_part
+from vlm_sft.training.plots import plot_loss
+from vlm_sft.training.reports import write_reports, write_run_json
 
 if TYPE_CHECKING:
-    from vlm_sft.merging import merge
-    from vlm_sft.scan import sound_rows
+    from vlm_sft.data.scan import sound_rows
+    from vlm_sft.tools.merging import merge
 
 # Modules that are commands as well: imported here, `python -m` would warn of them.
-_IN_COMMANDS = {"merge": "merging", "sound_rows": "scan"}
+_IN_COMMANDS = {"merge": "tools.merging", "sound_rows": "data.scan"}
 
 __all__ = [
     "IGNORE_INDEX",
     "AutoModelForVision2Seq",
     "ChatCollator",
     "CheckFlatRows",
-    "FeatureCache",
     "GenerationEvaluation",
     "KeepGeneration",
     "ModelParts",

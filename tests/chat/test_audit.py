@@ -1,0 +1,384 @@
+"""The audit passes what is right, with exact counts, and names the row of every fault."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import runpy
+from dataclasses import replace
+from functools import partial
+from html import escape, unescape
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conversations import LEARNED, answer, ask, picture
+from datasets import Dataset
+from PIL import Image
+
+from vlm_sft import IGNORE_INDEX, ChatCollator
+from vlm_sft.chat.audit import audit, main
+from vlm_sft.tools import tiny
+
+FAMILY_TABLE = Path(__file__).parents[2] / "benchmarks" / "family_table.py"
+EQUAL = "equal those of inference"
+REWRITTEN = "cannot, as the processor itself writes a longer conversation otherwise"
+
+
+def one(text: str = "A cat.", **fields: Any) -> dict[str, Any]:
+    return {"messages": [ask(None, "What is this?"), answer(text, **fields)], "images": [picture(40, 30)]}
+
+
+def two() -> dict[str, Any]:
+    messages = [ask(None, None, "Compare."), answer("Wide, tall."), ask("それは何", None), answer("日本語, é 🙂")]
+    return {"messages": messages, "images": [picture(60, 30), picture(30, 60, 1), picture(40, 40, 2)]}
+
+
+class Broken(ChatCollator):
+    """The real collator with a fault in the row of the dataset's place 3."""
+
+    def encode(self, examples):
+        rows, inputs = super().encode(examples)
+        return [self.spoil(row) if row.name == "row 3" else row for row in rows], inputs
+
+    def spoil(self, row):
+        raise NotImplementedError
+
+
+class WithoutBos(Broken):
+    def spoil(self, row):
+        tokens = {key: value[1:] for key, value in row.tokens.items()}
+        return replace(row, tokens=tokens, offsets=row.offsets[1:], labels=row.labels[1:], image=row.image[1:])
+
+
+class TrainsEverything(Broken):
+    def spoil(self, row):
+        return replace(row, labels=row.tokens["input_ids"])
+
+
+class TrainsAnotherWord(Broken):
+    def spoil(self, row):
+        labels = row.labels.clone()
+        labels[-2] = 5
+        return replace(row, labels=labels)
+
+
+class TrainsNothingBehindTheWords(Broken):
+    def spoil(self, row):
+        labels = row.labels.clone()
+        labels[(labels != IGNORE_INDEX).nonzero()[-1]] = IGNORE_INDEX
+        return replace(row, labels=labels)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_passes(family, tiny_model, tiny_processor):
+    rows = [one(), two(), {"messages": [ask("2 + 2?"), answer("4")]}]
+    report = audit(ChatCollator(tiny_processor(family)), rows, tiny_model(family))
+    # LLaVA-1.5 writes earlier answers without a stop token, OneVision with another header than it prompts with.
+    rewritten = {"llava15", "llava_onevision"} & {family}
+    assert report.prompts == ({EQUAL: 3, REWRITTEN: 1} if rewritten else {EQUAL: 4})
+    assert report.answers == {f"end with {LEARNED[family].stop!r}": 4}
+    assert "match the features" in report.model["model"]
+
+
+def test_counts_are_those_of_the_format_written_by_hand(tiny_processor, capsys):
+    processor = tiny_processor("llava15")
+    rows = [one("ℵ"), {"messages": [ask("Hi"), answer("ℵℵ")]}]
+    report = audit(ChatCollator(processor), rows, batch_size=2)
+    texts = ["USER: <image>\nWhat is this? ASSISTANT: ℵ</s>", "USER: Hi ASSISTANT: ℵℵ</s>"]
+    with_image, without = (
+        len(processor(text=text, images=images)["input_ids"][0])
+        for text, images in zip(texts, ([picture(40, 30)], None), strict=True)
+    )
+    # The space, three bytes for each letter, the stop token; 32 x 32 pixels in patches of 8 x 8.
+    trained, image = (1 + 3 + 1) + (1 + 6 + 1), 16
+    prompt = with_image + without - trained - image
+    assert report.tokens == {"trained": trained, "prompt": prompt, "image": image, "pad": with_image - without}
+    assert [len(row) for row in report.rows] == [with_image, without]
+    table = capsys.readouterr().err
+    assert str(report) in table
+    assert f"{without} to {with_image} (row 0)" in table
+    assert "ℵ</s>" in table
+    assert audit(ChatCollator(processor, pad_to_multiple_of=64), rows, batch_size=1).tokens["pad"] == (
+        128 - with_image - without
+    )
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (WithoutBos, r"^row 3: the prompt of messages\[1\] has \d+ tokens \(0 BOS\), but \d+ \(1 BOS\) at inference"),
+        (TrainsEverything, r"^row 3: \d+ tokens of no answer are trained, '<s> ?USER: <image>"),
+        (TrainsAnotherWord, r"^row 3: messages\[1\] reads 'A cat.', but '.*' is trained"),
+        (TrainsNothingBehindTheWords, r"^row 3: messages\[1\] is trained without a stop token"),
+    ],
+)
+def test_a_collator_at_fault_is_named_with_its_row(broken, message, tiny_processor):
+    with pytest.raises(ValueError, match=f"(?ms){message}") as error:
+        audit(broken(tiny_processor("llava15")), [one() for _ in range(5)])
+    assert str(error.value).startswith("faults in what would be trained: 1\n")
+
+
+def test_a_template_that_shows_pictures_otherwise_at_inference(tiny_processor):
+    """Training hands a template bare image parts, a user at inference parts that hold the picture."""
+    processor = tiny_processor("llava15")
+    processor.chat_template = processor.chat_template.replace(r"'<image>\n'", r"'<image>' ~ '\n' * ('image' in part)")
+    with pytest.raises(ValueError, match=r"row 1: the prompt of messages\[1\] .* from token \d+ on they read"):
+        audit(ChatCollator(processor), [{"messages": [ask("Hi"), answer("Hello")]}, one()])
+
+
+def test_bos_is_compared_where_the_history_cannot_be(tiny_processor):
+    processor = tiny_processor("llava15")
+    rows = [two() for _ in range(4)]
+    assert audit(ChatCollator(processor, train_on="last_assistant"), rows).prompts == {REWRITTEN: 4}
+    with pytest.raises(ValueError, match=r"row 3: the prompt of messages\[3\] .*0 BOS"):
+        audit(WithoutBos(processor, train_on="last_assistant"), rows)
+
+
+def test_a_first_prompt_has_no_excuse(tiny_processor):
+    """OneVision prompts with another header than it writes, which must not hide a fault in a row of one turn."""
+    with pytest.raises(ValueError, match=r"row 3: the prompt of messages\[1\]"):
+        audit(WithoutBos(tiny_processor("llava_onevision")), [one() for _ in range(4)])
+
+
+def test_a_template_that_wants_the_system_message_as_a_string(tiny_processor):
+    processor = tiny_processor("llava15")
+    processor.chat_template = processor.chat_template.replace(
+        "{%- for turn in messages -%}",
+        "{%- if messages[0]['role'] == 'system' -%}{{ messages[0]['content'] + ' ' }}{% set messages = messages[1:] %}"
+        "{%- endif -%}{%- for turn in messages -%}",
+        1,
+    )
+    row = one()
+    row["messages"] = [{"role": "system", "content": "Be brief."}, *row["messages"]]
+    report = audit(ChatCollator(processor), [row])
+    assert report.rows[0].text.startswith("Be brief. USER: ")
+    assert report.prompts == {EQUAL: 1}
+
+
+def test_an_answer_cut_from_its_prompt(tiny_processor):
+    """A line break at its start is trained as generated, though a longer prompt joins it with the one before it."""
+    rows = [{"messages": [ask("Hi"), answer("\nTwo words"), ask("And?"), answer("4")]}]
+    assert audit(ChatCollator(tiny_processor("qwen2_5_vl")), rows).prompts == {EQUAL: 2}
+
+
+def test_an_image_with_fewer_tokens_where_more_images_follow(tiny_model, tiny_processor):
+    """OneVision cuts a lone picture into tiles, and no longer once there are two: no row can equal both."""
+    talk = [ask(None, "What is this?"), answer("A cat."), ask(None, "And this?"), answer("A dog.")]
+    row = {"messages": talk, "images": [picture(40, 30), picture(30, 40)]}
+    collator = ChatCollator(tiny_processor("llava_onevision"))
+    assert audit(collator, [row], tiny_model("llava_onevision")).prompts == {REWRITTEN: 2}
+    assert audit(collator, [one()]).prompts == {EQUAL: 1}
+
+
+def test_an_answer_without_a_stop_token(tiny_processor):
+    collator = ChatCollator(tiny_processor("llava15"), stop_token=None)
+    with pytest.raises(ValueError, match=r"row 0: messages\[1\] is trained without a stop token"):
+        audit(collator, [one()])
+    assert audit(collator, [one()], require_stop_token=False).answers == {"end without a stop token": 1}
+
+
+def test_rows_without_anything_to_train_are_named_together(tiny_processor):
+    rows = [one(), one(train=False), one(), one(train=False)]
+    with pytest.raises(ValueError, match=r"trained: 2\nrow 1: no token is left.*\nrow 3: no token is left"):
+        audit(ChatCollator(tiny_processor("llava15")), rows)
+
+
+def test_a_refusal_of_the_collator_keeps_its_row(tiny_processor):
+    with pytest.raises(ValueError, match=r"^row 1: .*'</s>' as text"):
+        audit(ChatCollator(tiny_processor("llava15")), [one(), one("A cat.</s>")])
+
+
+def test_no_rows(tiny_processor):
+    with pytest.raises(ValueError, match="no rows"):
+        audit(ChatCollator(tiny_processor("llava15")), [])
+
+
+def shrink(model: Any, processor: Any) -> None:
+    model.resize_token_embeddings(300)
+
+
+def end_elsewhere(model: Any, processor: Any) -> None:
+    model.generation_config.eos_token_id = [0, 1]
+
+
+def count_other_patches(model: Any, processor: Any) -> None:
+    processor.patch_size = 16
+
+
+def spoil_weights(model: Any, processor: Any) -> None:
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (shrink, r"row 1: token \d+ is beyond the 300 tokens of the embedding"),
+        (end_elsewhere, r"row 1 ends with '</s>', generation at \[0, 1\]; add 2 to"),
+        (count_other_patches, "row 1: the model refuses it: Image features and image tokens do not match"),
+        (spoil_weights, "row 1: the loss is nan"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_told_by_a_row(fault, message, tiny_model, tiny_processor):
+    model, processor = tiny_model("llava15").train(), tiny_processor("llava15")
+    model.model.vision_tower.eval()
+    fault(model, processor)
+    modes = [module.training for module in model.modules()]
+    rows = [{"messages": [ask("Hi"), answer("Hello")]}, one()]
+    with pytest.raises(ValueError, match=message):
+        audit(ChatCollator(processor), rows, model)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_the_model_is_left_as_it_was(tiny_model, tiny_processor):
+    """Also with adapters, in half precision but for the projector, under a collator that names its rows."""
+    model, given = tiny_model("llava15", dtype=torch.bfloat16), {}
+    model.model.multi_modal_projector.float()
+    model.register_forward_pre_hook(
+        lambda module, _, kwargs: given.update(kwargs, modes=(module.training, torch.is_grad_enabled())),
+        with_kwargs=True,
+    )
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*language_model.*\.q_proj"))
+    model.train()
+    model.base_model.model.model.vision_tower.eval()
+    modes = [module.training for module in model.modules()]
+    report = audit(ChatCollator(tiny_processor("llava15"), name_rows=True), [one()], model)
+    assert "its 16 image tokens match" in report.model["model"]
+    assert [module.training for module in model.modules()] == modes
+    assert given["modes"] == (False, False)
+    assert "pixel_values" in given
+    assert "rows" not in given
+
+
+def test_rows_are_spread_over_the_dataset(tiny_processor):
+    collator = ChatCollator(tiny_processor("llava15"))
+
+    def names(dataset: Any, num_rows: int) -> list[str]:
+        return [row.name for row in audit(collator, dataset, num_rows=num_rows).rows]
+
+    rows = [{"messages": [ask("Hi"), answer(str(n))]} for n in range(10)]
+    assert names(rows, 4) == ["row 0", "row 2", "row 5", "row 7"]
+    assert names(Dataset.from_list(rows), 64) == [f"row {n}" for n in range(10)]
+    assert names(Dataset.from_list(rows).to_iterable_dataset(), 3) == ["row 0", "row 1", "row 2"]
+    assert names([row | {"row": 70 + n} for n, row in enumerate(rows)], 2) == ["row 70", "row 75"]
+
+
+def test_cut_and_dropped_rows_are_counted(tiny_processor):
+    processor = tiny_processor("llava15")
+    rows = [one(), one("A cat. " * 30)]
+    limit = {"max_length": 60}
+    trimmed = audit(ChatCollator(processor, truncation="trim", **limit), rows)
+    assert trimmed.answers == {"end with '</s>'": 1, "cut by max_length": 1}
+    dropped = audit(ChatCollator(processor, truncation="drop", **limit), rows)
+    assert (dropped.dropped, len(dropped.rows)) == (1, 1)
+    assert "1 audited, 1 dropped" in str(dropped)
+
+
+def pieces(page: str, kind: str) -> list[tuple[str, str]]:
+    """(text, hint) of each piece of a kind, as a browser shows it."""
+    found = re.findall(rf'<span class="{kind}(?: special)?" data-hint="([^"]*)">(.*?)</span>', page, re.DOTALL)
+    assert all(text == escape(unescape(text)) for _, text in found)
+    return [(unescape(text).replace("↵\n", "\n"), hint) for hint, text in found]
+
+
+@pytest.mark.parametrize("family", ["llava15", "smolvlm", "qwen2_5_vl", "gemma3"])
+def test_page(family, tiny_processor, tmp_path):
+    evil = '<script>alert("1")</script> & <b>日本語</b>\n"é🙂'
+    talk = [ask(None, evil), answer(evil), ask("Hi"), answer("Yes", train=False)]
+    report = audit(ChatCollator(tiny_processor(family)), [{"messages": talk, "images": [picture(500, 300)]}])
+    path = tmp_path / "new" / "page.html"
+    report.to_html(path)
+    page = path.read_text("utf-8")
+
+    tags: list[tuple[str, dict[str, Any]]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.feed(page)
+    assert not {tag for tag, _ in tags} & {"script", "link"}
+    assert "<script" not in page
+    assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
+    assert "default-src 'none'" in page
+    assert "http:" not in page
+    [source] = [attributes["src"] for tag, attributes in tags if tag == "img"]
+    assert Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image;base64,")))).size == (400, 240)
+
+    before, stop, _ = LEARNED[family]
+    assert "".join(text for text, _ in pieces(page, "trained")) == before + evil + stop
+    [row] = report.rows
+    ids, places = row.tokens["input_ids"].tolist(), row.image.nonzero().flatten().tolist()
+    [(chip, hint)] = pieces(page, "image")
+    name, count = chip.rsplit(" x ", 1)
+    most = max(set(ids[places[0] : places[-1] + 1]), key=ids[places[0] : places[-1] + 1].count)
+    assert (name, int(count)) == (report.collator.processor.tokenizer.convert_ids_to_tokens(most), ids.count(most))
+    assert hint.endswith(f"position {places[0]} to {places[-1]}")
+    last = max(n for n, label in enumerate(row.labels.tolist()) if label != IGNORE_INDEX)
+    assert pieces(page, "trained")[-1] == (stop, f"id {ids[last]} · position {last}")
+
+
+def test_every_token_is_on_the_page(tiny_processor, tmp_path):
+    report = audit(ChatCollator(tiny_processor("qwen2_5_vl")), [two()])
+    report.to_html(tmp_path / "page.html")
+    shown = [
+        piece for kind in ("prompt", "trained", "image") for piece in pieces((tmp_path / "page.html").read_text(), kind)
+    ]
+    places: list[int] = []
+    for _, hint in shown:
+        first, last = re.fullmatch(r"id .* · position (\d+)(?: to (\d+))?", hint).groups()
+        places += range(int(first), int(last or first) + 1)
+    assert sorted(places) == list(range(len(report.rows[0])))
+
+
+def test_command(tiny_dir, tmp_path, capsys):
+    picture(40, 30).save(tmp_path / "a.png")
+    rows = [{"messages": [ask(None, "What is this?"), answer("A cat.")], "images": ["a.png"]} for _ in range(3)]
+    data, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--model", str(tiny_dir("llava15")), "--dataset", str(data), "--html", str(page), "--num_rows", "2"]
+    assert main(arguments) == 0
+    assert "answers  2 end with '</s>'" in capsys.readouterr().err
+    assert "<image> x 16" in unescape(page.read_text("utf-8"))
+    assert main([*arguments, "--train_on", "all"]) == 0
+    assert ", prompt 0 (0.0%)" in capsys.readouterr().err
+    rows[0]["messages"][1] = answer("A <image>.")
+    data.write_text("\n".join(map(json.dumps, rows)))
+    assert main(arguments) == 1
+    assert "row 0" in capsys.readouterr().out
+
+
+def test_family_table(capsys):
+    table = runpy.run_path(str(FAMILY_TABLE))
+    assert table["main"](["gemma3"]) == 0
+    assert "| gemma3 | yes | `<end_of_turn>`, from the template | `<bos>` | yes | yes |" in capsys.readouterr().out
+
+
+def show_pictures_otherwise(model: Any, processor: Any) -> None:
+    processor.chat_template = processor.chat_template.replace(r"'<image>\n'", r"'<image>' ~ '\n' * ('image' in part)")
+
+
+@pytest.mark.parametrize(
+    ("fault", "cells"),
+    [
+        (spoil_weights, [False, False, False, True, True]),
+        (count_other_patches, [False, False, False, True, False]),
+        (end_elsewhere, [False, True, False, False, False]),
+        (show_pictures_otherwise, [False, False, True, False, False]),
+        (None, [True, False, True, False, False]),
+    ],
+)
+def test_each_cell_of_the_family_table_can_fail(fault, cells, monkeypatch, tiny_model, tiny_processor, capsys):
+    """A model, a processor, or (last) a collator at fault."""
+    table = runpy.run_path(str(FAMILY_TABLE))["main"]
+    model, processor = tiny_model("llava15"), tiny_processor("llava15")
+    if fault:
+        fault(model, processor)
+    else:
+        monkeypatch.setitem(table.__globals__, "ChatCollator", partial(ChatCollator, train_on="all"))
+    monkeypatch.setattr(tiny, "build", lambda family: (model, processor))
+    assert table(["llava15"]) == 1
+    found = capsys.readouterr().out.splitlines()[-1].split(" | ")[1:]
+    assert [cell.startswith("no: ") for cell in found] == cells

@@ -1,0 +1,462 @@
+"""Labels hold the assistant's words and the stop token, exactly, on every family."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import trl
+from conversations import BYTE_LEVEL, LEARNED, answer, ask, examples, learned_text, picture, plain
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vlm_sft import IGNORE_INDEX, ChatCollator
+from vlm_sft.chat.messages import normalise, split_turns
+from vlm_sft.tools import tiny
+
+FAMILIES = pytest.mark.parametrize("family", tiny.FAMILIES)
+PROPERTY = settings(
+    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture
+def example() -> dict[str, Any]:
+    messages = [ask(None, "What is this?"), answer("A cat."), ask("Sure?"), answer("Yes.")]
+    return {"messages": messages, "images": [picture(40, 30)]}
+
+
+def trained_text(row: Any) -> str:
+    """The characters of the tokens that are trained, each once."""
+    covered = {c for s, e in row.offsets[row.labels != IGNORE_INDEX].tolist() for c in range(s, e)}
+    return "".join(row.text[c] for c in sorted(covered))
+
+
+def trl_template(name: str) -> str:
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+
+
+@FAMILIES
+def test_random_conversations(family, tiny_processor, record_property):
+    processor = tiny_processor(family)
+    collator = ChatCollator(processor, reserved_tokens="escape")
+    rows_seen = 0
+
+    @PROPERTY
+    @given(st.lists(examples(), min_size=1, max_size=3))
+    def check(batch_of_examples):
+        nonlocal rows_seen
+        before = copy.deepcopy(batch_of_examples)
+        rows, _ = collator.encode(batch_of_examples)
+        batch = collator(batch_of_examples)
+        assert [example["messages"] for example in batch_of_examples] == [example["messages"] for example in before]
+        for number, (row, example) in enumerate(zip(rows, batch_of_examples, strict=True)):
+            expected = plain(learned_text(family, example))
+            ids = row.tokens["input_ids"]
+            supervised = row.labels != IGNORE_INDEX
+            if family in BYTE_LEVEL:
+                assert plain(processor.tokenizer.decode(ids[supervised])) == expected
+            else:
+                assert plain(trained_text(row)) == expected
+            assert (row.labels[supervised] == ids[supervised]).all()
+            assert not (supervised & row.image).any()
+            # In the batch: the same, then padding that is neither attended to nor trained.
+            attended = batch["attention_mask"][number].bool()
+            assert torch.equal(batch["labels"][number][attended], row.labels)
+            assert (batch["labels"][number][~attended] == IGNORE_INDEX).all()
+            rows_seen += 1
+
+    check()
+    record_property("conversations", rows_seen)
+
+
+@FAMILIES
+def test_image_tokens_are_features_and_the_model_learns(family, tiny_processor, tiny_model):
+    """A real forward and backward on random batches: the model itself refuses another number of placeholders."""
+    collator = ChatCollator(tiny_processor(family), reserved_tokens="escape")
+    model = tiny_model(family)
+
+    @settings(PROPERTY, max_examples=4)
+    @given(st.lists(examples(), min_size=1, max_size=3))
+    def check(batch):
+        model.zero_grad()
+        loss = model(**collator(batch)).loss
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+    check()
+
+
+@FAMILIES
+def test_everything_but_padding_and_images(family, tiny_processor, example):
+    processor = tiny_processor(family)
+    other = {"messages": [ask("Hi"), answer("Hello")]}
+    rows, _ = ChatCollator(processor, train_on="all").encode([example, other])
+    for row in rows:
+        assert torch.equal(row.labels == IGNORE_INDEX, row.image)
+    text_only = rows[1]
+    assert not text_only.image.any()
+    # What an image brings is what differs from the same words without it.
+    without = {"messages": [ask("What is this?"), *example["messages"][1:]]}
+    bare = ChatCollator(processor, train_on="all").encode([without])[0][0].tokens["input_ids"]
+    words = rows[0].labels[rows[0].labels != IGNORE_INDEX]
+    specials = set(processor.tokenizer.added_tokens_decoder)
+    assert [i for i in words.tolist() if i in specials] == [i for i in bare.tolist() if i in specials]
+
+
+@FAMILIES
+def test_padding_side_changes_nothing(family, tiny_processor, tiny_model, example):
+    batch = [example, {"messages": [ask("Hi"), answer("Hello")]}]
+    model, losses = tiny_model(family), []
+    for side in ("right", "left"):
+        inputs = ChatCollator(tiny_processor(family), padding_side=side, pad_to_multiple_of=32)(batch)
+        assert inputs["input_ids"].shape[1] % 32 == 0
+        with torch.no_grad():
+            logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+        labels = inputs["labels"][:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
+        losses.append([row[label != IGNORE_INDEX] for row, label in zip(loss, labels, strict=True)])
+    for right, left in zip(*losses, strict=True):
+        assert (right - left).abs().max() < 1e-5
+
+
+@FAMILIES
+def test_prompt_is_what_inference_sees(family, tiny_processor, example):
+    """The ids before the first trained token are those of the generation prompt, BOS included, once."""
+    processor = tiny_processor(family)
+    for text in ("A cat.", "\nA cat.", "\n\n  A cat"):  # line breaks would melt into the header of some templates
+        messages = [example["messages"][0], answer(text)]
+        [row], _ = ChatCollator(processor).encode([{"messages": messages, "images": example["images"]}])
+        prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True)
+        bos = processor.tokenizer.bos_token
+        ids = processor(
+            text=[prompt], images=[example["images"]], add_special_tokens=not (bos and prompt.startswith(bos))
+        )["input_ids"][0]
+        first = int((row.labels != IGNORE_INDEX).nonzero()[0])
+        assert row.tokens["input_ids"][:first].tolist() == list(ids)
+        if bos and family != "smolvlm":  # SmolVLM's BOS also opens the conversation
+            assert list(ids).count(processor.tokenizer.bos_token_id) == 1
+
+
+ORACLES = {
+    family: f"{family}_training" for family in ("llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "gemma3")
+}
+
+
+@pytest.mark.parametrize("family", ORACLES)
+def test_agrees_with_generation_marks(family, tiny_processor, example):
+    """TRL marks the answers in its own copies of these templates; transformers turns the marks into a mask."""
+    processor = tiny_processor(family)
+    messages = [
+        ask(None, "One?"),
+        answer("It is 12."),
+        ask("More", None),
+        answer("日本語 and a dog"),
+        ask("x"),
+        answer("no"),
+    ]
+    pictures = [picture(40, 30), picture(60, 60, 1)]
+    [row], _ = ChatCollator(processor).encode([{"messages": messages, "images": pictures}])
+    with_images = copy.deepcopy(messages)
+    parts = [part for message in with_images for part in message["content"] if part["type"] == "image"]
+    for part, image in zip(parts, pictures, strict=True):
+        part["image"] = image
+    marked = processor.apply_chat_template(
+        with_images,
+        chat_template=trl_template(ORACLES[family]),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids, mask = marked["input_ids"][0], marked["assistant_masks"][0]
+    assert row.tokens["input_ids"].tolist() == list(ids)
+    ours = (row.labels != IGNORE_INDEX).tolist()
+    for place, (own, theirs) in enumerate(zip(ours, mask, strict=True)):
+        # TRL's marks of some templates hold the line break behind the stop token as well.
+        assert own == bool(theirs) or not processor.tokenizer.decode([ids[place]]).strip()
+
+
+def test_llava15_is_the_original_format(tiny_processor):
+    """`conv_vicuna_v1` of haotian-liu/LLaVA (llava/conversation.py) and the mask of its `preprocess_v1`, by hand."""
+    system = "A chat between a curious human and an artificial intelligence assistant."
+    messages = [
+        {"role": "system", "content": system},
+        *(ask(None, "What is this?"), answer("A cat."), ask("Sure?"), answer("Yes.")),
+    ]
+    [row], _ = ChatCollator(tiny_processor("llava15")).encode([{"messages": messages, "images": [picture(40, 30)]}])
+    image = "<image>" * 16
+    assert row.text == f"{system} USER: {image}\nWhat is this? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>"
+    assert trained_text(row) == " A cat.</s> Yes.</s>"
+    tokenizer = tiny_processor("llava15").tokenizer
+    ids = row.tokens["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert (row.labels == tokenizer.eos_token_id).sum() == 2
+    assert ids[-1] == row.labels[-1] == tokenizer.eos_token_id
+
+
+# Text before the image, behind it to the end of the prompt, trained text, what the template writes after that.
+WRITTEN = {
+    "llava15": ("USER: ", "\nHi ASSISTANT:", " Yo</s>", ""),
+    "llava_next": ("[INST] ", "\nHi [/INST]", " Yo</s>", " "),
+    "llava_onevision": ("<|im_start|>user ", "\nHi<|im_end|><|im_start|>assistant\n", "Yo<|im_end|>", ""),
+    "qwen2_vl": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>",
+        "<|vision_end|>Hi<|im_end|>\n<|im_start|>assistant\n",
+        "Yo<|im_end|>",
+        "\n",
+    ),
+    "qwen3_vl": (
+        "<|im_start|>user\n<|vision_start|>",
+        "<|vision_end|>Hi<|im_end|>\n<|im_start|>assistant\n",
+        "Yo<|im_end|>",
+        "\n",
+    ),
+    "smolvlm": ("<|im_start|>User:", "Hi<end_of_utterance>\nAssistant:", " Yo<end_of_utterance>", "\n"),
+    "idefics3": ("<|begin_of_text|>User:", "Hi<end_of_utterance>\nAssistant:", " Yo<end_of_utterance>", "\n"),
+    "gemma3": ("<bos><start_of_turn>user\n", "Hi<end_of_turn>\n<start_of_turn>model\n", "Yo<end_of_turn>", "\n"),
+    "internvl": ("<|im_start|>user\n", "\nHi<|im_end|>\n<|im_start|>assistant\n", "Yo<|im_end|>", "\n"),
+}
+WRITTEN["qwen2_5_vl"] = WRITTEN["qwen2_vl"]
+
+
+@FAMILIES
+def test_one_exchange_by_hand(family, tiny_processor):
+    [row], _ = ChatCollator(tiny_processor(family)).encode(
+        [{"messages": [ask(None, "Hi"), answer("Yo")], "images": [picture(30, 30)]}]
+    )
+    before, prompt, trained, behind = WRITTEN[family]
+    first = int((row.labels != IGNORE_INDEX).nonzero()[0])
+    start = int(row.offsets[first, 0])
+    assert row.text.startswith(before)
+    assert row.text[:start].endswith(prompt)
+    assert row.text[start:] == trained + behind
+    assert trained_text(row) == trained
+
+
+def test_which_answers_are_trained(tiny_processor, example):
+    processor = tiny_processor("llava15")
+
+    def trained(messages: list[dict[str, Any]], **settings: Any) -> str:
+        [row], _ = ChatCollator(processor, **settings).encode([{"messages": messages, "images": example["images"]}])
+        return trained_text(row)
+
+    messages = example["messages"]
+    assert trained(messages) == " A cat.</s> Yes.</s>"
+    assert trained(messages, train_on="last_assistant") == " Yes.</s>"
+    assert trained([messages[0], answer("A cat.", train=False), *messages[2:]]) == " Yes.</s>"
+    assert trained([messages[0], answer("A cat.", train=None), *messages[2:]]) == " A cat.</s> Yes.</s>"
+    with pytest.raises(ValueError, match="example 0 of the batch: no token is left to train on"):
+        ChatCollator(processor)([{"messages": [ask("Hi"), answer("Yo", train=False)]}])
+
+
+def test_blank_answers_teach_to_stop(tiny_processor):
+    for family in tiny.FAMILIES:
+        before, stop, trims = LEARNED[family]
+        for text in ("", " ", "\n"):
+            [row], _ = ChatCollator(tiny_processor(family)).encode([{"messages": [ask("Hi"), answer(text)]}])
+            assert trained_text(row) == before + ("" if trims else text) + stop
+
+
+def test_no_stop_token_on_request(tiny_processor, example):
+    [row], _ = ChatCollator(tiny_processor("llava15"), stop_token=None).encode([example])
+    assert "</s>" not in row.text
+    assert trained_text(row) == " A cat. Yes."
+    chosen = ChatCollator(tiny_processor("llava15"), stop_token="<pad>")
+    [row], _ = chosen.encode([example])
+    assert trained_text(row) == " A cat.<pad> Yes.<pad>"
+    assert chosen.stop_tokens == ("<pad>",)
+
+
+def test_padding_that_is_also_the_stop_token(tiny_processor):
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    batch = ChatCollator(processor)([{"messages": [ask("Hi"), answer("a " * n)]} for n in (1, 9)])
+    assert ((batch["labels"] == processor.tokenizer.eos_token_id).sum(1) == 1).all()
+
+
+def test_images_by_index_inline_and_nested(tiny_processor):
+    processor = tiny_processor("llava15")
+    one, two = picture(40, 30, 1), picture(40, 30, 2)
+    reference = ChatCollator(processor)([{"messages": [ask("a", None, None), answer("b")], "images": [two, one]}])
+    for images, parts in (
+        ([one, two], [{"type": "image", "index": 1}, {"type": "image", "index": 0}]),
+        (None, [{"type": "image", "image": two}, {"type": "image", "image": one}]),
+        ([[two], [one]], [{"type": "image"}, {"type": "image"}]),
+    ):
+        messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, *parts]}, answer("b")]
+        batch = ChatCollator(processor)([{"messages": messages, "images": images}])
+        assert torch.equal(batch["pixel_values"], reference["pixel_values"])
+        assert torch.equal(batch["labels"], reference["labels"])
+
+
+@FAMILIES
+def test_survives_pickling(family, tiny_processor, example):
+    collator = ChatCollator(tiny_processor(family))
+    copied = pickle.loads(pickle.dumps(collator))
+    for key, value in collator([example]).items():
+        assert torch.equal(copied([example])[key], value)
+
+
+def test_keeps_what_the_model_needs(tiny_processor, example):
+    assert "mm_token_type_ids" in ChatCollator(tiny_processor("qwen2_5_vl"))([example])
+    assert "token_type_ids" in ChatCollator(tiny_processor("gemma3"))([example])
+
+
+@FAMILIES
+def test_truncation(family, tiny_processor, tiny_model, example):
+    processor = tiny_processor(family)
+    long = {**example, "row": 17}
+    whole = ChatCollator(processor).encode([long])[0][0]
+    first_answer = ChatCollator(processor).encode([{**example, "messages": example["messages"][:2]}])[0][0]
+    with pytest.raises(ValueError, match=rf"row 17: {len(whole)} tokens .* more than max_length={len(whole) - 1}"):
+        ChatCollator(processor, max_length=len(whole) - 1)([long])
+    trim = {"truncation": "trim"}
+    # The last exchange goes first, whole; then the tail of the answer that is left, its stop token with it.
+    assert len(ChatCollator(processor, max_length=len(whole) - 1, **trim).encode([long])[0][0]) == len(first_answer)
+    needed = int((first_answer.labels != IGNORE_INDEX).nonzero()[0]) + 1
+    [cut], inputs = ChatCollator(processor, max_length=needed, **trim).encode([long])
+    assert len(cut) == needed
+    assert (cut.labels != IGNORE_INDEX).sum() == 1
+    assert processor.tokenizer.convert_tokens_to_ids(LEARNED[family].stop) not in cut.labels
+    assert (
+        tiny_model(family)(
+            **inputs,
+            input_ids=cut.tokens["input_ids"][None],
+            **{key: value[None] for key, value in cut.tokens.items() if key != "input_ids"},
+        )
+        .logits.isfinite()
+        .all()
+    )
+    with pytest.raises(ValueError, match="row 17: its first question with its images takes"):
+        ChatCollator(processor, max_length=needed - 1, **trim)([long])
+
+
+def test_trimmed_images_leave_with_their_exchange(tiny_processor):
+    messages = [ask(None, "a"), answer("b"), ask(None, "c"), answer("d" * 50)]
+    example = {"messages": messages, "images": [picture(30, 30, 1), picture(30, 30, 2)]}
+    short = {"messages": [ask("x"), answer("y")]}
+    batch = ChatCollator(tiny_processor("llava15"), max_length=60, truncation="trim")([example, short])
+    assert len(batch["pixel_values"]) == 1
+
+
+def test_dropped_rows_are_counted_and_never_all(tiny_processor, example, caplog):
+    short = {"messages": [ask("x"), answer("y")]}
+    collator = ChatCollator(tiny_processor("llava15"), max_length=30, truncation="drop")
+    assert len(collator([example, short])["labels"]) == 1
+    assert "example 0 of the batch: dropped" in caplog.text
+    with pytest.raises(ValueError, match="every row of the batch"):
+        collator([example])
+
+
+def test_reserved_tokens_in_text(tiny_processor):
+    for family in tiny.FAMILIES:
+        processor = tiny_processor(family)
+        stop, image = LEARNED[family].stop, processor.image_token
+        for typed in (stop, image, processor.tokenizer.bos_token or stop):
+            row = {"messages": [ask(f"what is {typed}"), answer(f"it is {typed}.")], "row": 3}
+            with pytest.raises(ValueError, match=r"row 3: messages\[0\] \(user\) holds '"):
+                ChatCollator(processor)([row])
+            [encoded], _ = ChatCollator(processor, reserved_tokens="escape").encode([row])
+            bare = {"messages": [ask("what is it"), answer("it is.")]}
+            [reference], _ = ChatCollator(processor).encode([bare])
+            specials = torch.tensor(sorted(processor.tokenizer.all_special_ids))
+            count = torch.isin(encoded.tokens["input_ids"], specials).sum()
+            assert count == torch.isin(reference.tokens["input_ids"], specials).sum()
+            assert plain(trained_text(encoded)) == plain(f"{LEARNED[family].before}it is {typed}.{stop}")
+
+
+def test_reserved_token_formed_by_two_parts(tiny_processor):
+    row = {"messages": [ask("<|im_", "end|>"), answer("x")]}
+    with pytest.raises(ValueError, match=r"holds '<\|im_end\|>' as text"):
+        ChatCollator(tiny_processor("qwen2_5_vl"))([row])
+
+
+def test_thinking_template_is_refused_or_split(tiny_processor):
+    """Qwen3.5's template drops the thinking block of earlier answers, so they are not what the prompt asks for."""
+    processor = copy.deepcopy(tiny_processor("qwen3_vl"))
+    processor.chat_template = trl_template("qwen3_5_think")
+    example = {"messages": [ask(None, "a"), answer("one"), ask("b"), answer("two")], "images": [picture(40, 40)]}
+    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template writes this answer otherwise"):
+        ChatCollator(processor)([example])
+    collator = ChatCollator(processor, train_on="last_assistant")
+    pieces = split_turns(normalise(**example))
+    rows, _ = collator.encode([piece._asdict() for piece in pieces])
+    assert [trained_text(row)[-13:] for row in rows] == ["one<|im_end|>", "two<|im_end|>"]
+    assert all("</think>" in trained_text(row) for row in rows)
+
+
+def test_template_that_drops_text_is_refused(tiny_processor):
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    processor.chat_template = processor.chat_template.replace(
+        "{%- for turn in messages -%}", ("{%- for turn in messages if turn['role'] != 'system' -%}")
+    )
+    messages = [{"role": "system", "content": "Be brief."}, ask("a"), answer("b")]
+    with pytest.raises(ValueError, match=r"does not write the text of messages\[0\] \(system\)"):
+        ChatCollator(processor)([{"messages": messages}])
+
+
+def test_system_message_where_the_template_refuses_it(tiny_processor):
+    messages = [{"role": "system", "content": "Be brief."}, ask("a"), answer("b")]
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    processor.chat_template = (
+        "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
+        + (processor.chat_template)
+    )
+    with pytest.raises(ValueError, match=r"refuses the conversation: no system.*first user message"):
+        ChatCollator(processor)([{"messages": messages}])
+
+
+def test_stop_token_is_where_generation_ends(tiny_processor, tiny_model):
+    for family in tiny.FAMILIES:
+        ChatCollator(tiny_processor(family), generation_config=tiny_model(family))
+    wrong = SimpleNamespace(eos_token_id=5)
+    with pytest.raises(ValueError, match=r"learns to stop with '</s>' \(id 2\), but generation ends at \[5\]"):
+        ChatCollator(tiny_processor("llava15"), generation_config=wrong)
+
+
+def test_settings_are_checked_at_once(tiny_processor):
+    with pytest.raises(ValueError, match=r"train_on='answers'.*truncation='cut'.*max_length=0"):
+        ChatCollator(tiny_processor("llava15"), train_on="answers", truncation="cut", max_length=0)
+    with pytest.raises(ValueError, match="stop_token='<nope>' is not a token"):
+        ChatCollator(tiny_processor("llava15"), stop_token="<nope>")
+    with pytest.raises(ValueError, match=r"itself writes '<\|im_end\|>' behind an answer"):
+        ChatCollator(tiny_processor("qwen2_5_vl"), stop_token="<|endoftext|>")
+
+
+def test_processors_without_a_chat_are_refused(tiny_processor):
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    processor.chat_template = None
+    with pytest.raises(ValueError, match=r"has no chat template.*suffix"):
+        ChatCollator(processor)
+    with pytest.raises(ValueError, match="no processor for images and text"):
+        ChatCollator(tiny_processor("llava15").tokenizer)
+
+
+def test_processor_that_hides_its_replacements_is_refused(tiny_processor):
+    class Silent(type(tiny_processor("llava15"))):
+        def __call__(self, *args, **kwargs):
+            output = super().__call__(*args, **kwargs)
+            output.pop("text_replacement_offsets", None)
+            return output
+
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    processor.__class__ = Silent
+    with pytest.raises(ValueError, match="Silent does not report what it writes in the place of an image"):
+        ChatCollator(processor)
+
+
+def test_bad_rows_are_named(tiny_processor):
+    collator = ChatCollator(tiny_processor("llava15"))
+    good = {"messages": [ask("a"), answer("b")]}
+    with pytest.raises(ValueError, match=r"row 41: 2 images but the messages hold 1 image parts"):
+        collator([good, {"row": 41, "messages": [ask(None), answer("b")], "images": [picture(9, 9)] * 2}])
+    with pytest.raises(ValueError, match="example 1 of the batch: no field 'messages' among 'text'"):
+        collator([good, {"text": "a"}])
+    with pytest.raises(ValueError, match=r"example 0 of the batch: messages\[1\] is from user; expected assistant"):
+        collator([{"messages": [ask("a"), ask("b")]}])

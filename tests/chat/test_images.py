@@ -1,0 +1,294 @@
+"""Every kind of picture comes out as a viewer would show it, and what is no picture is named."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from vlm_sft.chat.images import MAX_DECODED_PIXELS, fit_pixels, open_image, pad_to_square, size_of, to_rgb
+
+RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8))
+RAMP = np.linspace(0, 1, 48).reshape(6, 8)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def pixels(image: Any) -> np.ndarray[Any, Any]:
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB"
+    return np.asarray(rgb).astype(int)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV"])
+def test_modes_without_transparency_look_as_pillow_shows_them(mode: str) -> None:
+    image = RGB.convert(mode)
+    np.testing.assert_array_equal(pixels(image), np.asarray(image.convert("RGB")))
+
+
+def test_lab_is_shown_in_colour() -> None:
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    image = ImageCms.profileToProfile(Image.new("RGB", (4, 4), (200, 30, 30)), srgb, lab, outputMode="LAB")
+    assert np.abs(pixels(image) - (200, 30, 30)).max() <= 3
+
+
+def see_through(mode: str) -> Image.Image:
+    """Left half opaque (200), right half fully transparent black."""
+    image = Image.new("RGBA", (4, 2), (200, 200, 200, 255))
+    image.paste((0, 0, 0, 0), (2, 0, 4, 2))
+    if mode in ("La", "RGBa"):
+        return image.convert({"La": "LA"}.get(mode, "RGBA")).convert(mode)
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "La", "RGBa"])
+def test_transparent_pixels_are_white(mode: str) -> None:
+    np.testing.assert_array_equal(pixels(see_through(mode))[0, :, 0], [200, 200, 255, 255])
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB", "1"])
+def test_a_transparent_colour_is_white(mode: str) -> None:
+    image = Image.new("L", (2, 1), 0)
+    image.putpixel((1, 0), 255)
+    transparent = (0, 0, 0) if mode == "RGB" else 0
+    data = encoded(image.convert(mode), transparency=transparent)
+    np.testing.assert_array_equal(pixels(data).ravel(), [255] * 6)
+
+
+def test_half_transparency_is_mixed_with_white() -> None:
+    assert pixels(Image.new("RGBA", (1, 1), (0, 100, 200, 128)))[0, 0].tolist() == [127, 177, 227]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        RAMP.astype(np.float32),
+        RAMP * 255,
+        RAMP * 65_535,
+        (RAMP * 65_535).astype(np.uint16),
+        (RAMP * 255).astype(np.int64),
+        (RAMP * 65_535).astype(np.int32),
+        (RAMP * (2**31 - 1)).astype(np.int32),
+        (RAMP[..., None] * 255).astype(np.uint8),
+    ],
+    ids=lambda array: f"{array.dtype} to {array.max():g}",
+)
+def test_deep_arrays_are_scaled_not_clipped(array: np.ndarray[Any, Any]) -> None:
+    assert np.abs(pixels(array)[..., 0] - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+def test_deep_pictures_are_scaled_not_clipped(mode: str) -> None:
+    dtype, white = {"I;16": ("<u2", 65_535), "I;16B": (">u2", 65_535), "I": ("i4", 65_535), "F": ("f4", 1)}[mode]
+    image = Image.fromarray((RAMP * white).astype(dtype))
+    assert image.mode == mode
+    assert np.abs(pixels(image)[..., 0] - RAMP * 255).max() <= 1
+    assert pixels(image).std() > 70
+
+
+def test_a_16_bit_png_keeps_its_dark_half_dark() -> None:
+    data = encoded(Image.fromarray(np.full((2, 2), 0x0FFF, dtype=np.uint16)))
+    assert Image.open(io.BytesIO(data)).mode == "I;16"
+    assert pixels(data).max() == 16  # white is the type's limit, not the picture's
+
+
+def test_arrays_with_channels() -> None:
+    np.testing.assert_array_equal(pixels(np.asarray(RGB)), np.asarray(RGB))
+    np.testing.assert_array_equal(pixels(np.asarray(see_through("RGBA")))[0, :, 0], [200, 200, 255, 255])
+    assert pixels(np.eye(3, dtype=bool)).max() == 255
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_the_picture_upright(orientation: int) -> None:
+    upright = Image.new("RGB", (40, 24), "blue")
+    upright.paste("red", (0, 0, 20, 12))
+    undo = [None, None, 0, 3, 1, 5, 2, 6, 4][orientation]  # from upright to how the camera stored it
+    stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored, "JPEG", exif=exif, quality=100, subsampling=0)
+    shown = to_rgb(data)
+    assert shown.size == size_of(data) == (40, 24)
+    assert np.abs(np.asarray(shown).astype(int) - np.asarray(upright)).max() < 60
+    assert to_rgb(shown).tobytes() == shown.tobytes()  # and turns it once
+
+
+def test_exif_that_cannot_be_read_is_no_reason_to_refuse() -> None:
+    data = encoded(RGB, "JPEG", exif=b"Exif\0\0XX*\0 nonsense")
+    assert size_of(data) == to_rgb(data).size == (20, 12)
+
+
+def test_of_an_animation_the_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert pixels(data)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"])
+def test_the_formats_that_are_read(format: str) -> None:
+    assert to_rgb(encoded(RGB, format)).size == (20, 12)
+
+
+def test_a_postscript_file_is_not_run_through_ghostscript() -> None:
+    with pytest.raises(ValueError, match=r"is no picture that can be read: it begins with b'%!PS"):
+        to_rgb(encoded(RGB, "EPS"))
+
+
+def test_bytes_path_dicts() -> None:
+    data = encoded(RGB)
+    for image in ({"bytes": data, "path": None}, {"bytes": data, "path": "a.png"}, {"bytes": data}, bytearray(data)):
+        np.testing.assert_array_equal(pixels(image), np.asarray(RGB))
+
+
+def test_the_argument_is_left_as_it_is() -> None:
+    image = see_through("RGBA")
+    before = image.copy()
+    to_rgb(image, max_pixels=2)
+    assert (image.mode, image.size, image.tobytes()) == (before.mode, before.size, before.tobytes())
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.98])
+def test_a_truncated_picture_is_named(format: str, kept: float) -> None:
+    data = encoded(RGB.resize((200, 200)), format)
+    with pytest.raises(ValueError, match=r"^picture 'a.x' is (damaged|no picture)") as raised:
+        to_rgb({"bytes": data[: int(kept * len(data))], "path": "a.x"})
+    assert "object at 0x" not in str(raised.value)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF"])
+@pytest.mark.filterwarnings("ignore")  # Pillow's own, about metadata
+def test_any_flipped_bytes_give_a_picture_or_a_named_fault(format: str) -> None:
+    random = np.random.default_rng(0)
+    good = encoded(RGB, format)
+    faults = []
+    for _ in range(150):
+        data = bytearray(good)
+        for at in random.integers(0, len(data), 3):
+            data[at] = random.integers(0, 256)
+        try:
+            assert to_rgb(bytes(data)).mode == "RGB"
+        except ValueError as error:
+            faults.append(str(error))
+    assert faults
+    for fault in faults:
+        assert fault.startswith("the picture ")
+        assert "object at 0x" not in fault
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, "the picture is None"),
+        ({"bytes": None, "path": None}, "the picture is None"),
+        (b"", r"the picture is empty \(0 bytes\)"),
+        ({"bytes": b"", "path": "a.jpg"}, r"picture 'a.jpg' is empty \(0 bytes\)"),
+        (
+            b"<!DOCTYPE html><html>",
+            r"is no picture that can be read: it begins with b'<!DOCTYPE ht'; expected JPEG, PNG",
+        ),
+        (7, "the picture is a int"),
+        ({"url": "x"}, "the picture is a dict"),
+        ("a.png", "picture 'a.png' is a path, and no folder was named"),
+        (Path("a.png"), "picture 'a.png' is a path"),
+        ({"path": "/etc/passwd"}, "is a path, and no folder was named"),
+        ("https://example.org/a.png", "is a URL, and nothing is fetched"),
+        ("s3://bucket/a.png", "is a URL"),
+        ("data:image/png;base64,AAAA", "is a URL"),
+        (np.zeros((0, 3)), r"array of shape \(0, 3\)"),
+        (np.zeros((2, 2, 5)), r"array of shape \(2, 2, 5\)"),
+        (np.full((2, 2), np.nan), "holds values from nan to nan"),
+        (np.full((2, 2), -1.0), "holds values from -1 to -1"),
+        (np.array([["a"]]), "holds <U1 values"),
+    ],
+)
+def test_what_is_no_picture_is_named(image: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_rgb(image)
+
+
+def bomb(side: int) -> bytes:
+    return encoded(Image.new("1", (side, side)))
+
+
+@pytest.mark.parametrize("side", [10_000, 14_000])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_from_its_header(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bomb(side)
+    assert len(data) < 60_000
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("the bomb was decoded"))
+    with pytest.raises(ValueError, match=r"50,000,000"):
+        to_rgb(data)
+
+
+def test_just_below_the_limit_is_decoded() -> None:
+    side = int(MAX_DECODED_PIXELS**0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert to_rgb(bomb(side), max_pixels=100).size == (10, 10)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (1, 100), (20_000, 10), (7, 7), (3, 10**7)])
+@pytest.mark.parametrize("max_pixels", [1, 2, 100, 10_000])
+def test_max_pixels_bounds_the_size_and_keeps_the_shape(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = fit_pixels(size, max_pixels=max_pixels)
+    assert 1 <= width * height <= max_pixels
+    if min(width, height) > 9:
+        assert width / height == pytest.approx(size[0] / size[1], rel=0.1)
+    assert fit_pixels(size, max_pixels=None) == size
+
+
+def test_max_pixels_shrinks_the_picture_smoothly() -> None:
+    checkers = Image.fromarray(np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255)
+    assert to_rgb(checkers, max_pixels=64).size == (8, 8)
+    assert np.abs(np.asarray(to_rgb(checkers, max_pixels=64)).astype(int) - 128).max() < 30
+    with pytest.raises(ValueError, match="max_pixels is 0"):
+        to_rgb(checkers, max_pixels=0)
+
+
+@pytest.mark.parametrize("size", [(5, 8), (8, 5), (6, 6)])
+def test_padding_to_a_square_equals_llava(size: tuple[int, int]) -> None:
+    image = RGB.resize(size)
+    padded = np.asarray(pad_to_square(image, background=(122, 116, 104)))
+    side = max(size)
+    expected = np.full((side, side, 3), (122, 116, 104), dtype=np.uint8)
+    left, top = ((side - size[0]) // 2, (side - size[1]) // 2)
+    expected[top : top + size[1], left : left + size[0]] = np.asarray(image)
+    np.testing.assert_array_equal(padded, expected)
+
+
+def test_files_open_inside_their_folder_only(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "inside", tmp_path / "out.png"
+    (folder / "sub").mkdir(parents=True)
+    RGB.save(folder / "sub" / "a.png")
+    RGB.save(outside)
+    (tmp_path / "inside-not").mkdir()
+    RGB.save(tmp_path / "inside-not" / "a.png")
+    (folder / "link.png").symlink_to(outside)
+    (folder / "inner.png").symlink_to(folder / "sub" / "a.png")
+    for name in ("sub/a.png", "./sub/../sub/a.png", str(folder / "sub" / "a.png"), "inner.png"):
+        assert open_image(name, folder=folder).size == (20, 12)
+    for name in ("../out.png", str(outside), "link.png", "/etc/passwd", "sub/../../out.png", "../inside-not/a.png"):
+        with pytest.raises(ValueError, match="outside the image folder"):
+            open_image(name, folder=folder)
+    for name in ("../out.png", str(outside), "link.png"):
+        assert open_image({"path": name}, folder=folder, allow_outside=True).size == (20, 12)
+    with pytest.raises(ValueError, match="is a URL"):
+        open_image("file:///etc/passwd", folder=folder, allow_outside=True)
+    for name, message in (
+        ("sub", "is a directory"),
+        ("b.png", "does not exist"),
+        ("a\0.png", "NUL"),
+        ("", "directory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_image(name, folder=folder)

@@ -1,0 +1,312 @@
+"""A scan finds each bad row, says why, and nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+from PIL import Image
+
+from vlm_sft import ChatCollator, load_conversations, mix
+from vlm_sft.data.scan import ScanReport, main, scan, sound_rows
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def example(number: int = 0, **changes: Any) -> dict[str, Any]:
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"Question {number}?"}]}
+    answer = {"role": "assistant", "content": f"Answer {number}."}
+    return {"messages": [user, answer], "images": [Image.new("RGB", (16, 16), "red")]} | changes
+
+
+def say(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+PLANTED: dict[str, tuple[Callable[[dict[str, Any]], None], int]] = {
+    # name of the fault: what it does to a row of JSON, how many rows get it
+    "messages is None": (lambda row: row.update(messages=None), 1),
+    "messages missing": (lambda row: row.pop("messages"), 1),
+    "unknown role": (lambda row: row["messages"][1].update(role="bot"), 3),
+    "two users": (lambda row: row["messages"].insert(0, {"role": "user", "content": "Well?"}), 2),
+    "assistant first": (lambda row: row["messages"].reverse(), 2),
+    "no answer": (lambda row: row["messages"].pop(), 2),
+    "blank answer": (lambda row: row["messages"][1].update(content=" \n"), 3),
+    "empty answer": (lambda row: row["messages"][1].update(content=""), 2),
+    "a picture too many": (lambda row: row["images"].append("good.png"), 3),
+    "a picture too few": (lambda row: row["images"].clear(), 2),
+    "index out of range": (lambda row: row["messages"][0]["content"][0].update(index=5), 1),
+    "missing file": (lambda row: row.update(images=["gone.png"]), 3),
+    "outside the folder": (lambda row: row.update(images=["../good.png"]), 1),
+    "a URL": (lambda row: row.update(images=["https://example.org/a.png"]), 1),
+    "truncated JPEG": (lambda row: row.update(images=["cut.jpg"]), 3),
+    "empty file": (lambda row: row.update(images=["empty.png"]), 1),
+    "HTML": (lambda row: row.update(images=["page.jpg"]), 1),
+    "a stripe": (lambda row: row.update(images=["stripe.png"]), 1),
+    "a bomb": (lambda row: row.update(images=["bomb.png"]), 1),
+    "None picture": (lambda row: row.update(images=[None]), 1),
+    "unknown part": (lambda row: row["messages"][0]["content"].append({"type": "audio"}), 1),
+    "lone surrogate": (lambda row: row["messages"][1].update(content="a \ud800 b"), 1),
+}
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, str]]:
+    """5,000 rows of JSON with 37 faults, and which row has which."""
+    folder = tmp_path_factory.mktemp("planted")
+    noise().resize((16, 16)).save(folder / "good.png")
+    (folder / "cut.jpg").write_bytes(encoded(noise(), "JPEG")[:-400])
+    (folder / "empty.png").touch()
+    (folder / "page.jpg").write_text("<html>404</html>")
+    Image.new("1", (5000, 2)).save(folder / "stripe.png")
+    Image.new("1", (8000, 8000)).save(folder / "bomb.png")
+    rows = [example(number, images=["good.png"]) for number in range(5000)]
+    names = [name for name, (_, count) in PLANTED.items() for _ in range(count)]
+    where = dict(zip(random.Random(5).sample(range(5000), len(names)), names, strict=True))
+    for number, name in where.items():
+        PLANTED[name][0](rows[number])
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl", where
+
+
+@pytest.fixture(scope="session")
+def report(planted: tuple[Path, dict[int, str]]) -> ScanReport:
+    return scan(load_conversations(planted[0], eval_fraction=0)["train"], num_proc=2)
+
+
+def test_37_faults_among_5000_rows_are_found_and_nothing_else(
+    planted: tuple[Path, dict[int, str]], report: ScanReport
+) -> None:
+    _, where = planted
+    assert len(where) == 37
+    assert [fault.index for fault in report.faults] == sorted(where)
+    assert [fault.row for fault in report.faults] == [f"row {index}" for index in sorted(where)]
+    assert (report.rows, report.bad_rows, len(report.keep)) == (5000, 37, 4963)
+    assert set(report.keep).isdisjoint(where)
+    # Faults of one kind share a reason, and those of two kinds do not.
+    reasons = {(where[fault.index], fault.reason) for fault in report.faults}
+    merged = {"messages missing": "messages is None", "empty answer": "blank answer"}
+    assert len({(merged.get(name, name), reason) for name, reason in reasons}) == len(PLANTED) - len(merged)
+
+
+def test_the_report_is_a_table_of_reasons(
+    planted: tuple[Path, dict[int, str]], report: ScanReport, tmp_path: Path
+) -> None:
+    _, where = planted
+    blank = sorted(number for number, name in where.items() if name in ("blank answer", "empty answer"))
+    assert str(report).startswith("5,000 rows scanned with no model's processor: 37 bad\n")
+    assert (
+        f"\n        5  {', '.join(f'row {number}' for number in blank)}\n"
+        "           messages[1] is a blank answer; give it words, mark it 'train': false or drop the row\n"
+    ) in str(report)
+    report.to_jsonl(tmp_path / "faults.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == sorted(where)
+    assert lines[0].keys() == {"index", "row", "detail", "reason"}
+
+
+def test_a_clean_dataset_has_no_faults() -> None:
+    report = scan([example(n) for n in range(4)])
+    assert (report.rows, report.faults, report.keep) == (4, (), [0, 1, 2, 3])
+    assert str(report) == "4 rows scanned with no model's processor: 0 bad"
+
+
+def test_bad_rows_are_an_error_where_they_must_not_be() -> None:
+    rows = [example(n) for n in range(30)]
+    scan(rows, on_bad_rows="error")
+    rows[3] = example(3, images=[])
+    with pytest.raises(
+        ValueError, match=r"(?s)30 rows scanned.*1 bad.*1  row 3\n.*stands for image 0.*on_bad_rows='drop'"
+    ):
+        scan(rows, on_bad_rows="error")
+
+
+def test_dropping_is_counted_told_and_limited(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [example(n) for n in range(30)]
+    rows[3] = rows[7] = example(3, images=[])
+    report = scan(rows, on_bad_rows="drop")
+    assert report.keep == [n for n in range(30) if n not in (3, 7)]
+    told = capsys.readouterr().err
+    assert "2 of 30 rows are left out." in told
+    assert "row 3, row 7" in told
+    with pytest.raises(ValueError, match=r"more than max_bad_fraction=0.05"):
+        scan(rows, on_bad_rows="drop", max_bad_fraction=0.05)
+
+
+def stored(number: int) -> dict[str, Any]:
+    row = example(number)
+    row["messages"][1]["content"] = [{"type": "text", "text": f"Answer {number}."}]
+    return row | {"row": number}
+
+
+def test_a_recipe_goes_on_with_the_sound_rows() -> None:
+    rows = [stored(n) for n in range(30)]
+    bad = [row | {"images": row["images"] * (1 + (row["row"] == 7))} for row in rows]
+    data = DatasetDict({"train": Dataset.from_list(bad), "test": Dataset.from_list(rows)})
+    dropped = sound_rows(data, None, on_bad_rows="drop")
+    assert dropped["train"]["row"] == [n for n in range(30) if n != 7]
+    assert len(dropped["test"]) == 30
+    assert len(sound_rows(data, None, on_bad_rows="ignore")["train"]) == 30
+    with pytest.raises(ValueError, match="1 bad"):
+        sound_rows(data, None, on_bad_rows="error")
+
+
+def test_a_repetition_is_told_and_stays_unless_rows_are_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    data = DatasetDict({"train": Dataset.from_list([stored(n % 29) | {"row": n} for n in range(30)])})
+    assert len(sound_rows(data, None, on_bad_rows="error")["train"]) == 30
+    assert "row 29\n           repeats row 0" in capsys.readouterr().err
+    assert len(sound_rows(data, None, on_bad_rows="drop")["train"]) == 29
+    half = DatasetDict({"train": Dataset.from_list([stored(n % 5) | {"row": n} for n in range(10)])})
+    assert len(sound_rows(half, None, on_bad_rows="drop")["train"]) == 5
+
+
+def test_the_particulars_of_a_reason_are_those_of_its_first_row() -> None:
+    rows = [example(0), example(1), example(0), example(1)]
+    assert "2  row 2, row 3\n           row 2: repeats row 0; drop one of them" in str(scan(rows))
+
+
+def test_settings_and_datasets_that_do_not_serve() -> None:
+    with pytest.raises(ValueError, match="on_bad_rows='skip'; expected"):
+        scan([example()], on_bad_rows="skip")
+    for empty in ([], iter([example()])):
+        with pytest.raises(ValueError, match="has no row, or streams"):
+            scan(empty)
+
+
+def test_a_row_that_repeats_an_earlier_one_is_named() -> None:
+    rows = [example(0), example(1), example(0), example(0, images=[Image.new("RGB", (16, 16), "blue")])]
+    report = scan(rows)
+    assert [(fault.index, fault.detail) for fault in report.faults] == [(2, "repeats row 0; drop one of them")]
+
+
+def test_a_row_that_a_mixture_draws_again_is_no_repetition(tmp_path: Path) -> None:
+    parts = {}
+    for name, count in (("many", 40), ("few", 3)):
+        rows = [{"prompt": f"{name} {n}", "response": "x"} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        parts[name] = load_conversations(tmp_path / f"{name}.jsonl", eval_fraction=0)
+    mixed = mix(parts, weights={"many": 1, "few": 1})["train"]
+    assert len(mixed) > 43
+    assert not scan(mixed).faults
+
+
+def test_every_fault_of_a_row_is_told() -> None:
+    stripe = Image.new("RGB", (2001, 10))
+    talk = say(("user", [{"type": "image"}] * 3), ("assistant", " "), ("user", "And?"), ("assistant", ""))
+    report = scan([example(messages=talk, images=[stripe, b"no", stripe])])
+    assert [fault.detail.split(";")[0] for fault in report.faults] == [
+        "messages[1] is a blank answer",
+        "messages[3] is a blank answer",
+        "images[0]: 2001 x 10 pixels are beyond 200 to 1",
+        "images[1]: the picture is no picture that can be read: it begins with b'no'",
+        "images[2]: 2001 x 10 pixels are beyond 200 to 1",
+    ]
+    assert not scan([example(images=[Image.new("RGB", (2000, 10))])]).faults
+
+
+def test_answers_that_are_not_trained_on_may_be_blank() -> None:
+    talk = say(("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c"))
+    talk[1]["train"] = False
+    assert not scan([example(messages=talk, images=[])]).faults
+    talk[3]["train"] = False
+    [fault] = scan([example(messages=talk, images=[])]).faults
+    assert fault.reason == "no answer is to be trained on"
+
+
+def test_repairs_are_counted() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")]
+    moving = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+    deep = encoded(Image.fromarray(np.full((4, 4), 9999, dtype=np.uint16)))
+    clear = encoded(Image.new("RGBA", (4, 4)))
+    print_ = encoded(Image.new("CMYK", (4, 4)), "JPEG")
+    rows = [example(n, images=[image]) for n, image in enumerate([turned, moving, deep, clear, print_, turned])]
+    report = scan(rows)
+    assert not report.faults
+    assert report.repairs == {
+        "turned upright as their EXIF says": 2,
+        "of several frames, the first taken": 1,
+        "of more than 8 bits, scaled to 8": 1,
+        "with transparency, laid on white": 1,
+        "of mode CMYK, converted to RGB": 1,
+    }
+    assert "        2  pictures turned upright as their EXIF says" in str(report)
+
+
+def test_a_processor_finds_what_only_it_can(tiny_processor: Callable[..., Any]) -> None:
+    collator = ChatCollator(tiny_processor("gemma3"), max_length=60)
+    rows = [example(n) for n in range(6)]
+    rows[1]["messages"][0]["content"][1]["text"] = "Hello <end_of_turn> there"
+    rows[2]["messages"][1]["content"] = "long " * 100
+    rows[4]["messages"][0]["content"][1]["text"] = "The <image_soft_token> of it"
+    assert not scan(rows).faults
+    report = scan(rows, collator)
+    assert [fault.index for fault in report.faults] == [1, 2, 4]
+    for fault, word in zip(report.faults, ("<end_of_turn>", "max_length=60", "<image_soft_token>"), strict=True):
+        assert word in fault.detail
+    assert report.lengths == tuple(len(collator.encode([rows[n]])[0][0]) for n in (0, 3, 5))
+    assert "scanned with Gemma3Processor: 3 bad" in str(report)
+    assert "tokens per row: 50% up to" in str(report)
+
+
+def test_whatever_a_processor_raises_is_a_fault_of_the_row() -> None:
+    class Collator:
+        processor = None
+
+        def encode(self, examples: Any) -> Any:
+            raise ZeroDivisionError("in the template")
+
+    [fault] = scan([example()], Collator()).faults
+    assert (fault.row, fault.detail) == ("row 0", "ZeroDivisionError: in the template")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.csv").write_text("frage,antwort\nOne?,1\nTwo?,\n")
+    arguments = ["--dataset", str(tmp_path / "rows.csv"), "--to_jsonl", str(tmp_path / "faults.jsonl"), "--columns"]
+    assert main([*arguments, "prompt=frage", "response=antwort"]) == 1
+    assert capsys.readouterr().out.startswith("2 rows scanned with no model's processor: 1 bad\n        1  row 1\n")
+    assert json.loads((tmp_path / "faults.jsonl").read_text())["row"] == "row 1"
+    assert main([*arguments, "prompt=frage", "response=antwort", "--max_rows", "1"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "prompt=frage", "response=antwurt"])
+    assert "no column 'antwurt' for 'response' (did you mean 'antwort'?)" in capsys.readouterr().err
+
+
+def test_the_command_with_a_model(
+    tmp_path: Path, tiny_dir: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a </s> b", "response": "c"}\n{"prompt": "d", "response": "e"}')
+    model = str(tiny_dir("llava15"))
+    assert main(["--dataset", str(tmp_path / "rows.jsonl"), "--model", model, "--max_length", "99"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 rows scanned with LlavaProcessor: 1 bad\n        1  row 0\n")
+    assert "'</s>'" in printed
+
+
+@pytest.mark.slow
+def test_the_command_as_a_program(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}')
+    command = [sys.executable, "-m", "vlm_sft.data.scan", "--dataset", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1 rows scanned with no model's processor: 0 bad\n"), done.stderr

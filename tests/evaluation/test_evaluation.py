@@ -1,0 +1,349 @@
+"""Answers are what was trained and what plain generation gives; the model and the training stay as they were."""
+
+from __future__ import annotations
+
+import html
+import json
+import multiprocessing
+import re
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import runs
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import BitsAndBytesConfig
+
+from vlm_sft.chat.collator import ChatCollator
+from vlm_sft.chat.labels import IGNORE_INDEX
+from vlm_sft.evaluation.callback import GenerationEvaluation
+from vlm_sft.evaluation.generate import generate, question_of
+from vlm_sft.evaluation.metrics import exact_match
+from vlm_sft.tools import tiny
+
+
+def picture(shade: int, width: int = 40) -> Image.Image:
+    return Image.new("RGB", (width, 40), (shade, 255 - shade, 128))
+
+
+def turn(role: str, text: str, *, images: int = 0) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+ROWS = [
+    {"messages": [turn("user", "What is this?", images=1), turn("assistant", "A cat.")], "images": [picture(10)]},
+    {
+        "messages": [
+            turn("user", "How many dogs are there in this picture?", images=1),
+            turn("assistant", "There are two."),
+            turn("user", "And in this one?", images=1),
+            turn("assistant", "seven"),
+        ],
+        "images": [picture(200), picture(90, 60)],
+    },
+    {"messages": [turn("user", "hello"), turn("assistant", "yes")], "images": []},
+]
+ANSWERS = ["A cat.", "seven", "yes"]
+
+
+class Scripted(torch.nn.Module):
+    """Stands in for a model: records what it is asked, and says the same whatever that is."""
+
+    def __init__(self, processor: Any, said: str = "x", *, eos_token_id: Any = None) -> None:
+        super().__init__()
+        self.device = torch.device("cpu")
+        self.generation_config = SimpleNamespace(eos_token_id=eos_token_id)
+        self.said = processor.tokenizer(said, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        self.asked: list[dict[str, Any]] = []
+
+    def generate(self, **asked: Any) -> torch.Tensor:
+        self.asked.append(asked)
+        ids = asked["input_ids"]
+        return torch.cat([ids, self.said.expand(len(ids), -1)], dim=1)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("row", ROWS, ids=["one turn", "two turns", "text only"])
+def test_prompt_is_what_training_reads_before_the_answer(family, row, tiny_processor):
+    processor = tiny_processor(family)
+    [trained], _ = ChatCollator(processor, train_on="last_assistant").encode([row])
+    answer_starts = int((trained.labels != IGNORE_INDEX).nonzero()[0])
+    model = Scripted(processor)
+    generate(model, processor, [row], progress=False)
+    assert model.asked[0]["input_ids"][0].tolist() == trained.tokens["input_ids"][:answer_starts].tolist()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_model_in_training_says_what_it_was_taught_and_stays_in_training(family, tiny_model, tiny_processor):
+    model, processor = tiny_model(family), tiny_processor(family)
+    batch = ChatCollator(processor)(ROWS)
+    model.activation_checkpointing_enable()
+    model.config.use_cache = False
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    model.train()
+    frozen = model.get_input_embeddings().eval()
+    for _ in range(80):
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.05:
+            break
+    modes = [module.training for module in model.modules()]
+    # One batch, so that the rows of different length lean on their padding and each stops by itself.
+    assert generate(model, processor, ROWS, batch_size=3, max_new_tokens=12, progress=False) == ANSWERS
+    assert generate(model, processor, ROWS, batch_size=2, max_new_tokens=12, progress=False) == ANSWERS
+    assert [module.training for module in model.modules()] == modes
+    assert model.training
+    assert not frozen.training
+    assert model.config.use_cache is False
+
+
+def test_the_cache_is_used_although_training_has_switched_it_off(tiny_model, tiny_processor, monkeypatch):
+    model, processor = tiny_model("llava15").train(), tiny_processor("llava15")
+    model.activation_checkpointing_enable()
+    model.config.use_cache = model.generation_config.use_cache = False
+    lengths = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, out: lengths.append(args[0].shape[1]))
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    generate(model, processor, ROWS[:1], max_new_tokens=4, progress=False)
+    assert lengths[0] > 1
+    assert lengths[1:] == [1] * (len(lengths) - 1)
+
+
+def test_a_model_that_fails_is_left_in_training_too(tiny_model, tiny_processor, monkeypatch):
+    model = tiny_model("llava15").train()
+
+    def fail(**asked):
+        assert not model.training
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(model, tiny_processor("llava15"), ROWS, progress=False)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("family", "stops"),
+    [
+        ("llava15", ["</s>"]),
+        ("qwen2_5_vl", ["<|im_end|>"]),
+        ("idefics3", ["<end_of_utterance>", "<|end_of_text|>"]),
+        ("gemma3", ["<end_of_turn>", "<eos>"]),
+    ],
+)
+def test_generation_ends_at_the_trained_stop_token_at_eos_and_where_configured(family, stops, tiny_processor):
+    processor = tiny_processor(family)
+    expected = set(processor.tokenizer.convert_tokens_to_ids(stops))
+    for configured, more in ((None, set()), (7, {7}), ([7, 8], {7, 8})):
+        model = Scripted(processor, eos_token_id=configured)
+        generate(model, processor, ROWS[:1], progress=False)
+        assert set(model.asked[0]["eos_token_id"]) == expected | more
+    model = Scripted(processor, f"two dogs{stops[0]} and more")
+    assert generate(model, processor, ROWS[:1], progress=False) == ["two dogs"]
+
+
+def test_a_stop_token_of_ones_own_ends_earlier_answers_and_generation(tiny_processor):
+    processor = tiny_processor("llava15")
+    model = Scripted(processor)
+    generate(model, processor, [ROWS[1]], stop_token="<pad>", progress=False)
+    pad = processor.tokenizer.pad_token_id
+    assert model.asked[0]["input_ids"][0].tolist().count(pad) == 1
+    assert pad in model.asked[0]["eos_token_id"]
+    with pytest.raises(ValueError, match="'<stop>' is not a token"):
+        generate(model, processor, ROWS, stop_token="<stop>")
+
+
+def test_quantized_and_adapted_model_says_what_plain_generation_says(tiny_model, tiny_processor):
+    processor = tiny_processor("llava15")
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_alpha=64, lora_dropout=0.5)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("llava15", quantization_config=quantized), lora).train()
+    answers = generate(model, processor, ROWS[:1], max_new_tokens=8, progress=False)
+    model.eval()
+    asked = [turn("user", "What is this?")]
+    asked[0]["content"].insert(0, {"type": "image", "image": picture(10)})
+    inputs = processor.apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+    def plain() -> str:
+        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        return processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    assert answers == [plain()]
+    with model.disable_adapter():
+        assert answers != [plain()]
+
+
+def test_greedy_whatever_the_model_would_do(tiny_model, tiny_processor):
+    model, processor = tiny_model("llava15"), tiny_processor("llava15")
+    greedy = generate(model, processor, ROWS, max_new_tokens=8, progress=False)
+    model.generation_config.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0, num_beams=2)
+    before = model.generation_config.to_dict()
+    assert generate(model, processor, ROWS, max_new_tokens=8, progress=False) == greedy
+    assert model.generation_config.to_dict() == before
+
+
+def test_question_ends_before_the_last_answer():
+    question = question_of({"messages": [*ROWS[0]["messages"], turn("user", "And now?", images=1)], "images": [1, 2]})
+    assert (len(question.messages), question.images, question.reference) == (3, [1, 2], None)
+    question = question_of(ROWS[1])
+    assert (len(question.messages), question.images, question.reference) == (3, ROWS[1]["images"], "seven")
+
+
+def test_rows_as_arrow_writes_them(tiny_processor):
+    filled = [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    processor = tiny_processor("qwen2_5_vl")
+    model = Scripted(processor)
+    generate(model, processor, [ROWS[0]], progress=False)
+    generate(model, processor, [{"messages": filled, "images": ROWS[0]["images"]}], progress=False)
+    assert torch.equal(model.asked[0]["input_ids"], model.asked[1]["input_ids"])
+
+
+def test_pictures_are_what_training_sees(tiny_processor):
+    """Encoded as `datasets.Image(decode=False)` leaves them, and with more than eight bits."""
+    processor = tiny_processor("llava15")
+    encoded, deep = BytesIO(), Image.new("I;16", (40, 40), 300 * 100)
+    picture(10).save(encoded, "PNG")
+    for image in ({"bytes": encoded.getvalue(), "path": None}, deep):
+        row = ROWS[0] | {"images": [image]}
+        model = Scripted(processor)
+        generate(model, processor, [row], progress=False)
+        trained = ChatCollator(processor)([row])
+        assert torch.equal(model.asked[0]["pixel_values"], trained["pixel_values"])
+
+
+def test_bad_rows_are_named(tiny_processor):
+    processor = tiny_processor("llava15")
+    with pytest.raises(ValueError, match="no rows"):
+        generate(Scripted(processor), processor, [])
+    bad = ROWS[2] | {"images": [picture(0)]}
+    with pytest.raises(ValueError, match=r"^row 2: 1 images but the messages hold 0"):
+        generate(Scripted(processor), processor, [*ROWS[:2], bad], progress=False)
+    with pytest.raises(ValueError, match=r"^row 70: 1 images"):  # rows chosen from many
+        generate(Scripted(processor), processor, [*ROWS[:2], bad | {"row": 70}], progress=False)
+
+
+def test_two_processes_share_the_rows_and_both_know_all_answers(tiny_model, tiny_processor, tmp_path, capfd):
+    model, processor = tiny_model("llava15"), tiny_processor("llava15")
+    alone = generate(model, processor, ROWS, max_new_tokens=5, progress=False)
+
+    def share(rank: int) -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
+        sizes, run = [], model.generate
+        model.generate = lambda **asked: sizes.append(len(asked["input_ids"])) or run(**asked)
+        answers = generate(model, processor, ROWS, batch_size=1, max_new_tokens=5)
+        Path(tmp_path, f"rank{rank}").write_text(json.dumps([answers, sizes]))
+        torch.distributed.destroy_process_group()
+
+    processes = [multiprocessing.get_context("fork").Process(target=share, args=(rank,)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    # Three rows for two processes: the second starts again, so that both take part in as many batches.
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"rank{rank}").read_text()) == [alone, [1, 1]]
+    assert len(re.findall("Generating: 100%[^\r\n]*\n", capfd.readouterr().err)) == 1
+
+
+def evaluated(folder: Path, output_dir: Path, *, callback: bool = True, **options: Any) -> Any:
+    """A finished four-step training run that evaluates every two; `callback`'s settings under their own names."""
+    names = ("rows", "metrics", "references", "num_rows", "samples_file")
+    settings = {"rows": runs.rows(5), "metrics": {"accuracy": exact_match}, "max_new_tokens": 5}
+    settings |= {name: options.pop(name) for name in names if name in options}
+    arguments = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": runs.rows(4)}
+    trainer = runs.trainer(folder, output_dir, callbacks=[], **arguments | options)
+    if callback:
+        trainer.add_callback(GenerationEvaluation(trainer, **settings))
+    trainer.train()
+    return trainer
+
+
+def test_callback_logs_numbers_and_writes_samples(tiny_dir, tmp_path, capsys):
+    metrics = {"accuracy": exact_match, "length": lambda said, right: sum(map(len, said)) / len(said)}
+    trainer = evaluated(tiny_dir("llava15"), tmp_path, metrics=metrics, num_rows=2)
+    logged = [entry for entry in trainer.state.log_history if "eval_length" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    assert all({"eval_accuracy", "eval_generation_s"} <= entry.keys() for entry in logged)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    # Two of five rows, spread: 0 and 2.
+    assert [(sample["step"], sample["row"]) for sample in samples] == [(2, 0), (2, 2), (4, 0), (4, 2)]
+    assert [sample["reference"] for sample in samples] == ["There are 0.", "There are 2."] * 2
+    for sample in samples:
+        assert sample["scores"]["length"] == len(sample["prediction"])
+        assert sample["scores"]["accuracy"] == float(sample["prediction"] == sample["reference"])
+    assert "answers to 2 of 5 rows, up to 5 tokens each" in capsys.readouterr().err
+
+
+def test_page_holds_the_answers_before_training_beside_the_newest(tiny_dir, tmp_path):
+    trainer = evaluated(tiny_dir("llava15"), tmp_path, num_rows=2, eval_on_start=True, learning_rate=1e-2)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    said = {(line["step"], line["row"]): line["prediction"] for line in lines}
+    assert [line["step"] for line in lines] == [0, 0, 2, 2, 4, 4]
+    assert said[0, 0] != said[4, 0]
+
+    def shown() -> list[str]:
+        """Before and after, row by row."""
+        page = (tmp_path / "samples.html").read_text()
+        assert "before: step 0, after: step 4" in page
+        assert page.count("data:image/webp") == 2
+        return [html.unescape(text) for text in re.findall(r'class="mark \w+">([^<]*)<', page)]
+
+    assert shown() == [said[0, 0], said[4, 0], said[0, 2], said[4, 2]]
+    # An evaluation after training, as of the best model, takes the place of the last one.
+    with torch.no_grad():
+        trainer.model.lm_head.weight.neg_()
+    trainer.evaluate()
+    assert shown()[::2] == [said[0, 0], said[0, 2]]
+    assert shown()[1::2] != [said[4, 0], said[4, 2]]
+
+
+def test_the_metric_chooses_the_best_model(tiny_dir, tmp_path):
+    scores = iter([0.75, 0.25])
+    trainer = evaluated(
+        tiny_dir("llava15"),
+        tmp_path,
+        metrics={"accuracy": lambda said, right: next(scores) if len(said) == 5 else 0.0},
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+    )
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.75, 2)
+
+
+def test_looking_does_not_change_the_training(tiny_dir, tmp_path):
+    lora = {
+        "peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.3),
+        "activation_checkpointing": True,
+    }
+    with_it = evaluated(tiny_dir("llava15"), tmp_path / "with", **lora)
+    without = evaluated(tiny_dir("llava15"), tmp_path / "without", callback=False, **lora)
+    assert runs.same(runs.weights(with_it.model), runs.weights(without.model))
+
+
+def test_callback_names_rows_without_reference_and_names_that_are_taken(tiny_dir, tmp_path):
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)))
+    unanswered = {"messages": [turn("user", "hello")], "images": []}
+    metrics = {"accuracy": exact_match}
+    with pytest.raises(ValueError, match="rows 1, 2 do not end with an assistant message"):
+        GenerationEvaluation(trainer, rows=[ROWS[0], unanswered, unanswered], metrics=metrics)
+    GenerationEvaluation(trainer, rows=[unanswered], references=[["hi", "hello"]], metrics=metrics)
+    with pytest.raises(ValueError, match="1 references for 3 rows"):
+        GenerationEvaluation(trainer, rows=ROWS, references=["yes"], metrics=metrics)
+    with pytest.raises(ValueError, match="num_rows=0"):
+        GenerationEvaluation(trainer, rows=ROWS, num_rows=0, metrics=metrics)
+    with pytest.raises(ValueError, match="0 metrics; each must be at least 1"):
+        GenerationEvaluation(trainer, rows=ROWS, metrics={})
+    with pytest.raises(ValueError, match="reports eval_loss itself"):
+        evaluated(tiny_dir("llava15"), tmp_path, metrics={"loss": exact_match})

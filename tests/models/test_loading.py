@@ -1,0 +1,571 @@
+"""Processor and model load right or say why not; adapters find their base; a frozen tower costs no backward pass."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from runs import Collate, rows, trainer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from vlm_sft.models import loading, weights
+from vlm_sft.models.adapters import check_adapters, lora_config
+from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, training_base
+from vlm_sft.models.hardware import best_dtype
+from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor
+from vlm_sft.models.parts import part_of, parts_of
+from vlm_sft.models.quantization import check_quantized, nf4_config
+from vlm_sft.models.towers import keep_frozen_out_of_autograd
+from vlm_sft.tools import tiny
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_processor: Callable[..., Any]) -> Callable[[str], dict[str, torch.Tensor]]:
+    return lambda family: Collate(tiny_processor(family))(examples())
+
+
+@pytest.fixture
+def twin(tiny_dir: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the LLaVA twin's folder, to break."""
+    return Path(shutil.copytree(tiny_dir("llava15"), tmp_path / "twin"))
+
+
+@pytest.fixture(scope="module")
+def text_only(tiny_processor: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text_only")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(folder)
+    tiny_processor("llava15").tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_old_name_is_the_class_that_serves_it() -> None:
+    assert AutoModelForVision2Seq is AutoModelForImageTextToText
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bf16", "dtype"),
+    [(False, False, torch.float32), (True, True, torch.bfloat16), (True, False, torch.float16)],
+)
+def test_the_dtype_is_what_the_hardware_computes_in(
+    cuda: bool, bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 and not including_emulation)
+    assert best_dtype() == dtype
+
+
+# -- processor
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_processor_is_the_familys_own(family: str, tiny_dir: Callable[[str], Path]) -> None:
+    processor = load_processor(tiny_dir(family))
+    assert type(processor) is type(tiny.build(family)[1])
+    assert processor.tokenizer.pad_token is not None
+
+
+@pytest.mark.parametrize(("unknown", "padding"), [("<unk>", "<unk>"), (None, "</s>")])
+def test_a_tokenizer_without_pad_token_gets_its_unknown_or_end_token(
+    unknown: str | None, padding: str, twin: Path
+) -> None:
+    file = twin / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings.update(pad_token=None, unk_token=unknown)
+    file.write_text(json.dumps(settings))
+    assert load_processor(twin).tokenizer.pad_token == padding
+
+
+@pytest.mark.parametrize("load", [load_processor, load_model])
+@pytest.mark.parametrize("path", ["./no/such/folder", "/no/such", "no such", "a/b/c"])
+def test_a_path_that_does_not_exist(path: str, load: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match=f"No folder '{path}'"):
+        load(path)
+
+
+@pytest.mark.parametrize("load", [load_processor, load_model])
+def test_a_name_that_may_be_on_the_hub_but_cannot_be_reached(load: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match=r"'someone/some-model' \(.*revision main\): .*[^.]\. .*folder or Hub name"):
+        load("someone/some-model")
+
+
+@pytest.mark.parametrize("load", [load_processor, load_model])
+def test_a_file_is_no_folder(load: Callable[[Path], Any], twin: Path) -> None:
+    with pytest.raises(ValueError, match="No folder"):
+        load(twin / "config.json")
+
+
+def test_the_processor_of_a_text_only_model(text_only: Path) -> None:
+    with pytest.raises(ValueError, match="text-only model"):
+        load_processor(text_only)
+
+
+@pytest.mark.slow
+def test_without_torchvision_the_processor_says_what_to_install(tiny_dir: Callable[[str], Path]) -> None:
+    hidden = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "torchvision" else find_spec(name, package)
+from vlm_sft.models.loading import load_processor
+load_processor(sys.argv[1])
+"""
+    command = [sys.executable, "-c", hidden, str(tiny_dir("qwen2_5_vl"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: The processor of")
+    assert "torchvision is not installed: pip install 'vlm_sft[torchvision]'" in done.stderr
+
+
+def test_without_num2words_the_processor_says_what_to_install(
+    tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.smolvlm import processing_smolvlm
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name == "num2words" else find_spec(name, *args)
+    )
+    with pytest.raises(ImportError, match=r"num2words is not installed: pip install 'vlm_sft\[torchvision\]'"):
+        load_processor(tiny_dir("smolvlm"))
+
+
+# -- model
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_model_loads_whole(family: str, tiny_dir: Callable[[str], Path]) -> None:
+    model = load_model(tiny_dir(family))
+    built = tiny.build(family)[0].state_dict()
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert built.keys() == model.state_dict().keys()
+    assert all(torch.equal(weight, built[name]) for name, weight in model.state_dict().items())
+
+
+def test_settings_reach_the_model(tiny_dir: Callable[[str], Path]) -> None:
+    model = load_model(tiny_dir("llava15"), dtype="bfloat16", attn_implementation="eager")
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == model.config.text_config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("quantized", "cuda", "expected"),
+    [(True, True, {"": 3}), (False, True, None), (True, False, None)],
+)
+def test_a_quantized_model_goes_to_the_gpu_of_its_process(
+    quantized: bool, cuda: bool, expected: Any, tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    plain = AutoModelForImageTextToText.from_pretrained
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.update(options)
+        return plain(name, output_loading_info=True)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    config = nf4_config("llava", compute_dtype=torch.float32) if quantized else None
+    load_model(tiny_dir("llava15"), quantization_config=config, dtype="float32")
+    assert asked["device_map"] == expected
+    assert asked["use_safetensors"] is True
+    assert asked["trust_remote_code"] is False
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "capability", "chosen"),
+    [
+        ("llava15", "bfloat16", (8, 0), ["flash_attention_2"]),
+        ("llava15", "float32", (8, 0), []),
+        ("llava15", "float16", (7, 5), []),
+        ("gemma3", "bfloat16", (9, 0), []),  # image tokens look both ways
+    ],
+)
+def test_flash_attention_where_gpu_dtype_and_model_take_it(
+    family: str,
+    dtype: str,
+    capability: tuple[int, int],
+    chosen: list[str],
+    tiny_dir: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model_class = type(tiny.build(family)[0])
+    set_to: list[str] = []
+    monkeypatch.setattr(model_class, "set_attn_implementation", lambda self, name: set_to.append(name))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    load_model(tiny_dir(family), dtype=dtype)
+    assert not set_to
+    monkeypatch.setattr(weights, "is_flash_attn_2_available", lambda: True)
+    load_model(tiny_dir(family), dtype=dtype)
+    assert set_to == chosen
+    load_model(tiny_dir(family), dtype=dtype, attn_implementation="sdpa")
+    assert set_to == chosen
+
+
+def test_flash_attention_would_hide_half_of_gemmas_image_tokens(tiny_dir: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match=r"both directions.*use 'sdpa'"):
+        load_model(tiny_dir("gemma3"), attn_implementation="flash_attention_2")
+
+
+def test_the_revision_is_resolved_once_and_kept(
+    tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Resolved(str):
+        resolved = "0123456789abcdef"
+
+    asked = []
+
+    def resolve(name: str, revision: str | None) -> Resolved:
+        asked.append(revision)
+        return Resolved(revision or "main")
+
+    monkeypatch.setattr(loading, "resolve_revision", resolve)
+    model = load_model(tiny_dir("llava15"), revision="v1")
+    assert asked == ["v1"]
+    assert base_settings(model)["revision"] == "0123456789abcdef"
+    assert "0123456789abcdef" not in model.config.to_json_string()
+
+
+def test_the_processor_is_that_of_the_revision(
+    tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    plain = AutoProcessor.from_pretrained
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.update(options)
+        return plain(name)
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
+    load_processor(tiny_dir("llava15"), revision="v1")
+    assert asked == {"revision": "v1", "trust_remote_code": False}
+
+
+def test_a_text_only_model(text_only: Path) -> None:
+    with pytest.raises(ValueError, match="is a 'llama' model, which takes no images; give a vision-language model"):
+        load_model(text_only)
+
+
+def test_only_safetensors(twin: Path) -> None:
+    torch.save(load_file(twin / "model.safetensors"), twin / "pytorch_model.bin")
+    (twin / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"No safetensors in .*save the model anew"):
+        load_model(twin)
+
+
+def test_an_evaluation_leaves_4_bit_weights_as_they_were_loaded(
+    tiny_dir: Callable[[str], Path], batch: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On this kind of CPU bitsandbytes packs them for a kernel without a backward pass.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    folder = tiny_dir("llava15")
+    config = nf4_config(load_model(folder).config, compute_dtype=torch.float32)
+    model = load_model(folder, quantization_config=config, dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.eval()(**batch("llava15"))
+    after = model.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    embeddings = model.get_input_embeddings()
+    embeddings.weight.requires_grad_(True)
+    model(**batch("llava15")).loss.backward()
+    assert embeddings.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched"])
+def test_weights_that_do_not_fit(fault: str, twin: Path) -> None:
+    file = twin / "model.safetensors"
+    weights = load_file(file)
+    if fault == "missing":
+        del weights["language_model.model.layers.1.mlp.up_proj.weight"]
+    elif fault == "unexpected":
+        weights["language_model.model.layers.7.mlp.up_proj.weight"] = torch.zeros(2)
+    else:
+        weights["language_model.model.layers.1.mlp.up_proj.weight"] = torch.zeros(2, 2)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"do not fit Llava.*: 1 {fault}_keys \(.*layers\.[17]\.mlp\.up_proj"):
+        load_model(twin)
+    load_model(twin, ignore_keys=[r"layers\.[17]\.mlp\.up_proj"])
+
+
+# -- adapters
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A DoRA adapter with a projector trained in full, on the LLaVA twin in NF4, as a run saves it; and its logits."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = nf4_config("llava", compute_dtype=torch.float32)
+    model = load_model(tiny_dir("llava15"), quantization_config=config)
+    wrapped = get_peft_model(model, lora_config(model, use_dora=True, projector="full"))
+    torch.manual_seed(0)
+    for weight in wrapped.parameters():
+        if weight.requires_grad:
+            weight.data += torch.randn_like(weight) * 0.1
+    wrapped.save_pretrained(folder)
+    (folder / TRAINING_BASE).write_text(json.dumps(training_base(wrapped)))
+    return folder, wrapped.eval()(**Collate(load_processor(tiny_dir("llava15")))(examples())).logits
+
+
+@pytest.fixture
+def adapter(adapted: tuple[Path, torch.Tensor], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(adapted[0], tmp_path / "adapter"))
+
+
+def examples() -> list[Any]:
+    return list(rows(2).remove_columns("row"))
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_an_adapter_finds_its_base_as_it_was_in_training(
+    adapted: tuple[Path, torch.Tensor], batch: Callable[[str], Any]
+) -> None:
+    folder, logits = adapted
+    model = load_model(folder)
+    assert check_adapters(load_model(folder, is_trainable=True), projector="full").dora
+    assert len(check_quantized(model).quantized) == 14
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert torch.equal(model(**batch("llava15")).logits, logits)
+
+
+def test_an_adapter_on_the_base_before_quantization(
+    adapted: tuple[Path, torch.Tensor], batch: Callable[[str], Any]
+) -> None:
+    folder, logits = adapted
+    model = load_model(folder, quantization_config=None)
+    assert not hasattr(model.config, "quantization_config")
+    assert not torch.equal(model(**batch("llava15")).logits, logits)
+
+
+def test_an_adapter_loads_in_the_dtype_of_its_training(adapter: Path) -> None:
+    (adapter / TRAINING_BASE).write_text(json.dumps({"dtype": "bfloat16", "weights": {}}))
+    assert load_model(adapter).get_base_model().lm_head.weight.dtype == torch.bfloat16
+    assert load_model(adapter, dtype="float32").get_base_model().lm_head.weight.dtype == torch.float32
+
+
+def test_an_adapter_brings_its_generation_config(adapter: Path) -> None:
+    GenerationConfig(max_new_tokens=7, eos_token_id=[2, 5]).save_pretrained(adapter)
+    assert load_model(adapter).generation_config.eos_token_id == [2, 5]
+
+
+def test_an_adapter_without_a_record_goes_on_the_base_that_peft_names(adapter: Path) -> None:
+    (adapter / TRAINING_BASE).unlink()
+    assert not hasattr(load_model(adapter).config, "quantization_config")
+
+
+@pytest.mark.parametrize("named", ["/gone/base", "someone/gone", None])
+def test_an_adapter_whose_base_is_gone(
+    named: Any, adapter: Path, tiny_dir: Callable[[str], Path], batch: Callable[[str], Any]
+) -> None:
+    change_config(adapter, base_model_name_or_path=named)
+    with pytest.raises(ValueError, match=rf"The adapter in '{adapter}' was trained on .*Pass base_model="):
+        load_model(adapter)
+    load_model(adapter, base_model=tiny_dir("llava15"))
+
+
+@pytest.mark.parametrize(
+    ("named", "recorded", "moved", "read"),
+    [("v1", "0123ab", False, "v1"), (None, "0123ab", False, "0123ab"), ("v1", "0123ab", True, None)],
+)
+def test_an_adapter_reads_the_revision_that_it_was_trained_on(
+    named: str | None,
+    recorded: str,
+    moved: bool,
+    read: str | None,
+    adapter: Path,
+    tiny_dir: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    plain = AutoModelForImageTextToText.from_pretrained
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.append(options["revision"])
+        return plain(name, **options)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    change_config(adapter, revision=named)
+    base = json.loads((adapter / TRAINING_BASE).read_text())
+    (adapter / TRAINING_BASE).write_text(json.dumps(base | {"revision": recorded}))
+    load_model(adapter, base_model=tiny_dir("llava15") if moved else None)
+    assert asked == [read]
+
+
+def test_an_adapter_on_another_base_of_the_same_shapes(adapter: Path, tmp_path: Path) -> None:
+    other = tiny.save("llava15", tmp_path / "other", seed=1)
+    with pytest.raises(
+        ValueError, match=r"is not the base that the adapter .* was trained on; \d+ of 80 weights differ"
+    ):
+        load_model(adapter, base_model=other)
+
+
+def test_an_adapter_on_a_base_that_differs_in_a_quantized_weight(adapter: Path, twin: Path) -> None:
+    weights = load_file(twin / "model.safetensors")
+    weights["language_model.model.layers.1.mlp.up_proj.weight"] *= -1
+    save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 of 80 weights differ: model\.language_model\.layers\.1\.mlp\.up_proj"):
+        load_model(adapter, base_model=twin)
+
+
+def test_an_adapter_on_a_base_of_other_shapes(adapter: Path, tmp_path: Path) -> None:
+    (adapter / TRAINING_BASE).unlink()
+    other = tiny.save("llava15", tmp_path / "other", hidden_size=128)
+    with pytest.raises(ValueError, match=r"(?s)does not fit .*size mismatch"):
+        load_model(adapter, base_model=other)
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over"])
+def test_an_adapter_with_weights_missing_or_left_over(fault: str, adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "lora_A" in name)
+    if fault == "missing":
+        del weights[name]
+    else:
+        weights[name.replace("layers.0", "layers.9")] = weights[name].clone()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"does not fit .*1 (weights )?(are )?{fault}"):
+        load_model(adapter)
+
+
+def test_an_adapter_that_is_not_saved_as_safetensors(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    torch.save(load_file(file), adapter / "adapter_model.bin")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors"):
+        load_model(adapter)
+
+
+# -- frozen tower
+
+
+def spy(model: Any) -> tuple[list[bool], list[str]]:
+    """For each pass through an innermost module of the tower: whether its output requires a gradient; its name."""
+    requires: list[bool] = []
+    passes: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            requires.append(output.requires_grad)
+            passes.append(name)
+
+        return hook
+
+    parts = parts_of(model)
+    for name, module in model.named_modules():
+        innermost = isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Conv2d, torch.nn.Conv3d))
+        if innermost and name != "lm_head" and part_of(name, parts) == "vision":
+            module.register_forward_hook(note(name))
+    return requires, passes
+
+
+def gradients(model: Any, batch: Any) -> dict[str, torch.Tensor]:
+    """One step with checkpointing, as the Trainer does it."""
+    model.train()
+    model.enable_input_require_grads()  # TRL
+    model.activation_checkpointing_enable()  # the Trainer
+    torch.manual_seed(0)
+    model(**batch, use_cache=False).loss.backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_frozen_tower_is_out_of_autograd_and_the_gradients_are_the_same(
+    family: str, tiny_dir: Callable[[str], Path], tiny_model: Callable[..., Any], batch: Callable[[str], Any]
+) -> None:
+    found = {}
+    for name, model in (("ours", load_model(tiny_dir(family))), ("plain", tiny_model(family))):
+        torch.manual_seed(0)
+        wrapped = get_peft_model(model, lora_config(model, projector="full", lora_dropout=0.1))
+        requires, passes = spy(model)
+        found[name] = gradients(wrapped, batch(family)), any(requires), max(passes.count(p) for p in passes)
+    (ours, in_graph, passes_of_ours), (plain, in_graph_of_plain, passes_of_plain) = found["ours"], found["plain"]
+    assert not in_graph
+    # Qwen3-VL's tower names its patch embedding in a way that transformers 5.23 does not find.
+    assert in_graph_of_plain == (family != "qwen3_vl")
+    assert passes_of_plain == (1 if family == "qwen3_vl" else 2) * passes_of_ours
+    assert ours.keys() == plain.keys()
+    assert all(torch.equal(ours[name], plain[name]) for name in ours)
+    assert all(gradient.abs().sum() > 0 for name, gradient in ours.items() if "lora_A" not in name)
+
+
+def test_it_holds_through_a_run_of_the_trainer(
+    tiny_dir: Callable[[str], Path], tmp_path: Path, tiny_model: Callable[..., Any]
+) -> None:
+    counts = {}
+    for name, model in (("ours", load_model(tiny_dir("llava15"))), ("plain", tiny_model("llava15"))):
+        requires, passes = spy(model)
+        trainer(
+            tiny_dir("llava15"),
+            tmp_path / name,
+            callbacks=(),
+            model=model,
+            peft_config=lora_config(model),
+            activation_checkpointing=True,
+            max_steps=2,
+            save_strategy="no",
+        ).train()
+        counts[name] = sum(requires), passes.count("model.vision_tower.encoder.layers.1.mlp.fc1")
+    assert counts["ours"] == (0, 2)
+    assert counts["plain"][0] > 0
+    assert counts["plain"][1] == 4
+
+
+def test_a_tower_that_trains_stays_in_the_graph(tiny_dir: Callable[[str], Path], batch: Callable[[str], Any]) -> None:
+    model = load_model(tiny_dir("qwen2_5_vl"))
+    wrapped = get_peft_model(model, lora_config(model, parts=("language", "vision")))
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    requires, _ = spy(model)
+    found = gradients(wrapped, batch("qwen2_5_vl"))
+    assert any(requires)
+    assert all(gradient.abs().sum() > 0 for gradient in found.values())
+
+
+def test_marking_can_be_undone_and_a_copy_marks_itself(tiny_dir: Callable[[str], Path]) -> None:
+    def hooks(of: Any) -> int:
+        return sum(len(module._forward_hooks) for module in of.modules())
+
+    model = load_model(tiny_dir("llava15"))
+    assert hooks(model) == 0
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    twin.enable_input_require_grads()
+    twin.enable_input_require_grads()
+    assert (hooks(twin), hooks(model)) == (1, 0)
+    twin.disable_input_require_grads()
+    assert hooks(twin) == 0
+    twin.model.vision_tower.requires_grad_(True)
+    twin.enable_input_require_grads()
+    assert hooks(twin) > 1
+    twin.disable_input_require_grads()
+    assert hooks(twin) == 0
+
+
+def test_an_unknown_family_needs_its_parts_said(tiny_dir: Callable[[str], Path]) -> None:
+    model = tiny.build("llava15")[0]
+    parts = parts_of(model)
+    model.config.model_type = "unheard_of"
+    with pytest.raises(ValueError, match="not one of the known families"):
+        keep_frozen_out_of_autograd(model)
+    keep_frozen_out_of_autograd(model, model_parts=parts)
+    assert "enable_input_require_grads" in vars(model)

@@ -1,0 +1,178 @@
+"""The language model of ten families comes out quantized, all of it and nothing else; any other outcome is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig
+
+from vlm_sft.models import quantization
+from vlm_sft.models.parts import part_of, parts_of
+from vlm_sft.models.quantization import check_quantized, fp4_config, int8_config, nf4_config
+from vlm_sft.tools import tiny
+
+nf4 = partial(nf4_config, compute_dtype=torch.float32)
+LANGUAGE = r"model\.language_model\..*_proj"
+
+
+def packed(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
+
+
+@pytest.mark.parametrize("pack", [nf4, int8_config])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_all_linear_layers_of_the_language_model_and_nothing_else(
+    family: str, pack: Callable[..., Any], tiny_model: Callable[..., Any]
+) -> None:
+    plain = tiny_model(family)
+    parts = parts_of(plain)
+    asked = {n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and part_of(n, parts) == "language"}
+    model = tiny_model(family, quantization_config=pack(plain.config.model_type))
+    report = check_quantized(model)
+    assert set(report.quantized) == packed(model).keys() == asked
+    for name, weight in plain.named_parameters():
+        if name.removesuffix(".weight") not in asked:
+            assert torch.equal(model.get_parameter(name), weight), name
+
+
+def test_the_report_says_how(tiny_model: Callable[..., Any]) -> None:
+    report = check_quantized(tiny_model("llava15", quantization_config=nf4("llava")))
+    assert str(report) == (
+        "nf4 with double quantization (compute float32, storage uint8) on 14 linear layers of the language model; "
+        "kept in float32: vision 18, projector 2, head 1 linear layers, all norms and embeddings"
+    )
+    report = check_quantized(tiny_model("llava15", quantization_config=int8_config("llava"), dtype=torch.bfloat16))
+    assert str(report).startswith("int8 on 14 linear layers of the language model; kept in bfloat16: ")
+
+
+def test_paths_are_those_of_the_loaded_model_where_the_checkpoint_names_them_otherwise(
+    tiny_dir: Callable[[str], Path], tiny_model: Callable[..., Any]
+) -> None:
+    with safe_open(tiny_dir("llava15") / "model.safetensors", framework="pt") as file:
+        stored = set(file.keys())
+    model = tiny_model("llava15", quantization_config=nf4("llava"))
+    assert not stored & set(model.state_dict())
+    check_quantized(model)
+
+
+@pytest.mark.parametrize("storage", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("pack", "kind"), [(nf4_config, "nf4"), (fp4_config, "fp4")])
+def test_type_double_quantization_compute_and_storage_are_those_asked_for(
+    pack: Callable[..., Any], kind: str, storage: torch.dtype | None, tiny_model: Callable[..., Any]
+) -> None:
+    double = storage is None
+    config = pack("llava", compute_dtype=torch.bfloat16, storage_dtype=storage, double_quant=double)
+    model = tiny_model("llava15", quantization_config=config)
+    check_quantized(model)
+    for layer in packed(model).values():
+        assert layer.weight.quant_state.quant_type == kind
+        assert layer.weight.quant_state.nested == double
+        assert layer.compute_dtype == torch.bfloat16
+        assert layer.weight.dtype == (storage or torch.uint8)
+
+
+def test_the_threshold_of_8_bit_reaches_the_config() -> None:
+    assert int8_config("llava", threshold=3.0).llm_int8_threshold == 3.0
+
+
+def test_a_config_serves_like_its_model_type(tiny_dir: Callable[[str], Path]) -> None:
+    skipped = ["model.visual", "model.visual.merger", "lm_head"]
+    assert nf4("qwen2_5_vl").llm_int8_skip_modules == skipped
+    assert nf4(AutoConfig.from_pretrained(tiny_dir("qwen2_5_vl"))).llm_int8_skip_modules == skipped
+
+
+@pytest.mark.parametrize(
+    ("skipped", "complaint"),
+    [
+        (None, r"20 quantized outside the language model: model\.multi_modal_projector\.linear_1"),
+        (["vision_tower", "multi_modal_projector", "lm_head"], r"20 quantized outside the language model"),
+        (["model.vision_tower", "model.multi_modal_projector"], "1 quantized outside the language model: lm_head"),
+        (
+            ["model.vision_tower", "model.multi_modal_projector", "lm_head", "down_proj"],
+            r"2 language layers left unquantized: model\.language_model\.layers\.0\.mlp\.down_proj, .*'down_proj'\]",
+        ),
+    ],
+)
+def test_another_skip_list_is_found_out(skipped: Any, complaint: str, tiny_model: Callable[..., Any]) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
+    with pytest.raises(ValueError, match=complaint):
+        check_quantized(tiny_model("llava15", quantization_config=config))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "complaint"),
+    [
+        ("bnb_4bit_quant_type", "fp4", r"14 packed otherwise .*type nf4 instead of fp4"),
+        ("bnb_4bit_use_double_quant", False, "double quantization True instead of False"),
+        ("bnb_4bit_compute_dtype", torch.float16, r"compute dtype torch\.float32 instead of torch\.float16"),
+        ("bnb_4bit_quant_storage", torch.bfloat16, r"storage dtype torch\.uint8 instead of torch\.bfloat16"),
+    ],
+)
+def test_layers_that_are_packed_otherwise_than_the_config_says(
+    setting: str, value: Any, complaint: str, tiny_model: Callable[..., Any]
+) -> None:
+    model = tiny_model("llava15", quantization_config=nf4("llava"))
+    setattr(model.config.quantization_config, setting, value)
+    with pytest.raises(ValueError, match=complaint):
+        check_quantized(model)
+
+
+def test_adapters_on_top_change_nothing(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llava15", quantization_config=nf4("llava"))
+    before = check_quantized(model)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=LANGUAGE, use_dora=True))
+    assert len(check_quantized(wrapped).quantized) == len(before.quantized) == 14
+
+
+def test_a_model_that_is_not_quantized(tiny_model: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="no bitsandbytes config; pass quantization_config=nf4_config"):
+        check_quantized(tiny_model("llava15"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", None])
+def test_a_compute_dtype_that_is_no_float(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"compute_dtype=.*a float dtype such as torch\.bfloat16"):
+        nf4_config("llava", compute_dtype=dtype)
+
+
+def test_an_unknown_family() -> None:
+    with pytest.raises(ValueError, match="'llama' is not one of the known families"):
+        int8_config("llama")
+
+
+@pytest.mark.parametrize("pack", [nf4, partial(fp4_config, compute_dtype=torch.float16), int8_config])
+def test_without_bitsandbytes(pack: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        pack("llava")
+
+
+@pytest.mark.slow
+def test_the_package_imports_without_bitsandbytes() -> None:
+    script = """
+import sys
+
+sys.modules["bitsandbytes"] = None
+import torch
+import vlm_sft
+from trl import SFTTrainer
+
+try:
+    vlm_sft.nf4_config("llava", compute_dtype=torch.float32)
+except ImportError as error:
+    print(error)
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True
+    ).stdout
+    assert "pip install bitsandbytes" in told

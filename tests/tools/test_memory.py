@@ -1,0 +1,130 @@
+"""The estimate counts what a model has, and agrees with what a run holds where that can be measured on a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from together import together
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, TrainerCallback
+
+from vlm_sft.models.adapters import lora_config
+from vlm_sft.models.freezing import freeze
+from vlm_sft.models.loading import load_model
+from vlm_sft.models.quantization import nf4_config
+from vlm_sft.tools import memory, tiny
+
+REST = ("projector", "language", "head")
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
+
+
+def held(base: Path, output: Path, method: str, options: dict[str, Any]) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer states in this process before the second step."""
+    from test_distributed import Settings
+
+    runs.SFTConfig = Settings
+    model = load_model(base)
+    peft_config = None
+    if method == "full":
+        freeze(model, train=REST)
+    else:
+        peft_config = lora_config(model, r=16, lora_alpha=16, lora_dropout=0.0, use_dora=False)
+    found: dict[str, int] = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                parameters = list(kwargs["model"].parameters())
+                states = kwargs["optimizer"].state.values()
+                tensors = [value for state_ in states for value in state_.values() if value.ndim]
+                found["weights"] = sum(map(nbytes, parameters))
+                found["gradients"] = sum(nbytes(p.grad) for p in parameters if p.grad is not None)
+                found["optimizer"] = sum(map(nbytes, tensors))
+
+    given = {"model": model, "peft_config": peft_config, "max_steps": 2, "save_strategy": "no"}
+    runs.trainer(base, output, callbacks=[Look()], **given, **options).train()
+    return found
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_parameters_are_counted_as_they_are(family: str, tiny_dir: Any, tiny_model: Any) -> None:
+    counted = memory.on_meta(AutoConfig.from_pretrained(tiny_dir(family)))
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (counted, tiny_model(family))]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_weights_gradients_and_optimizer_are_those_of_a_run(method: Any, tiny_dir: Any, tmp_path: Path) -> None:
+    base = tiny_dir("llava15")
+    found = held(base, tmp_path, method, {})
+    expected = memory.estimate(memory.on_meta(AutoConfig.from_pretrained(base)), method=method, frozen_bytes=4)
+    assert found == {name: getattr(expected, name) for name in found}
+
+
+@pytest.mark.slow
+@pytest.mark.loopback
+def test_shares_are_those_of_a_run_by_two_processes(tiny_dir: Any, tmp_path: Path) -> None:
+    base = tiny_dir("llava15")
+    found = together(held, base, tmp_path, "full", {}, config="cpu_2proc_fsdp2")
+    model = memory.on_meta(AutoConfig.from_pretrained(base))
+    expected = memory.estimate(model, method="full", gpus=2, strategy="fsdp2", frozen_bytes=4)
+    for name in ("weights", "gradients", "optimizer"):
+        assert [share[name] for share in found] == [pytest.approx(getattr(expected, name), rel=0.01)] * 2
+
+
+def test_packed_weights_take_what_bitsandbytes_takes(tmp_path: Path) -> None:
+    """The tables of NF4 and of its scales, 1 kB a layer, weigh only in layers as small as these."""
+    base = tiny.save("llava15", tmp_path / "base", hidden_size=256)
+    model = load_model(base, quantization_config=nf4_config("llava", compute_dtype=torch.float32))
+    packed = [m for m in model.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
+    states = [layer.weight.quant_state.as_dict(packed=True).values() for layer in packed]
+    found = sum(nbytes(layer.weight) for layer in packed)
+    found += sum(nbytes(value) for state in states for value in state if isinstance(value, torch.Tensor))
+    config = AutoConfig.from_pretrained(base)
+    sizes = [memory.estimate(memory.on_meta(config), method=m, lora_r=0).weights for m in ("lora", "qlora")]
+    assert sizes[1] < sizes[0]
+    weights = sum(layer.in_features * layer.out_features for layer in packed)
+    assert sizes[0] - sizes[1] == pytest.approx(weights * 2 - found, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "parts"), [("fsdp2", ("weights", "gradients", "optimizer")), ("zero2", ("optimizer",))]
+)
+def test_more_gpus_share_more(strategy: Any, parts: tuple[str, ...], tiny_dir: Any) -> None:
+    model = memory.on_meta(AutoConfig.from_pretrained(tiny_dir("qwen2_5_vl")))
+    one, eight = (memory.estimate(model, method="full", gpus=n, strategy=strategy) for n in (1, 8))
+    assert all(getattr(eight, part) == getattr(one, part) / 8 for part in parts)
+
+
+def test_four_bit_weights_are_not_shared_out_by_deepspeed(tiny_dir: Any) -> None:
+    model = memory.on_meta(AutoConfig.from_pretrained(tiny_dir("llava15")))
+    with pytest.raises(ValueError, match="take fsdp2"):
+        memory.estimate(model, method="qlora", gpus=2, strategy="zero3")
+
+
+def test_a_config_is_enough_and_the_answer_is_the_exit_code(
+    tiny_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((tiny_dir("llava15") / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    command = ["--model", str(tmp_path), "--method", "full", "--gpus", "2", "--strategy", "zero3"]
+    assert memory.main([*command, "--gpu_memory", "1"]) == 0
+    assert "fits on 2 x 1 GiB" in capsys.readouterr().out
+    assert memory.main([*command, "--gpu_memory", "0.001"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
+    text = (Path(__file__).parents[2] / "docs/scaling.md").read_text("utf-8")
+    assert memory.table() in text

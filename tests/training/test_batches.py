@@ -1,0 +1,217 @@
+"""Rows are batched by length, each once an epoch, in an order that processes share and a resumed run finds again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+from runs import rows as picture_rows
+from transformers import TrainerControl, TrainerState
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+from trl import SFTConfig, SFTTrainer
+
+from vlm_sft import ChatCollator, lora_config
+from vlm_sft.data.lengths import with_lengths
+from vlm_sft.training.batches import OrderByLength
+
+STRATEGIES = {"group_by_length": LengthGroupedSampler, "batch_rebalance": BatchRebalanceSampler}
+COUNT = 48
+
+
+def talks(count: int = COUNT) -> Any:
+    """Rows whose answers are of one to forty words, and one in four without a picture."""
+
+    def longer(row: dict[str, Any], n: int) -> dict[str, Any]:
+        words = " ".join(["yes"] * (1 + (n * 7) % 40))
+        question = row["messages"][0] if n % 4 else {"role": "user", "content": [{"type": "text", "text": "Hello"}]}
+        return {
+            "row": n,
+            "messages": [question, {"role": "assistant", "content": [{"type": "text", "text": words}]}],
+            "images": row["images"] if n % 4 else [],
+        }
+
+    return picture_rows(count).map(longer, with_indices=True, load_from_cache_file=False)
+
+
+class Recorded(ChatCollator):
+    """Keeps the numbers and the shape of each batch of training."""
+
+    def __call__(self, examples: Any) -> Any:
+        batch = super().__call__(examples)
+        self.__dict__.setdefault("seen", []).append([example["row"] for example in examples])
+        self.__dict__.setdefault("shapes", []).append(tuple(batch["input_ids"].shape))
+        return batch
+
+
+def train(model: Any, processor: Any, output: Path, *, resume: bool = False, **options: Any) -> Any:
+    """One run over `talks`; the Trainer, whose collator has recorded the batches."""
+    callback = OrderByLength(longest_first=options.pop("longest_first", False))
+    callbacks = [callback] if options.pop("ordered", True) else []
+    collator = Recorded(processor)
+    data = with_lengths(talks(), collator, num_proc=0)
+    options = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_strategy": "no", **options}
+    args = SFTConfig(
+        output_dir=str(output),
+        max_length=None,
+        remove_unused_columns=False,
+        activation_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        dataloader_num_workers=0,
+        **options,
+    )
+    # Dropout draws from the random state, as training does.
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        processing_class=processor,
+        data_collator=collator,
+        peft_config=lora_config(model, r=2, lora_dropout=0.1),
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.fixture
+def twin(tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]) -> Callable[[], tuple[Any, Any]]:
+    return lambda: (tiny_model("llava15"), tiny_processor("llava15"))
+
+
+def waste(shapes: list[tuple[int, int]], tokens: int) -> float:
+    return 1 - tokens / sum(rows * length for rows, length in shapes)
+
+
+def test_lengths_come_with_every_split_and_through_the_transform(twin: Any, tmp_path: Path) -> None:
+    _, processor = twin()
+    collator = ChatCollator(processor)
+    plain = talks(8)
+    read = plain.with_transform(lambda batch: {**batch, "read": batch["row"]})
+    data = with_lengths(DatasetDict({"train": read, "test": plain}), collator, num_proc=0)
+    counted = [len(row) for row in collator.encode(list(plain))[0]]
+    for rows in data.values():
+        assert rows["length"][:] == counted
+    assert data["train"][2]["read"] == 2
+    again = with_lengths(data, collator, num_proc=0)
+    assert again["train"].column_names == data["train"].column_names
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_rows_that_were_selected_get_lengths_and_are_not_written_anew(
+    first: int, twin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collator = ChatCollator(twin()[1])
+    whole = talks(8).select(range(first, 8))
+    chosen = whole.select([4, 1, 3, 1])
+    monkeypatch.setattr(Dataset, "flatten_indices", lambda *_: pytest.fail("all rows would be written"))
+    rows = with_lengths(chosen, collator, num_proc=0)
+    assert rows["length"][:] == [len(row) for row in collator.encode(list(chosen))[0]]
+    assert rows["row"][:] == chosen["row"][:]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_trl_batches_rows_of_one_length_and_each_once(strategy: str, twin: Any, tmp_path: Path) -> None:
+    shapes, tokens = {}, 0
+    for name in ("random", strategy):
+        trainer = train(
+            *twin(), tmp_path / name, train_sampling_strategy=name, num_train_epochs=1, gradient_accumulation_steps=4
+        )
+        assert sorted(n for batch in trainer.data_collator.seen for n in batch) == list(range(COUNT))
+        shapes[name] = trainer.data_collator.shapes
+        tokens = sum(trainer.train_dataset["length"])
+    assert waste(shapes[strategy], tokens) < min(0.15, waste(shapes["random"], tokens) / 2)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_epoch_goes_on_in_its_own_order(strategy: str, twin: Any, tmp_path: Path) -> None:
+    how = {"train_sampling_strategy": strategy, "seed": 3}
+    whole = train(*twin(), tmp_path / "whole", **how).data_collator.seen
+    first, second = whole[: len(whole) // 2], whole[len(whole) // 2 :]
+    assert sorted(n for batch in second for n in batch) == list(range(COUNT))
+    assert first != second
+    train(*twin(), tmp_path / "cut", **how, save_strategy="steps", save_steps=17, max_steps=17)
+    resumed = train(*twin(), tmp_path / "cut", **how, resume=True)
+    assert resumed.state.global_step == len(whole)
+    assert resumed.data_collator.seen == whole[17:]
+    other = train(*twin(), tmp_path / "other", **{**how, "seed": 4, "max_steps": 2})
+    assert other.data_collator.seen[:2] != whole[:2]
+
+
+def test_the_longest_batch_comes_first_on_request(twin: Any, tmp_path: Path) -> None:
+    how = {"train_sampling_strategy": "group_by_length", "num_train_epochs": 1, "longest_first": True}
+    trainer = train(*twin(), tmp_path, **how)
+    lengths = trainer.train_dataset["length"][:]
+    seen = trainer.data_collator.seen
+    assert sorted(lengths[n] for n in seen[0]) == sorted(lengths)[-4:]
+    assert sorted(n for batch in seen for n in batch) == list(range(COUNT))
+    with pytest.raises(ValueError, match="train_sampling_strategy='random'; expected 'group_by_length'"):
+        train(*twin(), tmp_path, longest_first=True)
+
+
+def test_evaluations_see_the_same_batches(twin: Any, tmp_path: Path) -> None:
+    trainer = train(*twin(), tmp_path, train_sampling_strategy="group_by_length", max_steps=1)
+    loader = trainer.get_eval_dataloader(trainer.train_dataset)  # persistent workers keep it for all evaluations
+    trainer.callback_handler.eval_dataloader = loader
+    orders = []
+    for _ in range(2):
+        orders.append([batch["input_ids"].tolist() for batch in loader])
+        trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, {})
+    assert orders[0] == orders[1]
+
+
+def test_a_length_column_that_would_be_dropped_is_refused(tmp_path: Path) -> None:
+    for strategy in STRATEGIES:
+        options = {"activation_checkpointing": False, "bf16": False, "use_cpu": True}
+        args = SFTConfig(str(tmp_path), train_sampling_strategy=strategy, **options)
+        with pytest.raises(ValueError, match=rf"{strategy}'.*remove_unused_columns=False"):
+            OrderByLength().on_init_end(args, TrainerState(), TrainerControl())
+
+
+def one_of_two(rank: int, port: int, folder: str, output: str) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    seen = {}
+    for strategy in STRATEGIES:
+        for name, options in (("whole", {}), ("cut", {"max_steps": 9, "save_steps": 9}), ("cut", {"resume": True})):
+            options = {"save_strategy": "steps", "save_steps": 9} | options if name == "cut" else options
+            model, processor = (kind.from_pretrained(folder) for kind in (AutoModelForImageTextToText, AutoProcessor))
+            path = Path(output, f"{strategy}-{name}")
+            trainer = train(model, processor, path, train_sampling_strategy=strategy, **options)
+            seen[f"{strategy} {'resumed' if 'resume' in options else name}"] = trainer.data_collator.seen
+    Path(output, f"{rank}.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.slow
+@pytest.mark.loopback
+def test_two_processes_share_an_order(tiny_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn = multiprocessing.get_context("spawn")
+    arguments = (port, str(tiny_dir("llava15")), str(tmp_path))
+    processes = [spawn.Process(target=one_of_two, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(400)
+        assert process.exitcode == 0
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for strategy in STRATEGIES:
+        whole = [rank[f"{strategy} whole"] for rank in ranks]
+        steps = len(whole[0])
+        for epoch in (slice(0, steps // 2), slice(steps // 2, steps)):
+            both = [n for rank in whole for batch in rank[epoch] for n in batch]
+            assert sorted(both) == list(range(COUNT)), strategy
+        assert [rank[f"{strategy} resumed"] for rank in ranks] == [rank[9:] for rank in whole], strategy

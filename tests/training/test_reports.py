@@ -1,0 +1,182 @@
+"""run.json and the model card tell what a run was: all but secrets and the machine's folders."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import runs
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
+from trl import SFTConfig
+
+from vlm_sft.chat.audit import audit
+from vlm_sft.chat.collator import ChatCollator
+from vlm_sft.models.loading import load_processor
+from vlm_sft.tools import tiny
+from vlm_sft.training.reports import write_reports, write_run_json
+
+
+def report(path: Path, **options) -> tuple[dict, str]:
+    """run.json as read back, and as text."""
+    defaults = {"settings": {}, "datasets": {}, "results": {}}
+    write_run_json(path / "new" / "run.json", **defaults | options)
+    text = (path / "new" / "run.json").read_text()
+    return json.loads(text), text
+
+
+def test_run_json_tells_what_was_quantized_and_trained(tmp_path, tiny_model):
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head"])
+    model = tiny_model("llava15", quantization_config=quantized)
+    lora = LoraConfig(target_modules=r"model\.language_model.*\.[qv]_proj")
+    data = {"train": runs.rows(8), "eval": runs.rows(3)}
+    found, _ = report(tmp_path, model=get_peft_model(model, lora), datasets=data, results={"eval_loss": 1.5})
+    layers = "base_model.model.model.language_model.layers.*"
+    assert found["model"]["trained"] == {
+        f"{layers}.self_attn.{name}.lora_{half}.default.weight": 2 for name in ("q_proj", "v_proj") for half in "AB"
+    }
+    assert found["model"]["quantized"][f"{layers}.self_attn.q_proj.base_layer.weight"] == 2
+    assert found["model"]["quantized"][f"{layers}.mlp.up_proj.weight"] == 2
+    assert not any("lm_head" in name or "norm" in name for name in found["model"]["quantized"])
+    assert found["model"]["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = tiny_model("llava15").num_parameters()
+    assert found["model"]["parameters"] == whole + found["model"]["trainable_parameters"]
+    assert {split: facts["rows"] for split, facts in found["data"].items()} == {"train": 8, "eval": 3}
+    assert found["results"] == {"eval_loss": 1.5}
+    assert found["versions"]["torch"].startswith("2.")
+    assert found["peak_memory_bytes"]["process"] > 50 << 20
+    assert found["hardware"]["processes"] == 1
+    assert 0 < found["process_runtime_s"] < 3600
+
+
+def test_run_json_has_no_secret_and_no_folder_of_the_machine(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    token = "hf_" + "x" * 34
+    plain = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
+    training = SFTConfig(output_dir="outputs/run", hub_token=token, **plain)
+    settings = {
+        "training": vars(training) | {"pad_token": "<pad>"},
+        "recipe": {
+            "model_name_or_path": "/home/somebody/models/llava",
+            "dataset_name": str(tmp_path / "data" / "digits"),
+            "api_key": "1234",
+            "notes": [f"sent {token} to https://example.org", "see /home/somebody/notes.txt"],
+            "path": Path("/data/secret-project/photos"),
+        },
+    }
+    found, text = report(tmp_path, model=tiny_model("llava15"), settings=settings)
+    for secret in (token, "somebody", "1234", "secret-project", str(tmp_path)):
+        assert secret not in text
+    assert found["settings"]["recipe"] == {
+        "model_name_or_path": ".../llava",
+        "dataset_name": "data/digits",
+        "api_key": "(hidden)",
+        "notes": ["sent (hidden) to https://example.org", "see ~/notes.txt"],
+        "path": ".../photos",
+    }
+    assert found["settings"]["training"]["pad_token"] == "<pad>"
+    assert found["settings"]["training"]["hub_token"] == "(hidden)"
+
+
+def test_run_json_names_the_commit_of_the_script(tmp_path, tiny_model, monkeypatch):
+    import __main__
+
+    script = tmp_path / "repository" / "train.py"
+    script.parent.mkdir()
+    script.write_text("")
+    monkeypatch.setattr(__main__, "__file__", str(script), raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    model = tiny_model("llava15")
+    assert report(tmp_path, model=model)[0]["git"] is None
+    git = ["git", "-C", str(script.parent), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for verb in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *verb], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert report(tmp_path, model=model)[0]["git"] == {"commit": commit, "changed_files": 0}
+    script.write_text("print()")
+    (script.parent / "outputs").write_text("not of the repository")
+    assert report(tmp_path, model=model)[0]["git"] == {"commit": commit, "changed_files": 1}
+
+
+def finished(folder: Path, base: Path, *, dataset_name: str, results: dict, **options) -> tuple[dict, ModelCard, str]:
+    """run.json, the card and its text of a short run in `folder`, whose weights lie there too."""
+    trainer = runs.trainer(base, folder, callbacks=[], **options)
+    trainer.train()
+    trainer.save_model()
+    checked = audit(ChatCollator(load_processor(base)), runs.rows(4), num_rows=2).facts()
+    settings = {"dataset_name": dataset_name, "model_name_or_path": str(base)}
+    data = {"train": runs.rows(8), "test": runs.rows(3)}
+    write_reports(trainer, settings=settings, datasets=data, results=results, audit=checked)
+    card = ModelCard.load(folder / "README.md")
+    return json.loads((folder / "run.json").read_text()), card, (folder / "README.md").read_text()
+
+
+def test_model_card_tells_data_method_and_results_and_its_lines_run(tiny_dir, tmp_path, monkeypatch):
+    lora = LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=8, use_dora=True)
+    results = {"eval_loss": 1.25, "eval_exact_match": 0.75, "eval_runtime": 3.5, "note": "text"}
+    token = "hf_" + "x" * 34
+    run, card, text = finished(
+        tmp_path / "digits_sft",
+        tiny_dir("llava15"),
+        dataset_name="HuggingFaceM4/ChartQA",
+        results=results,
+        peft_config=lora,
+        hub_token=token,
+    )
+    assert (tmp_path / "digits_sft" / "loss.png").is_file()
+    assert run["audit"]["answers"] == "2 end with '</s>'"
+    assert run["results"].keys() == results.keys() | {
+        "train_runtime",
+        "train_samples_per_second",
+        "train_steps_per_second",
+    }
+    assert (card.data.pipeline_tag, card.data.library_name) == ("image-text-to-text", "peft")
+    assert card.data.datasets == "HuggingFaceM4/ChartQA"
+    assert {"trl", "sft"} <= {*card.data.tags}
+    lines = text.splitlines()
+    for line in (
+        "| train | 8 |",
+        "| test | 3 |",
+        "| adapters | DoRA, r 4, alpha 8, dropout 0.0 |",
+        "| base | float32 |",
+        "| rows a step | 2 |",
+        "| steps | 4 (1 epochs) |",
+        "| eval_loss | 1.25 |",
+        "| eval_exact_match | 0.75 |",
+        "- TRL: 1.16.0",
+    ):
+        assert line in lines
+    trainable = run["model"]["trainable_parameters"]
+    assert f"| trained | {trainable:,} of {run['model']['parameters']:,} parameters |" in lines
+    for absent in (str(tmp_path), str(tiny_dir("llava15").parent), token, "None", "text-generation", "eval_runtime"):
+        assert absent not in text
+
+    monkeypatch.chdir(tmp_path)  # where the names of model and base are folders
+    Path(tiny_dir("llava15").name).symlink_to(tiny_dir("llava15"))
+    runs.rows(1)[0]["images"][0].save("photo.jpg")
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace("max_new_tokens=64", "max_new_tokens=4")
+    exec(code, there := {})
+    loaded, saved = get_peft_model_state_dict(there["model"]), load_file("digits_sft/adapter_model.safetensors")
+    assert any("magnitude" in name for name in saved)
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+def test_model_card_of_a_full_model_and_local_data(tmp_path):
+    base = tiny.save("llava15", tmp_path / "my_base")
+    _, card, text = finished(
+        tmp_path / "run", base, dataset_name=str(tmp_path / "secret" / "rows.jsonl"), results={"eval_loss": 1.0}
+    )
+    assert "Fine-tuned from `my_base` on `rows.jsonl` with" in text
+    assert "| adapters | none, the weights themselves |" in text
+    assert card.data.library_name == "transformers"
+    assert card.data.datasets is None
+    assert str(tmp_path) not in text
+    assert 'from_pretrained("run", dtype="auto")' in text

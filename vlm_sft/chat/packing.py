@@ -1,0 +1,144 @@
+"""Rows without padding: several conversations in one row, each with positions of its own.
+
+A collator with `padding_free=True` makes the row; attention then tells the conversations apart by their positions
+(transformers 5.23, `masking_utils`), which not every model does. So: `accept_flat_rows` prepares the model, and
+`CheckFlatRows` proves on rows of the dataset that nothing changes. It pays with an attention kernel for variable
+lengths (FlashAttention); with SDPA a row of T tokens costs T squared, so there group by length instead.
+
+    collator = ChatCollator(processor, padding_free=accept_flat_rows(model))
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils.generic import is_flash_attention_requested
+
+from vlm_sft.chat.labels import IGNORE_INDEX
+
+
+def pack(dataset: Dataset, lengths: Sequence[int] | None = None, *, max_length: int) -> Dataset:
+    """Rows `{"packed", "length"}`, each of whole conversations of `dataset` with at most `max_length` tokens together.
+
+    Best fit, longest first: each conversation goes where the least room is left (Krell et al., arXiv 2107.02027). Every
+    row of the dataset is in exactly one pack, and is read, pictures and all, when its pack is. `lengths` holds the
+    tokens of each row, images included; the column `length` (`with_lengths`) unless given.
+
+    Raises `ValueError` naming the rows that are longer than `max_length`, and for lengths that do not fit the dataset.
+    """
+    if lengths is None:
+        if "length" not in dataset.column_names:
+            raise ValueError("no lengths: give them, or a dataset with the column `length` (with_lengths adds it)")
+        lengths = dataset.with_format(None)["length"][:]
+    if len(lengths) != len(dataset):
+        raise ValueError(f"{len(lengths)} lengths for {len(dataset)} rows; give one for each row")
+    if too_long := [n for n, length in enumerate(lengths) if length > max_length]:
+        raise ValueError(
+            f"{len(too_long)} rows are longer than max_length={max_length} (the first at {too_long[:5]}); raise it, or "
+            "leave them out"
+        )
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # what is left in each pack, and its number, in order
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        place = bisect_left(room, (lengths[n], -1))
+        left, number = room.pop(place) if place < len(room) else (max_length, len(packs))
+        if number == len(packs):
+            packs.append([])
+        packs[number].append(n)
+        insort(room, (left - lengths[n], number))
+    table = Dataset.from_dict({"packed": packs, "length": [sum(lengths[n] for n in pack) for pack in packs]})
+    return table.with_transform(partial(_read_packs, dataset=dataset))
+
+
+def accept_flat_rows(model: nn.Module) -> bool:
+    """Lets a model with three-dimensional positions (Qwen-VL) take rows without padding: its own `get_rope_index`
+    numbers each conversation, which is told by where `position_ids` [1, T] begins again. Other models are left alone.
+
+    Whether such rows pay: with FlashAttention, of whatever source, and no other attention.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    if hasattr(base.model, "get_rope_index"):
+        # On the inner model: PEFT and TRL call the outer one in ways of their own.
+        base.model.register_forward_pre_hook(_number_positions, with_kwargs=True)
+    return bool(is_flash_attention_requested(base.config.get_text_config()))
+
+
+def check_flat_rows(model: Any, collator: Any, rows: Sequence[Mapping[str, Any]]) -> float:
+    """The largest difference of a trained token's loss between rows in a padded batch and the same rows in one.
+
+    Raises `ValueError` where it is more than the rounding of this precision, which is what padding itself changes: the
+    model then mixes the conversations of a row, or attends to pictures in both directions (Gemma).
+    """
+    settings = {"name_rows": False, "key_pictures": False, "generation_config": None}
+    collate = [replace(collator, padding_free=free, **settings) for free in (False, True)]
+    training = model.training
+    model.eval()
+    try:
+        padded, flat = (_token_losses(model, make(rows)) for make in collate)
+        alone = torch.cat([_token_losses(model, collate[0]([row])) for row in rows])
+    finally:
+        model.train(training)
+    difference, rounding = (float((losses - padded).abs().max()) for losses in (flat, alone))
+    if difference > max(1e-4, 4 * rounding):
+        raise ValueError(
+            f"{type(model).__name__}: rows without padding change the loss of a token by up to {difference:.2g} "
+            f"(rounding: {rounding:.1g}), so its attention does not keep the conversations of a row apart; set "
+            "padding_free=False and group by length"
+        )
+    return difference
+
+
+class CheckFlatRows(TrainerCallback):
+    """Runs `check_flat_rows` on the first two rows of the dataset before the first step, with the model as it trains:
+    on its device, in its precision. Does nothing where the collator pads."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        loader = kwargs["train_dataloader"]
+        if getattr(loader.collate_fn, "padding_free", False):
+            first = [loader.dataset[n] for n in range(min(2, len(loader.dataset)))]
+            rows = [row for example in first for row in example.get("packed", [example])]
+            check_flat_rows(kwargs["model"], loader.collate_fn, rows[:2])
+
+
+def _read_packs(batch: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
+    read = dict(batch)
+    if "packed" in batch:
+        read["packed"] = [[dataset[n] for n in pack] for pack in batch["packed"]]
+        read["images"] = [None] * len(batch["packed"])  # by this name TRL 1.16 sees that it is not to tokenize
+    return read
+
+
+def _number_positions(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    positions = kwargs.get("position_ids")
+    if positions is None or positions.ndim != 2 or len(positions) != 1 or kwargs.get("attention_mask") is not None:
+        return None
+    starts = (positions[0] == 0).nonzero().flatten().tolist()
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], positions.shape[1]], strict=True)]
+    mask = pad_sequence([torch.ones_like(part) for part in positions[0].split(lengths)], batch_first=True)
+    apart = {
+        name: pad_sequence(list(kwargs[name][0].split(lengths)), batch_first=True)
+        for name in ("input_ids", "mm_token_type_ids")
+    }
+    index, _ = core.get_rope_index(image_grid_thw=kwargs.get("image_grid_thw"), attention_mask=mask, **apart)
+    return args, {**kwargs, "position_ids": torch.cat([positions[None], index[:, mask.bool()][:, None]])}
+
+
+def _token_losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of each trained token, row by row."""
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name not in ("labels", "rows")}
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+    labels = batch["labels"][:, 1:].to(logits.device)
+    trained = labels != IGNORE_INDEX
+    return torch.nn.functional.cross_entropy(logits[trained].float(), labels[trained], reduction="none")

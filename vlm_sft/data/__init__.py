@@ -1,0 +1,1 @@
+"""Rows from anywhere, each checked once before training."""

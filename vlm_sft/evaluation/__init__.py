@@ -1,0 +1,1 @@
+"""Answers to held-out rows, their scores, and pages to look at."""

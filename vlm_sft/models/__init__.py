@@ -1,0 +1,1 @@
+"""What trains, and in which precision: parts, loading, quantization, adapters, freezing, hardware."""

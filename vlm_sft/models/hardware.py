@@ -1,0 +1,62 @@
+"""What this machine runs: the precision, optimizer and data workers that suit it, and one GPU for one process."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from transformers import TrainingArguments
+
+from vlm_sft.models.sharding import shard_on_cpu
+
+
+def best_dtype() -> torch.dtype:
+    """bfloat16 on a GPU that computes in it, float16 on an older one, float32 on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def best_optimizer(name: str) -> str:
+    """The optimizer itself, or `adamw_torch` for a paged one where there is no GPU to page from."""
+    return "adamw_torch" if name.startswith("paged_") and not torch.cuda.is_available() else name
+
+
+def best_worker_count() -> int:
+    """Data workers for each process: up to four, one core left to the process itself, and none on a lone core.
+
+    Image work is some 95% of collation; without workers (the Trainer's default) it runs between the steps.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, min(4, len(os.sched_getaffinity(0)) // processes - 1))
+
+
+def keep_packing(model: torch.nn.Module) -> None:
+    """Leaves the 4-bit weights of a model on a CPU as they were loaded.
+
+    Where a CPU has AVX512-BF16, bitsandbytes (0.50.2) packs them anew at the first forward in eval mode, for a kernel
+    that rounds to bfloat16 and passes no gradient: after an evaluation, training would fail or skip whole layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def fit_to_hardware(args: TrainingArguments) -> None:
+    """Fills in what the user left open: call it first in the `__post_init__` of a recipe's config.
+
+    Without `bf16` or `fp16` set, `best_dtype` decides. A paged optimizer gives way where it cannot run. Several GPUs
+    and no launcher: this process takes the first one and says how to use all, since SFTTrainer refuses
+    `nn.DataParallel`. A launch with FSDP shards on CPUs too (`shard_on_cpu`).
+    """
+    if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
+        # The only way to hide devices from the Trainer; it must come before CUDA is first used.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        print("Several GPUs, one process: training on the first. To use all: accelerate launch RECIPE", file=sys.stderr)
+    if args.bf16 is None and not args.fp16:
+        args.bf16, args.fp16 = best_dtype() == torch.bfloat16, best_dtype() == torch.float16
+    args.use_cpu |= not torch.accelerator.is_available()  # without it, processes on CPUs would train apart
+    shard_on_cpu(args)
+    args.optim = best_optimizer(args.optim)
+    args.dataloader_pin_memory &= torch.cuda.is_available()  # PyTorch warns of it at each evaluation on a CPU

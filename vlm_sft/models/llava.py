@@ -1,0 +1,180 @@
+"""A LLaVA from its parts: a CLIP tower, a new projector, and a text model of the Llama or Qwen kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedConfig,
+)
+from transformers.utils.hub import resolve_revision
+
+from vlm_sft.models.hardware import best_dtype
+from vlm_sft.models.towers import keep_frozen_out_of_autograd
+
+# Models whose decoder takes embeddings as they are; Gemma, for one, would scale the features of an image.
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+# conv_vicuna_v1 of haotian-liu/LLaVA, llava/conversation.py, without its system prompt, as llava-hf/llava-1.5-7b-hf;
+# unlike there, the end token is written, so that every tool that renders a conversation sees what was trained.
+VICUNA_TEMPLATE = r"""
+{%- for turn in messages -%}
+    {%- set parts = [{'type': 'text', 'text': turn['content']}] if turn['content'] is string else turn['content'] -%}
+    {%- if turn['role'] == 'assistant' -%}
+        {{- 'ASSISTANT:' -}}
+        {%- generation -%}
+            {{- ' ' -}}
+            {%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+            {{- eos_token -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {%- if turn['role'] == 'user' -%}{{ 'USER: ' }}{%- endif -%}
+        {%- for part in parts if part['type'] == 'image' -%}{{ '<image>\n' }}{%- endfor -%}
+        {%- for part in parts if part['type'] == 'text' -%}{{ part['text'] ~ ' ' }}{%- endfor -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
+
+
+def assemble_llava(
+    vision_tower: str | Path,
+    language_model: str | Path,
+    *,
+    vision_revision: str | None = None,
+    language_revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    chat_template: str = VICUNA_TEMPLATE,
+) -> tuple[Any, Any]:
+    """A LLaVA-1.5 made of the two models' weights and a random projector, and the processor that goes with it.
+
+    The projector is LLaVA's `mlp2x_gelu` with PyTorch's own initialisation: seed before. The tower is read one layer
+    before its last, without the class token. The tokenizer gains `<image>`, and a pad token where it has none; the
+    embedding grows to hold them, and never shrinks. `dtype="auto"` is `best_dtype()`. Which tower it was is kept in
+    the config (`check_tower`). Source: arXiv 2310.03744.
+
+    Raises ValueError for a tower that is no CLIP, a text model that is none of `LANGUAGE_MODELS`, and weights that are
+    missing.
+    """
+    vision_name, language_name = str(vision_tower), str(language_model)
+    vision_revision = resolve_revision(vision_name, vision_revision)
+    language_revision = resolve_revision(language_name, language_revision)
+    dtype = best_dtype() if dtype == "auto" else dtype
+    _check_kinds(vision_name, vision_revision, language_name, language_revision)
+    vision = _load(CLIPVisionModel, vision_name, vision_revision, dtype)
+    language = _load(AutoModelForCausalLM, language_name, language_revision, dtype)
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(language_name, revision=language_revision)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+
+    config = LlavaConfig(
+        vision_config=vision.config,
+        text_config=language.config,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(vision.config.image_size // vision.config.patch_size) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    config.assembled_from = {"vision_tower": _short(vision_name), "language_model": _short(language_name)}
+    with torch.device("meta"):
+        model: Any = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = vision
+    model.model.language_model = language.get_decoder()
+    model.lm_head = language.get_output_embeddings()
+    projector = model.model.multi_modal_projector.to_empty(device="cpu")
+    for layer in (projector.linear_1, projector.linear_2):
+        layer.reset_parameters()
+    projector.to(dtype)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        # A multiple of 64, as LLaVA's, for the sake of the GPU's matrix units.
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    # Ids alone: how to sample stays with the text model, whose settings may not even be savable (Vicuna's).
+    ends = language.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id} | ({*ends} if isinstance(ends, list) else {ends} - {None})),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    processor = LlavaProcessor(  # type: ignore[no-untyped-call]
+        image_processor=CLIPImageProcessor.from_pretrained(vision_name, revision=vision_revision or "main"),
+        tokenizer=tokenizer,
+        patch_size=vision.config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+    keep_frozen_out_of_autograd(model)
+    return model.eval(), processor
+
+
+def check_tower(config: PreTrainedConfig, vision_tower: str | Path) -> None:
+    """Raises ValueError unless the model was assembled on this tower, by the name that `assemble_llava` was given."""
+    recorded = getattr(config, "assembled_from", {}).get("vision_tower")
+    if recorded != _short(vision_tower):
+        vision: Any = config.vision_config
+        found = f"was assembled on {recorded!r}" if recorded else "has no record of its tower"
+        raise ValueError(
+            f"{config.name_or_path!r} {found} (width {vision.hidden_size}, {vision.num_hidden_layers} layers, "
+            f"{vision.image_size} pixels), and {_short(vision_tower)!r} is asked for: give the folder that stage 1 "
+            "wrote with that tower, or leave vision_tower out to go on with the folder's own."
+        )
+
+
+def plain_template(tokenizer: Any) -> str:
+    """The chat template of captions for the projector's first training: picture, caption, no roles and no end token.
+
+    The caption is tokenized as if it stood alone, as in the original: behind a token some tokenizers of Llama need a
+    blank for that. Source: conv_llava_plain and tokenizer_image_token of haotian-liu/LLaVA.
+    """
+    alone, behind = tokenizer.tokenize("a b"), tokenizer.tokenize("<image>a b")[1:]
+    blank = "" if behind == alone else " "
+    return (
+        "{%- for turn in messages -%}{%- for part in turn['content'] -%}"
+        f"{{{{- '<image>' if part['type'] == 'image' else '{blank}' ~ part['text'] -}}}}"
+        "{%- endfor -%}{%- endfor -%}"
+    )
+
+
+def _check_kinds(vision: str, vision_revision: str | None, language: str, language_revision: str | None) -> None:
+    faults = []
+    for name, revision, known, what in (
+        (vision, vision_revision, ("clip", "clip_vision_model"), "tower must be a CLIP"),
+        (language, language_revision, LANGUAGE_MODELS, f"text model must be one of {', '.join(LANGUAGE_MODELS)}"),
+    ):
+        try:
+            found = AutoConfig.from_pretrained(name, revision=revision).model_type
+        except (OSError, ValueError) as error:
+            faults.append(f"no model in {name!r} ({str(error).strip().splitlines()[0]})")
+            continue
+        if found not in known:
+            faults.append(f"{name!r} is a {found!r} model: the {what}")
+    if faults:
+        raise ValueError(f"A LLaVA cannot be assembled: {'; '.join(faults)}.")
+
+
+def _load(kind: Any, name: str, revision: str | None, dtype: torch.dtype | str) -> Any:
+    # Also from .bin files, in which both of LLaVA's own parts come: transformers reads no code from them.
+    model, info = kind.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name!r} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:3])}): give a "
+            "complete checkpoint."
+        )
+    return model
+
+
+def _short(name: str | Path) -> str:
+    """A Hub name as it is; of a folder the last part, since its path says nothing on another machine."""
+    return Path(name).name if Path(name).is_dir() else str(name)

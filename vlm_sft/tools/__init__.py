@@ -1,0 +1,1 @@
+"""Commands around a run: merging, memory estimates, tiny twins."""

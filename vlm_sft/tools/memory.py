@@ -1,0 +1,237 @@
+"""What a run takes of each GPU's memory, by arithmetic from the model's config: no weight is downloaded.
+
+    python -m vlm_sft.tools.memory --model llava-hf/llava-1.5-7b-hf --method qlora --gpus 1
+    python -m vlm_sft.tools.memory --table
+
+Parameters are counted on PyTorch's meta device. What the CUDA context and fragmentation take is not in it: a run is
+said to fit where its estimate is at most nine tenths of the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, PreTrainedConfig, Qwen2VLConfig
+
+from vlm_sft.models.parts import PARTS, part_of, parts_of
+
+Method = Literal["qlora", "lora", "full"]
+Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
+
+GIB = 2**30
+# NF4 with double quantization: 4 bits, one 8-bit scale for 64 weights, one 32-bit scale for 256 of these (QLoRA,
+# arXiv 2305.14314). A bfloat16 weight takes 2 bytes, a trained one 4: `upcast_trainable`.
+_NF4, _FROZEN, _TRAINED = (4 + 8 / 64 + 32 / (64 * 256)) / 8, 2, 4
+_ADAM = {"adamw": 8, "adamw_8bit": 2}
+_FITS = 0.9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    gathered: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.gathered
+
+    def fits(self, gpu_gib: float) -> bool:
+        return self.total <= _FITS * gpu_gib * GIB
+
+    def __str__(self) -> str:
+        rows = [*vars(self).items(), ("total", self.total)]
+        return "\n".join(f"{name:12}{value / GIB:9.2f} GiB" for name, value in rows)
+
+
+def on_meta(config: PreTrainedConfig) -> Any:
+    """The model without its weights."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
+
+
+def estimate(
+    model: nn.Module,
+    *,
+    method: Method,
+    gpus: int = 1,
+    strategy: Strategy = "ddp",
+    rows: int = 4,
+    tokens: int = 2048,
+    lora_r: int = 16,
+    optimizer: str = "adamw",
+    checkpointing: bool = True,
+    frozen_bytes: float = _FROZEN,
+) -> Estimate:
+    """The bytes that one training step takes on each of the GPUs, `rows` of `tokens` at a time on each.
+
+    Trained in full are projector, language model and head; adapters sit on the language model's linear layers. 4-bit
+    weights are shared out by FSDP2 alone.
+
+    Raises ValueError for settings that do not go together.
+    """
+    if method == "qlora" and strategy == "zero3":
+        raise ValueError("method='qlora' with strategy='zero3': DeepSpeed shares out no 4-bit weights; take fsdp2")
+    parts = parts_of(model)
+    frozen = packed = trained = 0
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    language = {name: m for name, m in linears.items() if part_of(name, parts) == "language"}
+    packed_names = {f"{name}.weight" for name in language} if method == "qlora" else set()
+    for name, parameter in model.named_parameters():
+        if method == "full" and part_of(name, parts) != "vision":
+            trained += parameter.numel()
+        elif name in packed_names:
+            packed += parameter.numel()
+        else:
+            frozen += parameter.numel()
+    if method != "full":
+        trained += sum(lora_r * (m.in_features + m.out_features) for m in language.values())
+
+    held: float = frozen * frozen_bytes + packed * _NF4 + trained * _TRAINED
+    gradients, states = float(trained * _TRAINED), float(trained * _ADAM[optimizer])
+    layers = _layers(model, parts)
+    in_use = torch.bfloat16.itemsize
+    gathered = 0.0
+    if strategy == "zero2":
+        held += trained * (in_use - _TRAINED + _TRAINED / gpus)  # 16-bit copies in each, 32-bit ones in shares
+        gradients, states = gradients / gpus, states / gpus
+    elif strategy in ("fsdp2", "zero3"):
+        held, gradients, states = held / gpus, gradients / gpus, states / gpus
+        # One layer at work and the next one on its way, the embedding, and the head as it is trained.
+        layer = sum(p.numel() * (_NF4 if method == "qlora" else in_use) for p in layers[0].parameters())
+        ends = {id(p): p.numel() for m in _ends(model) for p in m.parameters()}
+        gathered = 2 * layer + sum(ends.values()) * in_use if gpus > 1 else 0.0
+    elif gpus > 1:
+        gathered = gradients  # the buckets in which DDP sums gradients up
+    if method == "full" and gpus == 1:
+        gathered = max((m.weight.numel() for m in linears.values()), default=0) * in_use  # autocast's 16-bit copies
+        gathered += sum(p.numel() for p in layers[0].parameters()) * in_use
+    return Estimate(held, gradients, states, _activations(model, layers, rows * tokens, checkpointing), gathered)
+
+
+def _layers(model: Any, parts: Any) -> list[nn.Module]:
+    """The language model's layers."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    return [*max((m for name, m in lists.items() if part_of(name, parts) == "language"), key=len)]
+
+
+def _ends(model: Any) -> list[nn.Module]:
+    return [model.get_input_embeddings(), model.get_output_embeddings()]
+
+
+def _activations(model: Any, layers: Sequence[nn.Module], tokens: int, checkpointing: bool) -> float:
+    """What backward needs, in 16 bit: with checkpointing the input of each layer and all of one of them.
+
+    A layer keeps the inputs and outputs of its linear layers and norms (attention by SDPA or FlashAttention keeps no
+    scores). The head works in tiles, as TRL's does: only its hidden states and their gradient count.
+    """
+    hidden: int = model.config.get_text_config().hidden_size
+    linears = [m for m in layers[0].modules() if isinstance(m, nn.Linear)]
+    inside = sum(m.in_features + m.out_features for m in linears) + 4 * hidden
+    kept = len(layers) * hidden + inside if checkpointing else len(layers) * inside
+    return 2.0 * tokens * (kept + 2 * hidden)
+
+
+def _sizes() -> dict[str, PreTrainedConfig]:
+    """The configs of the four sizes in docs/scaling.md, as published."""
+
+    def qwen(hidden: int, layers: int, inner: int, heads: int, kv: int, vocab: int, tied: bool) -> PreTrainedConfig:
+        text = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner, "vocab_size": vocab}
+        text |= {"num_attention_heads": heads, "num_key_value_heads": kv, "tie_word_embeddings": tied}
+        vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": hidden}
+        return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+
+    bigger = {"model_type": "llama", "hidden_size": 5120, "num_hidden_layers": 40, "intermediate_size": 13824}
+    bigger |= {"num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32064}
+    smaller = {"model_type": "llama", "vocab_size": 32064}
+    return {
+        "Qwen2-VL-2B": qwen(1536, 28, 8960, 12, 2, 151936, True),
+        "LLaVA-1.5-7B": LlavaConfig(text_config=smaller),
+        "LLaVA-1.5-13B": LlavaConfig(text_config=bigger),
+        "Qwen2-VL-72B": qwen(8192, 80, 29568, 64, 8, 152064, False),
+    }
+
+
+def table(gpus: int = 8) -> str:
+    """Markdown: GiB on each GPU, 4 rows of 2,048 tokens at a time on each."""
+    ways: list[tuple[str, Method, int, Strategy]] = [
+        ("QLoRA, 1 GPU", "qlora", 1, "ddp"),
+        (f"QLoRA, {gpus} FSDP2", "qlora", gpus, "fsdp2"),
+        ("LoRA, 1 GPU", "lora", 1, "ddp"),
+        (f"LoRA, {gpus} FSDP2", "lora", gpus, "fsdp2"),
+        ("full, 1 GPU", "full", 1, "ddp"),
+        (f"full, {gpus} DDP", "full", gpus, "ddp"),
+        (f"full, {gpus} FSDP2 or ZeRO-3", "full", gpus, "fsdp2"),
+    ]
+    lines = [f"| model | parameters | {' | '.join(name for name, *_ in ways)} |", "|---" * (len(ways) + 2) + "|"]
+    for name, config in _sizes().items():
+        model = on_meta(config)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        found = [estimate(model, method=m, gpus=n, strategy=s).total / GIB for _, m, n, s in ways]
+        lines.append(f"| {name} | {count / 1e9:.2f} B | {' | '.join(f'{value:,.1f}' for value in found)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the estimate and whether it fits; 0 if it does, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m vlm_sft.tools.memory", description=main.__doc__)
+    parser.add_argument("--model", help="Hub id or folder; only its config is read")
+    parser.add_argument("--method", choices=["qlora", "lora", "full"], default="qlora")
+    parser.add_argument("--gpus", type=int, default=1, help="on all machines together")
+    parser.add_argument("--strategy", choices=["ddp", "fsdp2", "zero2", "zero3"], default="ddp")
+    parser.add_argument("--rows", type=int, default=4, help="per_device_train_batch_size")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the longest row, images included")
+    parser.add_argument("--lora_r", type=int, default=16)
+    parser.add_argument("--optimizer", choices=sorted(_ADAM), default="adamw")
+    parser.add_argument("--no_checkpointing", action="store_true", help="without activation checkpointing")
+    parser.add_argument("--gpu_memory", type=float, default=_this_gpu(), help="GiB of each GPU")
+    parser.add_argument("--table", action="store_true", help="the table of docs/scaling.md")
+    options = parser.parse_args(arguments)
+    if options.table:
+        print(table())
+        return 0
+    if not options.model:
+        parser.error("--model or --table")
+    model = on_meta(AutoConfig.from_pretrained(options.model))
+    try:
+        found = estimate(
+            model,
+            method=options.method,
+            gpus=options.gpus,
+            strategy=options.strategy,
+            rows=options.rows,
+            tokens=options.tokens,
+            lora_r=options.lora_r,
+            optimizer=options.optimizer,
+            checkpointing=not options.no_checkpointing,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    parts = parts_of(model)
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[part_of(name, parts)] += parameter.numel()
+    print("parameters  " + ", ".join(f"{part} {counts[part]:,}" for part in PARTS if counts[part]))
+    print(found)
+    fits = found.fits(options.gpu_memory)
+    print(f"{'fits' if fits else 'does not fit'} on {options.gpus} x {options.gpu_memory:g} GiB (a tenth kept free)")
+    return 0 if fits else 1
+
+
+def _this_gpu() -> float:
+    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80.0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""An adapter merged into its base: a standalone model, kept only if it answers as adapter on base does.
+
+`python -m vlm_sft.tools.merging ADAPTER OUT` reads the `training_base.json` that `SafeCheckpoints` writes beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from peft import PeftConfig
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlm_sft.models.fingerprints import read_training_base
+from vlm_sft.models.weights import ADAPTER_WEIGHTS, read_adapted
+
+Base = Literal["as-trained", "original"]
+
+_NEW_TOKENS = 16
+# A 16-bit model rounds weights and activations to 8 or 11 bits; LLM.int8 activations to 8 bits of their row's maximum.
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.02}
+_TOLERANCE_8BIT = 0.05
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The folder that was written, and what proved it.
+
+    `error`: distance of its logits from those of adapter on base, relative to their norm. `effect`: that of the base
+    without adapter. `same_tokens`: greedy tokens that agreed, of all; they part only where two were as good as equal.
+    """
+
+    folder: Path
+    dtype: str
+    error: float
+    effect: float
+    same_tokens: tuple[int, int]
+
+
+class _Answers(NamedTuple):
+    """To a question with a picture and one without: logits of the prompt, greedy tokens, logits of each of these."""
+
+    prompt: list[Tensor]
+    tokens: list[Tensor]
+    steps: list[Tensor]
+
+
+def merge(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: Base = "as-trained",
+    base_model: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    tolerance: float | None = None,
+    trust_remote_code: bool = False,
+) -> Merged:
+    """Writes `out`: merged weights, processor and generation config, all of it proven, or nothing.
+
+    - `base`: `"as-trained"` merges into the weights that training saw; those of a 4-bit or 8-bit base are dequantized
+      and kept in 16 bit, since the adapter learnt to correct their errors. `"original"`: the weights before that.
+    - `base_model`: where the base is now, if not where training found it. Its weights must be the same.
+    - `dtype`: of the result; that of the base by default.
+
+    Raises `ValueError` where `out` exists, the base is missing or another one, a key is missing or left over, or the
+    result, read again, differs from adapter on base: by more than `tolerance` (relative error of the logits; 1e-4 in
+    float32, 0.02 in 16 bit, 0.05 for an 8-bit base), by being nearer to the bare base, or by generating something else.
+    """
+    adapter, out = Path(adapter), Path(out)
+    recorded = _check(adapter, out, base)
+    quantization = recorded.get("quantization_config") if base == "as-trained" else None
+    source = str(base_model or recorded["base_model_name_or_path"])
+    load = partial(
+        read_adapted,
+        str(adapter),
+        base_model=base_model,
+        quantization_config="auto" if quantization else None,
+        device_map="auto" if torch.accelerator.is_available() else None,
+        trust_remote_code=trust_remote_code,
+    )
+
+    model = load().eval()
+    processor = _load_processor(adapter, source, None if base_model else recorded.get("revision"), trust_remote_code)
+    expected = _answers(model, _questions(processor))
+    with model.disable_adapter():
+        bare = _answers(model, _questions(processor), new_tokens=0)
+    reference_dtype = model.dtype
+    dtype = dtype or reference_dtype
+    if tolerance is None:
+        eight_bit = quantization and quantization.get("load_in_8bit")
+        tolerance = max(_TOLERANCES[dtype], _TOLERANCES[reference_dtype], _TOLERANCE_8BIT if eight_bit else 0.0)
+    if quantization:
+        del model  # never two of them in memory
+        model = load(dequantize=True).eval()
+    if dtype == torch.float32:
+        model.float()  # before the sum, which rounds in the dtype of the weights
+    model = model.merge_and_unload(safe_merge=True).to(dtype)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        folder = Path(scratch, out.name)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        del model
+        found = _answers(*_reloaded(folder, trust_remote_code))
+        error, effect = _compare(expected, found, bare, tolerance)
+        written = str(dtype).removeprefix("torch.")
+        card = _card(recorded["base_model_name_or_path"], bool(quantization), written, error)
+        Path(folder, "README.md").write_text(card, encoding="utf-8")
+        os.rename(folder, out)
+    same = sum(int((a[: len(b)] == b[: len(a)]).sum()) for a, b in zip(expected.tokens, found.tokens, strict=True))
+    return Merged(out, written, error, effect, (same, sum(map(len, expected.tokens))))
+
+
+def _check(adapter: Path, out: Path, base: str) -> dict[str, Any]:
+    """What is known of the adapter's base. Raises for all that stands in the way before anything is loaded."""
+    faults = [
+        f"{adapter} holds no {name}; give the folder that training saved the adapter in"
+        for name in ("adapter_config.json", ADAPTER_WEIGHTS)
+        if not (adapter / name).is_file()
+    ]
+    recorded = read_training_base(adapter)
+    if base not in get_args(Base):
+        faults.append(f"base={base!r}; expected one of {', '.join(get_args(Base))}")
+    elif recorded is None and base == "as-trained" and not faults:
+        faults.append(
+            f"{adapter} does not say how its base was loaded in training (no training_base.json, which "
+            "SafeCheckpoints() writes); use base='original' to merge into the weights as they are published"
+        )
+    if out.exists():
+        faults.append(f"{out} exists already; choose another folder, or remove it")
+    if faults:
+        raise ValueError("; ".join(faults))
+    config = PeftConfig.from_pretrained(str(adapter))
+    known = recorded or {}
+    place = {"base_model_name_or_path": config.base_model_name_or_path}
+    return {**known, **place, "revision": config.revision or known.get("revision")}
+
+
+def _load_processor(adapter: Path, source: str, revision: str | None, trust_remote_code: bool) -> Any:
+    own = (adapter / "processor_config.json").is_file()
+    place, options = (adapter, {}) if own else (source, {"revision": revision, "trust_remote_code": trust_remote_code})
+    processor: Any = AutoProcessor.from_pretrained(place, **options)  # type: ignore[no-untyped-call]
+    if processor.chat_template is None:
+        raise ValueError(f"the processor in {place} has no chat template to ask with")
+    return processor
+
+
+def _questions(processor: Any) -> list[Any]:
+    """Model inputs of a question with a picture, and of one without."""
+    picture = Image.linear_gradient("L").resize((96, 72)).convert("RGB")
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    inputs = []
+    for parts, images in ((content, [picture]), (content[1:], None)):
+        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        inputs.append(processor(text=[text], images=images, return_tensors="pt"))
+    return inputs
+
+
+@torch.no_grad()
+def _answers(model: Any, questions: list[Any], *, new_tokens: int = _NEW_TOKENS) -> _Answers:
+    answers = _Answers([], [], [])
+    for question in questions:
+        inputs = question.to(model.device, model.dtype)
+        answers.prompt.append(model(**inputs, use_cache=False).logits[0].float().cpu())
+        if new_tokens:
+            generated = model.generate(
+                **inputs,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=new_tokens,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            answers.steps.append(torch.cat(generated.logits).float().cpu())
+            answers.tokens.append(generated.sequences[0, -len(generated.logits) :].cpu())
+    return answers
+
+
+def _reloaded(folder: Path, trust_remote_code: bool) -> tuple[Any, list[Any]]:
+    """Model and questions as plain transformers reads them from the folder."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    processor = AutoProcessor.from_pretrained(folder, **options)  # type: ignore[no-untyped-call]
+    if torch.accelerator.is_available():
+        options["device_map"] = "auto"
+    from_pretrained: Any = AutoModelForImageTextToText.from_pretrained
+    model, found = from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
+    if faults := {name: sorted(map(str, keys)) for name, keys in found.items() if keys}:
+        raise ValueError(f"the merged model does not load again: {faults}")
+    return model.eval(), _questions(processor)
+
+
+def _compare(expected: _Answers, found: _Answers, bare: _Answers, tolerance: float) -> tuple[float, float]:
+    """Relative error and effect. Raises where the error is above the tolerance, or the adapter's effect is lost."""
+    if [len(p) for p in expected.prompt] != [len(p) for p in found.prompt]:
+        raise ValueError("the merged model's processor does not read the question as the adapter's does")
+    error = _distance(expected.prompt, found.prompt)
+    effect = _distance(expected.prompt, bare.prompt)
+    if not error <= tolerance:
+        raise ValueError(f"the merged model's logits are off by {error:.2g} (relative), more than {tolerance:.2g}")
+    if effect and _distance(found.prompt, bare.prompt) < _distance(found.prompt, expected.prompt):
+        raise ValueError(
+            f"the merged model is nearer to the bare base than to adapter on base, {effect:.2g} away from it "
+            "(relative): rounding has erased it; merge with dtype=torch.float32"
+        )
+    for question, (tokens, others) in enumerate(zip(expected.tokens, found.tokens, strict=True)):
+        common = min(len(tokens), len(others))
+        parted = (tokens[:common] != others[:common]).nonzero().flatten().tolist()
+        shared = parted[0] + 1 if parted else common  # what was read up to there is the same
+        off = _distance([expected.steps[question][:shared]], [found.steps[question][:shared]])
+        if not off <= tolerance or (not parted and len(tokens) != len(others)):
+            raise ValueError(f"the merged model generates {others.tolist()}, adapter on base {tokens.tolist()}")
+    return error, effect
+
+
+def _distance(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Norm of the difference, relative to that of the reference."""
+    difference = torch.cat([(a - b).flatten() for a, b in zip(reference, other, strict=True)])
+    return float(difference.norm() / torch.cat([a.flatten() for a in reference]).norm())
+
+
+def _card(name: str, quantized: bool, dtype: str, error: float) -> str:
+    """A model card. A path of this machine is nobody else's business."""
+    base_model = "" if Path(name).exists() else f"base_model: {name}\n"
+    into = "its dequantized base, as it was in training" if quantized else "its base"
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{base_model}---\n\n"
+        f"An adapter merged into {into}, in {dtype}. Logits differ from adapter on base by {error:.1e} (relative).\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vlm_sft.tools.merging", description=__doc__)
+    parser.add_argument("adapter", metavar="ADAPTER", help="the folder that training saved the adapter in")
+    parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
+    parser.add_argument("--base", choices=get_args(Base), default="as-trained", help="the weights to merge into")
+    parser.add_argument("--base_model", help="where the base is now, if it has moved")
+    names = [str(dtype).removeprefix("torch.") for dtype in _TOLERANCES]
+    parser.add_argument("--dtype", choices=names, help="of the result; that of the base in training by default")
+    parser.add_argument("--tolerance", type=float, help="relative error of the logits that is allowed")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code from the base's repository")
+    options = vars(parser.parse_args(argv))
+    options["dtype"] = getattr(torch, options["dtype"] or "", None)
+    try:
+        merged = merge(options.pop("adapter"), options.pop("out"), **options)
+    except ValueError as error:
+        raise SystemExit(f"not merged: {error}") from error
+    print(
+        f"{merged.folder} ({merged.dtype}): logits differ from adapter on base by {merged.error:.1e} (relative; the "
+        f"adapter's effect is {merged.effect:.1e}), {merged.same_tokens[0]} of {merged.same_tokens[1]} tokens agree"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,474 @@
+"""A small random twin of each model family, built offline: for trying a recipe, and for tests.
+
+Processor, image processor, tokenizer and model are the real classes; only the sizes, the weights and the
+vocabulary, which is trained on the spot, are small. `python -m vlm_sft.tools.tiny llava15 twins/llava15` writes a
+folder that `from_pretrained` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+_hf: Any = transformers  # partly typed
+
+# Words of the templates and of ordinary talk, runs of line breaks, and scripts beyond ASCII.
+_TEXTS = (
+    "USER: What is in this picture? ASSISTANT: The digit is seven. Hello world, a cat and a dog.",
+    "User: Describe the image. Assistant: It shows 12 red cars; and <b>bold</b> text\n\n\n",
+    "system user assistant model You are a helpful assistant. [INST] [/INST] <<SYS>>\n\n<</SYS>>\n\n",
+    "How many are there? There are two. yes no left right above below 0 1 2 3 4 5 6 7 8 9\n",
+    "élan naïve 日本語 テスト 🙂 привет мир",
+)
+
+# trl ships the other families' templates. These render what the Hub's do, {% generation %} marks included.
+_TEMPLATES = {
+    "llava15": r"""
+{%- for turn in messages -%}
+    {%- if turn['role'] != 'system' -%}{{ turn['role'] | upper ~ ': ' }}{%- endif -%}
+    {%- for part in turn['content'] if part['type'] == 'image' -%}{{ '<image>\n' }}{%- endfor -%}
+    {%- for part in turn['content'] if part['type'] == 'text' -%}
+        {%- if turn['role'] == 'assistant' -%}{% generation %}{{ part['text'] ~ ' ' }}{% endgeneration %}
+        {%- else -%}{{ part['text'] ~ ' ' }}{%- endif -%}
+    {%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}""",
+    "llava_onevision": r"""
+{%- for turn in messages -%}
+    {{- '<|im_start|>' ~ turn['role'] ~ ' ' -}}
+    {%- for part in turn['content'] if part['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}
+    {%- for part in turn['content'] if part['type'] == 'video' -%}{{ '<video>' }}{%- endfor -%}
+    {%- for part in turn['content'] if part['type'] == 'text' -%}
+        {%- if turn['role'] == 'assistant' -%}{% generation %}{{ '\n' ~ part['text'] }}{% endgeneration %}
+        {%- else -%}{{ '\n' ~ part['text'] }}{%- endif -%}
+    {%- endfor -%}
+    {{- '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}""",
+    "internvl": r"""
+{%- for turn in messages -%}
+    {{- '<|im_start|>' ~ turn['role'] ~ '\n' -}}
+    {%- if turn['content'] is string -%}{{ turn['content'] }}
+    {%- else -%}
+        {%- for part in turn['content'] -%}
+            {%- if part['type'] == 'image' -%}{{ '<IMG_CONTEXT>\n' }}
+            {%- elif part['type'] == 'video' -%}{{ '<video>\n' }}
+            {%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}""",
+}
+
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _bpe(texts: Sequence[str], words: Any, *, reserved: Sequence[str], **settings: Any) -> dict[str, Any]:
+    """Merges, and a vocabulary of at most 1,024 entries that begins with the reserved ones."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = words
+    settings |= {"special_tokens": list(reserved), "vocab_size": 1024, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**settings))
+    model = json.loads(tokenizer.to_str())["model"]
+    return {"vocab": model["vocab"], "merges": [tuple(pair) for pair in model["merges"]]}
+
+
+def _byte_level(texts: Sequence[str]) -> dict[str, Any]:
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return _bpe(texts, words, reserved=(), initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+
+def _byte_fallback(texts: Sequence[str], *reserved: str) -> dict[str, Any]:
+    """Words begin with a visible space, runs of line breaks are words, unknown characters become bytes."""
+    words = [pre_tokenizers.Split(Regex("\n+"), "isolated"), pre_tokenizers.Split("▁", "merged_with_next")]
+    reserved += tuple(f"<0x{byte:02X}>" for byte in range(256))
+    return _bpe([text.replace(" ", "▁") for text in texts], pre_tokenizers.Sequence(words), reserved=reserved)
+
+
+def _llama(texts: Sequence[str], *, legacy: bool = True, **tokens: Any) -> Any:
+    """`legacy`: a normalizer writes the visible spaces and nothing splits, as in the files of llava-1.5-hf."""
+    parts = _byte_fallback([f" {text}" for text in texts], "<unk>", "<s>", "</s>")
+    tokens |= {"pad_token": "<pad>", "add_bos_token": True, "padding_side": "left"}
+    if not legacy:
+        return _hf.LlamaTokenizer(**parts, **tokens)
+    backend = Tokenizer(models.BPE(**parts, fuse_unk=True, byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaces, strip = decoders.Replace("▁", " "), decoders.Strip(content=" ", left=1, right=0)
+    backend.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokens |= {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return _hf.TokenizersBackend(tokenizer_object=backend, **tokens)
+
+
+def _gemma(texts: Sequence[str], **tokens: Any) -> Any:
+    parts = _byte_fallback(texts, "<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    return _hf.GemmaTokenizer(**parts, add_bos_token=True, **tokens)
+
+
+def _qwen(texts: Sequence[str], **tokens: Any) -> Any:
+    tokens |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return _hf.Qwen2Tokenizer(**_byte_level(texts), **tokens)
+
+
+def _backend(texts: Sequence[str], *words: Any, **tokens: Any) -> Any:
+    backend = Tokenizer(models.BPE(**_byte_level(texts)))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(words))
+    backend.decoder = decoders.ByteLevel()
+    return _hf.TokenizersBackend(tokenizer_object=backend, **tokens)
+
+
+def _smollm(texts: Sequence[str], **tokens: Any) -> Any:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return _backend(texts, digits, pre_tokenizers.ByteLevel(add_prefix_space=False), **tokens)
+
+
+def _llama3(texts: Sequence[str], **tokens: Any) -> Any:
+    words = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return _backend(texts, words, letters, add_bos_token=True, **tokens)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Width and depth of tower and language model; edge of an image (or of a tile of it) and of a patch."""
+
+    hidden: int
+    layers: int
+    image: int
+    patch: int
+
+    @property
+    def square(self) -> dict[str, int]:
+        return {"height": self.image, "width": self.image}
+
+    @property
+    def tilings(self) -> list[list[int]]:
+        return [[self.image, 2 * self.image], [2 * self.image, self.image], [2 * self.image, 2 * self.image]]
+
+    @property
+    def pooled(self) -> int:
+        """Tokens of an image (or tile) whose squares of 2 x 2 patches become one token each."""
+        return (self.image // self.patch // 2) ** 2
+
+    def blocks(self, **others: Any) -> dict[str, Any]:
+        shape = {"hidden_size": self.hidden, "intermediate_size": 2 * self.hidden}
+        return shape | {"num_hidden_layers": self.layers, "num_attention_heads": self.hidden // 16} | others
+
+    def vision(self, **others: Any) -> dict[str, Any]:
+        return self.blocks(image_size=self.image, patch_size=self.patch) | others
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Arguments of the image processor, the video processor, the processor, and the three configurations."""
+
+    image: dict[str, Any]
+    vision: dict[str, Any]
+    processor: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+    video: dict[str, Any] = field(default_factory=dict)
+
+
+def _clip(size: _Size, **tilings: Any) -> _Settings:
+    select = {"vision_feature_select_strategy": "default"}
+    return _Settings(
+        image={"size": {"shortest_edge": size.image}, "crop_size": size.square, **tilings},
+        # One layer more than asked for: features are taken before the last, which never gets a gradient.
+        vision=size.vision(model_type="clip_vision_model", num_hidden_layers=size.layers + 1),
+        processor=select | {"patch_size": size.patch, "num_additional_image_tokens": 1},
+        config=select | {"vision_feature_layer": -2, **tilings},
+    )
+
+
+def _clip_tiles(size: _Size) -> _Settings:
+    return _clip(size, image_grid_pinpoints=size.tilings)
+
+
+def _siglip_tiles(size: _Size) -> _Settings:
+    select = {"vision_feature_select_strategy": "full"}
+    tilings = {"image_grid_pinpoints": [[size.image, size.image], *size.tilings]}
+    return _Settings(
+        image={"size": size.square, **tilings},
+        video={"size": size.square},
+        vision=size.vision(model_type="siglip_vision_model", vision_use_head=False),
+        processor=select | {"num_image_tokens": (size.image // size.patch) ** 2},
+        config=select | {"vision_feature_layer": -1, **tilings},
+    )
+
+
+def _any_size(size: _Size, rope: dict[str, Any], **vision: Any) -> _Settings:
+    pixels = {"min_pixels": size.image**2 // 2, "max_pixels": (2 * size.image) ** 2}
+    return _Settings(
+        image={"patch_size": size.patch, **pixels},
+        video={"patch_size": size.patch},
+        vision=size.vision(**vision),
+        text={"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **rope}},
+    )
+
+
+def _qwen2_vl(size: _Size) -> _Settings:
+    return _any_size(size, {"mrope_section": [2, 3, 3]}, embed_dim=size.hidden, mlp_ratio=2)
+
+
+def _qwen2_5_vl(size: _Size) -> _Settings:
+    attention = {"window_size": 4 * size.patch, "fullatt_block_indexes": [size.layers - 1]}
+    return _any_size(size, {"mrope_section": [2, 3, 3]}, out_hidden_size=size.hidden, **attention)
+
+
+def _qwen3_vl(size: _Size) -> _Settings:
+    rope = {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    taps = {"deepstack_visual_indexes": list(range(size.layers)), "num_position_embeddings": 256}
+    return _any_size(size, rope, out_hidden_size=size.hidden, **taps)
+
+
+def _idefics3(size: _Size) -> _Settings:
+    tiles = {"size": {"longest_edge": 2 * size.image}, "max_image_size": {"longest_edge": size.image}}
+    counts = {"image_seq_len": size.pooled}
+    return _Settings(image=tiles, vision=size.vision(), processor=counts, config={"scale_factor": 2})
+
+
+def _smolvlm(size: _Size) -> _Settings:
+    tile = {"longest_edge": size.image}
+    return replace(_idefics3(size), video={"size": tile, "max_image_size": tile})
+
+
+def _gemma3(size: _Size) -> _Settings:
+    layers = ["sliding_attention"] * (size.layers - 1) + ["full_attention"]
+    return _Settings(
+        image={"size": size.square},
+        vision=size.vision(model_type="siglip_vision_model", vision_use_head=False),
+        processor={"image_seq_length": size.pooled},
+        config={"mm_tokens_per_image": size.pooled},
+        text={"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "layer_types": layers},
+    )
+
+
+def _internvl(size: _Size) -> _Settings:
+    return _Settings(
+        image={"size": size.square, "crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+        video={"size": size.square},
+        vision=size.vision(image_size=[size.image] * 2, patch_size=[size.patch] * 2),
+        processor={"image_seq_length": size.pooled},
+        config={"image_seq_length": size.pooled, "downsample_ratio": 0.5},
+    )
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A tokenizer and what it knows beside the tokens of its class; strings hold several, parted by spaces."""
+
+    make: Callable[..., Any]
+    stop: str  # these end generation
+    ids: dict[str, str]  # field of the configuration -> token
+    names: dict[str, str] = field(default_factory=dict)  # attribute of the tokenizer -> token
+    others: str = ""
+
+
+_IMAGE = {"image_token_id": "<image>"}
+_TILES = " ".join(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+_GEMMA_NAMES = {"image": "<image_soft_token>", "boi": "<start_of_image>", "eoi": "<end_of_image>"}
+
+_LLAMA = _Tokens(_llama, "</s>", _IMAGE)
+_QWEN = _Tokens(
+    _qwen,
+    "<|im_end|> <|endoftext|>",
+    {f"{kind}_token_id": f"<|{kind}_pad|>" for kind in ("image", "video")}
+    | {f"vision_{end}_token_id": f"<|vision_{end}|>" for end in ("start", "end")},
+    others="<|im_start|> <|vision_pad|>",
+)
+_ONEVISION = replace(_QWEN, ids=_IMAGE | {"video_token_id": "<video>"}, others="<|im_start|>")
+_INTERNVL = _Tokens(
+    _qwen,
+    "<|im_end|>",
+    {"image_token_id": "<IMG_CONTEXT>"},
+    {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    | {"start_image_token": "<img>", "end_image_token": "</img>"},
+    "<|im_start|>",
+)
+_SMOLVLM = _Tokens(
+    _smollm,
+    "<end_of_utterance>",
+    _IMAGE,
+    {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
+    | {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>"}
+    | {"end_of_utterance_token": "<end_of_utterance>", "global_image_token": "<global-img>"},
+    f"<|endoftext|> {_TILES}",
+)
+_IDEFICS3 = _Tokens(
+    _llama3,
+    "<|end_of_text|> <end_of_utterance>",
+    _IMAGE,
+    {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"},
+    f"<|eot_id|> <end_of_utterance> <fake_token_around_image> <global-img> {_TILES}",
+)
+_GEMMA3 = _Tokens(
+    _gemma,
+    "<eos> <end_of_turn>",
+    {f"{name}_token_index": token for name, token in _GEMMA_NAMES.items()},
+    {f"{name}_token": token for name, token in _GEMMA_NAMES.items()},
+    "<start_of_turn> <end_of_turn>",
+)
+
+
+@dataclass(frozen=True)
+class _Family:
+    classes: str  # the names of its classes begin with this
+    language: str  # model_type of the language model
+    settings: Callable[[_Size], _Settings]
+    tokens: _Tokens
+    template: str  # file in trl/chat_templates, or one of the templates above
+    image: str = ""  # the name of the image (video) processor begins with this, where not with `classes`
+    video: str = ""
+
+
+_FAMILIES = {
+    "llava15": _Family("Llava", "llama", _clip, _LLAMA, "llava15", image="CLIP"),
+    "llava_next": _Family("LlavaNext", "mistral", _clip_tiles, _LLAMA, "llava_next"),
+    "llava_onevision": _Family("LlavaOnevision", "qwen2", _siglip_tiles, _ONEVISION, "llava_onevision"),
+    "qwen2_vl": _Family("Qwen2VL", "qwen2_vl_text", _qwen2_vl, _QWEN, "qwen2_5_vl"),
+    "qwen2_5_vl": _Family(
+        "Qwen2_5_VL", "qwen2_5_vl_text", _qwen2_5_vl, _QWEN, "qwen2_5_vl", image="Qwen2VL", video="Qwen2VL"
+    ),
+    "qwen3_vl": _Family("Qwen3VL", "qwen3_vl_text", _qwen3_vl, _QWEN, "qwen3_vl", image="Qwen2VL"),
+    "smolvlm": _Family("SmolVLM", "llama", _smolvlm, _SMOLVLM, "smolvlm"),
+    "idefics3": _Family("Idefics3", "llama", _idefics3, _IDEFICS3, "idefics3"),
+    "gemma3": _Family("Gemma3", "gemma3_text", _gemma3, _GEMMA3, "gemma3"),
+    "internvl": _Family("InternVL", "qwen2", _internvl, _INTERNVL, "internvl", image="GotOcr2"),
+}
+FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+
+
+def build(
+    family: str,
+    *,
+    seed: int = 0,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    image_size: int = 32,
+    patch_size: int = 8,
+    corpus: Sequence[str] = (),
+    legacy_tokenizer: bool | None = None,
+) -> tuple[Any, Any]:
+    """A random model (float32, evaluation mode) of one of `FAMILIES`, and the processor that goes with it.
+
+    `image_size` and `patch_size` are edges in pixels: of the square (or tile) that the tower sees and of a patch;
+    Qwen-VL takes images up to twice that edge. The vocabulary is trained on `corpus` beside some English, so that
+    its words become tokens. `legacy_tokenizer` is for the two families with a Llama tokenizer: True, the default,
+    is the form in llava-1.5-hf's files, False is what `LlamaTokenizer` builds.
+
+    Raises ValueError for settings that do not fit, all at once, and ImportError where torchvision is missing.
+    """
+    if family not in _FAMILIES:
+        raise ValueError(f"unknown family {family!r}; the known ones are {', '.join(FAMILIES)}.")
+    spec = _FAMILIES[family]
+    size = _Size(hidden_size, num_layers, image_size, patch_size)
+    faults = {
+        f"hidden_size={hidden_size}: expected a multiple of 64": hidden_size < 1 or hidden_size % 64,
+        f"num_layers={num_layers}: expected 1 or more": num_layers < 1,
+        f"image_size={image_size}, patch_size={patch_size}: expected an even number of patches": (
+            patch_size < 1 or image_size < 1 or image_size % (2 * patch_size)
+        ),
+        f"legacy_tokenizer={legacy_tokenizer}: {family} has no Llama tokenizer, leave it out": (
+            legacy_tokenizer is not None and spec.tokens is not _LLAMA
+        ),
+    }
+    if any(faults.values()):
+        raise ValueError("; ".join(text for text, wrong in faults.items() if wrong))
+    options = {} if legacy_tokenizer is None else {"legacy": legacy_tokenizer}
+    tokenizer = _tokenizer(spec.tokens, [*_TEXTS, *corpus], **options)
+    settings = spec.settings(size)
+    try:
+        processor = _processor(spec, settings, tokenizer)
+    except ImportError as error:
+        raise ImportError(f'{family} needs what pip install "vlm_sft[torchvision]" brings: {error}') from error
+    return _model(spec, settings, tokenizer, size, seed), processor
+
+
+def _tokenizer(tokens: _Tokens, texts: Sequence[str], **options: Any) -> Any:
+    unnamed = [token for token in tokens.ids.values() if token not in tokens.names.values()]
+    return tokens.make(texts, **tokens.names, extra_special_tokens=[*unnamed, *tokens.others.split()], **options)
+
+
+def _processor(spec: _Family, settings: _Settings, tokenizer: Any) -> Any:
+    image_processor = getattr(_hf, f"{spec.image or spec.classes}ImageProcessor")
+    parts = {"image_processor": image_processor(**settings.image), "tokenizer": tokenizer}
+    if settings.video:
+        video_processor = getattr(_hf, f"{spec.video or spec.classes}VideoProcessor")
+        parts["video_processor"] = video_processor(**settings.video)
+    shipped = files("trl").joinpath("chat_templates", f"{spec.template}.jinja")
+    template = _TEMPLATES.get(spec.template) or shipped.read_text("utf-8")
+    return getattr(_hf, f"{spec.classes}Processor")(**parts, chat_template=template, **settings.processor)
+
+
+def _model(spec: _Family, settings: _Settings, tokenizer: Any, size: _Size, seed: int) -> Any:
+    id_of = tokenizer.convert_tokens_to_ids
+    stop = id_of(spec.tokens.stop.split())
+    ends = {
+        # Qwen's tokenizer names no first token; its generation settings take the one it pads with.
+        "bos_token_id": id_of(tokenizer.bos_token or tokenizer.pad_token),
+        "eos_token_id": stop if len(stop) > 1 else stop[0],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = size.blocks(
+        model_type=spec.language,
+        vocab_size=-(-len(tokenizer) // 64) * 64,  # larger than the tokenizer, as those of the Hub are
+        num_key_value_heads=size.hidden // 32,
+        max_position_embeddings=4096,
+    )
+    config = getattr(_hf, f"{spec.classes}Config")(
+        text_config=text | ends | settings.text,
+        vision_config=settings.vision,
+        **{name: id_of(token) for name, token in spec.tokens.ids.items()},
+        **settings.config,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(_hf, f"{spec.classes}ForConditionalGeneration")(config)
+        # The usual deviation of 0.02 is made for widths in the thousands. At 64, attention would hardly look at
+        # positions, so that faults there hide, and Gemma3's projector starts at zero: images without effect.
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return model.eval()
+
+
+def save(family: str, folder: str | Path, **options: Any) -> Path:
+    """The folder, with the model and the processor that `build` makes with these options.
+
+    Raises ValueError for a folder that exists and is not empty, and what `build` raises.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; name another one or empty it.")
+    model, processor = build(family, **options)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vlm_sft.tools.tiny", description=__doc__)
+    parser.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(FAMILIES)}")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
+    given = parser.parse_args(arguments)
+    try:
+        print(save(given.family, given.folder))
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
