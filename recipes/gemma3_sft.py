@@ -89,7 +89,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     quantization = vlm_sft.nf4_config(config, compute_dtype=vlm_sft.best_dtype()) if args.load_in_4bit else None
     model = vlm_sft.load_model(args.model_name_or_path, quantization_config=quantization, **source)
     if args.load_in_4bit:
-        vlm_sft.say(vlm_sft.check_quantized(model))
+        vlm_sft.print_main(vlm_sft.check_quantized(model))
     peft_config = vlm_sft.lora_config(
         model, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
     )
@@ -113,7 +113,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     trainer.add_callback(vlm_sft.GenerationEvaluation(trainer, rows=data["test"], metrics=METRICS, num_rows=32))
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
-    vlm_sft.say(vlm_sft.check_adapters(trainer.model))
+    vlm_sft.print_main(vlm_sft.check_adapters(trainer.model))
     with vlm_sft.explain_out_of_memory(trainer):
         trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer))
 

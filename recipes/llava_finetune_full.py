@@ -108,7 +108,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     trainer.add_callback(vlm_sft.GenerationEvaluation(trainer, rows=data["test"], metrics=METRICS, num_rows=32))
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
-    vlm_sft.say(vlm_sft.check_trainable(trainer.model, train=trained))
+    vlm_sft.print_main(vlm_sft.check_trainable(trainer.model, train=trained))
     with vlm_sft.explain_out_of_memory(trainer):
         trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer))
 

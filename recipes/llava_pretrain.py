@@ -110,7 +110,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     )
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
     vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
-    vlm_sft.say(vlm_sft.check_trainable(trainer.model, train=("projector",)))
+    vlm_sft.print_main(vlm_sft.check_trainable(trainer.model, train=("projector",)))
     with vlm_sft.explain_out_of_memory(trainer):
         trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer))
 

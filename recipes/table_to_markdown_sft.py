@@ -124,7 +124,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
     answers = GenerationEvaluation(trainer, rows=data["test"], metrics=METRICS, max_new_tokens=args.max_new_tokens)
     trainer.add_callback(answers)
     vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
-    vlm_sft.say(vlm_sft.check_adapters(trainer.model))
+    vlm_sft.print_main(vlm_sft.check_adapters(trainer.model))
     with vlm_sft.explain_out_of_memory(trainer):
         trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer))
 

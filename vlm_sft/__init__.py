@@ -8,7 +8,7 @@ from vlm_sft.chat.labels import IGNORE_INDEX
 from vlm_sft.chat.packing import CheckFlatRows, accept_flat_rows, pack
 from vlm_sft.data.datasets import load_conversations, mix
 from vlm_sft.data.lengths import with_lengths
-from vlm_sft.distributed import say
+from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import GenerationEvaluation
 from vlm_sft.evaluation.generate import generate, question_of
 from vlm_sft.evaluation.pages import Sample, write_samples_html
@@ -73,9 +73,9 @@ __all__ = [
     "pack",
     "parameter_table",
     "plot_loss",
+    "print_main",
     "question_of",
     "rates_by_part",
-    "say",
     "sound_rows",
     "upcast_trainable",
     "verify_checkpoint",

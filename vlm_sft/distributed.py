@@ -1,4 +1,4 @@
-"""What the processes of one run do together: speak once, decide once, agree."""
+"""Helpers for distributed runs: print once, run on the main process, reduce a flag."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list, reduce
 T = TypeVar("T")
 
 
-def say(text: str) -> None:
-    """One line on stderr, from the main process."""
+def print_main(text: str) -> None:
+    """Prints to stderr, on the main process only."""
     if PartialState().is_main_process:
         print(text, file=sys.stderr, flush=True)
 
@@ -34,7 +34,7 @@ def on_main(work: Callable[[], T]) -> T:
     return result
 
 
-def on_any(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any process. Every process must call it."""
     state = PartialState()
     if state.num_processes == 1:

@@ -118,7 +118,7 @@ def audit(
         raise ValueError("\n".join([f"faults in what would be trained: {len(faults)}", *faults[:10]]))
     tokens = _count_tokens(batches, collator.pad_to_multiple_of or 1)
     report = AuditReport(collator, rows, len(examples) - len(rows), tokens, answers, prompts, said)
-    ranks.say(str(report))
+    ranks.print_main(str(report))
     return report
 
 

@@ -137,11 +137,11 @@ def scan(
     if on_bad_rows == "error" and any(fault.harms for fault in faults):
         raise ValueError(f"{report}\nmend these rows, or leave them out with on_bad_rows='drop'")
     if faults and on_bad_rows == "error":
-        ranks.say(f"{report}\nthese rows stay; on_bad_rows='drop' leaves them out")
+        ranks.print_main(f"{report}\nthese rows stay; on_bad_rows='drop' leaves them out")
     if faults and on_bad_rows == "drop":
         if len({fault.index for fault in faults if fault.harms}) > max_bad_fraction * report.rows:
             raise ValueError(f"{report}\nmore than max_bad_fraction={max_bad_fraction} of the rows are bad; mend them")
-        ranks.say(f"{report.bad_rows} of {report.rows} rows are left out.\n{report}")
+        ranks.print_main(f"{report.bad_rows} of {report.rows} rows are left out.\n{report}")
     return report
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm_sft.chat.messages import text_of
-from vlm_sft.distributed import say
+from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.generate import Rows, generate, question_of
 from vlm_sft.evaluation.metrics import Metric, Reference, row_score
 from vlm_sft.evaluation.pages import Sample, write_samples_html
@@ -29,7 +29,7 @@ class GenerationEvaluation(TrainerCallback):
     beside it shows the newest answers next to the oldest, those before training with `eval_on_start=True`. The
     trackers that the run reports to get some of the pictures (`vlm_sft.evaluation.trackers`).
 
-    - `metrics`: name -> function of (predictions, references), of `vlm_sft.evaluation.metrics` or your own. The first one
+    - `metrics`: name -> function of (predictions, references), from the metrics module or your own. The first one
       scores the rows of the page, where 1 is right.
     - `references`: the right answers, one entry per row (several for `vqa_accuracy`); default: each row's last answer.
 
@@ -77,7 +77,7 @@ class GenerationEvaluation(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        say(
+        print_main(
             f"Each evaluation generates answers to {len(self.numbers)} of {len(self.rows)} rows, up to "
             f"{self.settings['max_new_tokens']} tokens each."
         )

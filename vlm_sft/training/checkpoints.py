@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vlm_sft.distributed import on_any, on_main, say
+from vlm_sft.distributed import any_rank, on_main, print_main
 from vlm_sft.models.fingerprints import (
     RATES,
     TRAINING_BASE,
@@ -102,7 +102,7 @@ class SafeCheckpoints(TrainerCallback):
                 group["lr"] = 0.0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if on_any(self._terminated):
+        if any_rank(self._terminated):
             self._terminated = control.should_save = True
             control.should_evaluate = False
         self._before_save(args, state, control)
@@ -121,7 +121,7 @@ class SafeCheckpoints(TrainerCallback):
             write_manifest(folder, {"resumable": resumable, "settings": self._settings, "notes": _notes(args)})
         PartialState().wait_for_everyone()
         if self._terminated:
-            say(f"SIGTERM: saved {folder}; stopped after {state.global_step} of {state.max_steps} steps")
+            print_main(f"SIGTERM: saved {folder}; stopped after {state.global_step} of {state.max_steps} steps")
             raise SystemExit(0)
 
     def on_train_end(
@@ -162,7 +162,7 @@ class SafeCheckpoints(TrainerCallback):
                 "SafeCheckpoints(allow_mismatch=True) to go on all the same."
             )
         for line in found:
-            say(f"{folder} is resumed although {line}")
+            print_main(f"{folder} is resumed although {line}")
         self._checked = folder
 
     def _lock(self, output_dir: Path) -> None:
@@ -193,7 +193,7 @@ class SafeCheckpoints(TrainerCallback):
     def _on_sigterm(self, *_: Any) -> None:
         self._terminated = True
         signal.signal(signal.SIGTERM, self._former_handler)  # a second one acts as it always did
-        say("SIGTERM: the running step is finished and saved first")
+        print_main("SIGTERM: the running step is finished and saved first")
 
 
 def latest_checkpoint(trainer: Any) -> str | None:
@@ -217,12 +217,12 @@ def latest_checkpoint(trainer: Any) -> str | None:
     def find() -> str | None:
         for folder in reversed(_checkpoints(_output_dir(trainer.args))):
             if faults := verify_checkpoint(folder):
-                say(f"{folder} is skipped: {'; '.join(faults)}")
+                print_main(f"{folder} is skipped: {'; '.join(faults)}")
                 continue
             settings = guard.settings(trainer.args, trainer.train_dataset, optimizer_kwargs.get(RATES))
             guard.check(folder, settings, trainer.model)
             for line in differences(read_manifest(folder)["notes"], _notes(trainer.args)):
-                say(f"{folder} is resumed; {line}")
+                print_main(f"{folder} is resumed; {line}")
             return str(folder)
         return None
 
@@ -278,7 +278,7 @@ def _move_incomplete(output_dir: Path, step: int) -> None:
         aside = folder.with_name(f"incomplete-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        say(f"{folder} is moved to {aside.name} ({'; '.join(faults)}); delete it when you do not need it")
+        print_main(f"{folder} is moved to {aside.name} ({'; '.join(faults)}); delete it when you do not need it")
 
 
 def _key_differences(folder: Path, model: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vlm_sft.distributed import on_any, say
+from vlm_sft.distributed import any_rank, print_main
 
 
 class StopOnNaN(TrainerCallback):
@@ -53,7 +53,7 @@ class StopOnNaN(TrainerCallback):
         scaler = getattr(kwargs["optimizer"], "scaler", None)
         bad_loss = any(bool(bad.any()) for _, bad in self._seen)
         forgiven = scaler is not None and scaler.get_scale() >= 1
-        if not on_any(bad_loss or not (forgiven or _all_finite([p.grad for p in parameters]))):
+        if not any_rank(bad_loss or not (forgiven or _all_finite([p.grad for p in parameters]))):
             return
         named = gather_object(self._named(bad_only=True)) or gather_object(self._named(bad_only=False))
         what = f"step {state.global_step + 1}: the loss or the gradient is not finite, from {', '.join(named)}"
@@ -63,7 +63,7 @@ class StopOnNaN(TrainerCallback):
                 f"over such steps with StopOnNaN(max_skipped={self.max_skipped + 1})."
             )
         self.skipped += 1
-        say(f"{what}; passed over, {self.skipped} of at most {self.max_skipped}")
+        print_main(f"{what}; passed over, {self.skipped} of at most {self.max_skipped}")
         for parameter in parameters:
             if scaler is None:
                 parameter.grad = None

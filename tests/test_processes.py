@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vlm_sft.distributed import on_any, on_main, say
+from vlm_sft.distributed import any_rank, on_main, print_main
 
 
 def one_of_two(rank: int, port: int, answers: Any) -> None:
@@ -31,9 +31,9 @@ def one_of_two(rank: int, port: int, answers: Any) -> None:
         refused = str(error)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        say(f"rank {rank} speaks")
+        print_main(f"rank {rank} speaks")
     decided = on_main(lambda: f"decided by {rank}")
-    answers.put((rank, decided, refused, on_any(rank == 1), on_any(False), said.getvalue()))
+    answers.put((rank, decided, refused, any_rank(rank == 1), any_rank(False), said.getvalue()))
     PartialState().destroy_process_group()
 
 
@@ -60,5 +60,5 @@ def test_two_processes_agree() -> None:
 
 def test_one_process_needs_no_other() -> None:
     assert on_main(lambda: 7) == 7
-    assert on_any(True)
-    assert not on_any(False)
+    assert any_rank(True)
+    assert not any_rank(False)

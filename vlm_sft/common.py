@@ -1,0 +1,70 @@
+"""The few helpers that two rooms share. Nothing here knows a conversation, a part of a model or a run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
+
+
+def base_of(model: Any) -> Any:
+    """The model itself, without the PEFT wrapper where it has one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def eos_ids(eos_token_id: int | Sequence[int] | None) -> list[int]:
+    """`eos_token_id` of a generation config as a list; it may be a number, a list or None."""
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+
+def is_quantized(weight: nn.Parameter) -> bool:
+    """Whether bitsandbytes holds this weight in 4 or 8 bits, whatever dtype stores it."""
+    return not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
+
+
+def listed(names: Collection[str]) -> str:
+    """The first six names in alphabetical order and how many more there are, for a message."""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(sorted(names)[:6]) + more or "none"
+
+
+def on_meta(config: PreTrainedConfig) -> Any:
+    """The model of this config without its weights (0.2 s at 7B)."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module has its own mode again, so a frozen part in eval mode stays so."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def rng_state() -> tuple[Any, ...]:
+    """The state of each random number generator that training draws from; `restore_rng` puts it back."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def restore_rng(state: tuple[Any, ...]) -> None:
+    """Puts back what `rng_state` returned."""
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3]:
+        torch.cuda.set_rng_state_all(state[3])
