@@ -1,108 +1,83 @@
-"""LLaVA-1.5-7B on instruction data: DoRA adapters on a 4-bit base, one GPU or many.
+"""LLaVA-1.5-7B on instruction data: DoRA adapters on a 4-bit base, on one GPU or many.
 
-Trained: DoRA adapters of rank 16 on q, k, v, o, gate, up and down of the language model, whose weights are NF4 with
-double quantization. Frozen in 16 bit: CLIP tower, projector, lm_head. In the loss: the assistant's words and </s>.
+Trains DoRA adapters of rank 16 on every linear layer in the language model's blocks. Frozen: the NF4 base; CLIP tower,
+projector and lm_head in 16 bit. The loss covers each assistant turn and the </s> that ends it.
 
-    accelerate launch recipes/llava15_sft.py
-    NCCL_P2P_DISABLE=1 python recipes/llava15_sft.py     # one GPU; the variable is for cards that hang over P2P
-    accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/llava15_sft.py --learning_rate 1e-4
+    accelerate launch recipes/llava15_sft.py --dataset_name my_data.jsonl
 
-Needs, takes, reaches: not yet measured on a GPU. Run again to go on from the newest checkpoint in `output_dir`.
-Edit: `to_conversation` for your rows, the defaults below for your values. Each is a flag, or a line of --config X.yaml.
+Not measured yet. Edit `to_conversation` and the defaults below; each default is a flag, or a line of --config run.yaml.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from transformers import AutoConfig
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import SFTTrainer, TrlParser
 
 import vlm_sft
-from vlm_sft import CheckFlatRows, KeepGeneration, OrderByLength, SafeCheckpoints, StopOnNaN
-from vlm_sft.chat.audit import audit
 from vlm_sft.evaluation.metrics import anls
 
-METRICS = {"anls": anls}  # of the answers to held-out rows: likeness to the reference, 0 to 1
+TRAINS = {"language": "lora"}  # part -> "lora", "full" or names of layers; vision, projector and head stay frozen
+METRICS = {"anls": anls}  # of generated answers to held-out rows: similarity to the reference, 0 to 1
 
 
 @dataclass
-class RecipeArguments:
-    model_name_or_path: str = field(default="llava-hf/llava-1.5-7b-hf", metadata={"help": "Hub id or folder."})
+class RecipeArguments(vlm_sft.Arguments):
+    model_name_or_path: str = "llava-hf/llava-1.5-7b-hf"
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
-    dataset_name: str = field(default="HuggingFaceH4/llava-instruct-mix-vsft", metadata={"help": "Hub id or path."})
+    dataset_name: str = "HuggingFaceH4/llava-instruct-mix-vsft"
     columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
     image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max_steps."})
     on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
     load_in_4bit: bool = field(default=True, metadata={"help": "NF4 base; --no_load_in_4bit keeps 16 bit."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
-    use_dora: bool = field(default=True, metadata={"help": "DoRA (arXiv 2402.09353); --no_use_dora is plain LoRA."})
+    lora_dropout: float = 0.05
+    use_dora: bool = field(default=True, metadata={"help": "DoRA (arXiv 2402.09353): a slower step."})
 
 
 @dataclass
-class RecipeConfig(SFTConfig):
+class RecipeConfig(vlm_sft.RecipeDefaults):
     output_dir: str | None = "outputs/llava15_sft"
     max_length: int | None = 2048  # LLaVA-1.5's own limit; an image takes 576 of it. A longer row is an error
     num_train_epochs: float = 1  # as LLaVA: one pass over instruction data
     train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
     per_device_train_batch_size: int = 4
-    per_device_eval_batch_size: int = 4
     gradient_accumulation_steps: int = 4  # 16 rows a step on one GPU
     learning_rate: float = 2e-4  # LLaVA's and QLoRA's rate for adapters; full fine-tuning takes 2e-5
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 100
-    optim: str = "paged_adamw_32bit"  # pages its states out when memory runs short; without a GPU adamw_torch
+    lr_scheduler_type: str = "cosine"  # as LLaVA; TRL's is linear
+    warmup_steps: float = 0.03  # below 1, a share of all steps; LLaVA's
+    optim: str = "paged_adamw_32bit"  # QLoRA's; pages its states out when memory runs short. Without a GPU adamw_torch
     max_grad_norm: float = 0.3  # QLoRA's (arXiv 2305.14314)
     neftune_noise_alpha: float | None = 5  # noise on embeddings while training (arXiv 2310.05914)
-    activation_checkpointing: bool | None = True  # memory for some 20% of time
-    logging_steps: float = 10
-    eval_on_start: bool = True  # the answers before training, for samples.html
-    eval_strategy: str = "steps"
-    eval_steps: float | None = 100
-    save_steps: float = 100
-    save_total_limit: int | None = 3  # the newest, the one before it, the best
-    load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "eval_loss"
-    dataloader_num_workers: int = field(default_factory=vlm_sft.best_worker_count)
-    dataloader_persistent_workers: bool = field(default_factory=lambda: vlm_sft.best_worker_count() > 0)
-    remove_unused_columns: bool = False  # keeps `row`, by which errors name a row
-    report_to: str = "none"
-
-    def __post_init__(self) -> None:
-        vlm_sft.fit_to_hardware(self)
-        super().__post_init__()
+    eval_steps: float | None = 100  # and a checkpoint as often
+    load_best_model_at_end: bool = True  # by eval_loss
 
 
-def to_conversation(row: Mapping[str, Any]) -> dict[str, Any]:
+def to_conversation(row: dict) -> dict:
     """The one function that depends on the dataset: `messages` with image parts, and their `images` in order."""
     return {"messages": row["messages"], "images": row["images"]}
 
 
-def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
-    source = {"revision": args.model_revision}
-    processor = vlm_sft.load_processor(args.model_name_or_path, **source)
-    reading = {"columns": args.columns, "image_folder": args.image_folder, "max_eval_rows": args.num_eval_rows}
-    data = vlm_sft.load_conversations(
-        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **reading
-    )
-    config = AutoConfig.from_pretrained(args.model_name_or_path, **source)
-    quantization = vlm_sft.nf4_config(config, compute_dtype=vlm_sft.best_dtype()) if args.load_in_4bit else None
-    model = vlm_sft.load_model(args.model_name_or_path, quantization_config=quantization, **source)
-    if args.load_in_4bit:
-        vlm_sft.print_main(vlm_sft.check_quantized(model))
+def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
+    name, revision = args.model_name_or_path, args.model_revision
+    processor = vlm_sft.load_processor(name, revision=revision)
+    model = vlm_sft.load_model(name, revision=revision, load_in_4bit=args.load_in_4bit)
     peft_config = vlm_sft.lora_config(
-        model, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
+        model, TRAINS, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
     )
-    flat = vlm_sft.accept_flat_rows(model)  # with FlashAttention, rows need no padding
-    collator = vlm_sft.ChatCollator(
-        processor, max_length=training_args.max_length, generation_config=model, name_rows=True, padding_free=flat
+    padding_free = vlm_sft.enable_padding_free(model)  # with FlashAttention, rows need no padding
+    collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length, padding_free=padding_free)
+    data = vlm_sft.load_conversations(
+        args.dataset_name,
+        to_conversation=to_conversation,
+        columns=args.columns,
+        image_folder=args.image_folder,
+        streaming=args.streaming,
+        max_eval_rows=args.num_eval_rows,
+        seed=training_args.seed,
     )
-    data = vlm_sft.with_lengths(vlm_sft.sound_rows(data, collator, on_bad_rows=args.on_bad_rows), collator)
-    checked = audit(collator, data["train"], model)
-
+    data = vlm_sft.check_rows(data, collator, on_bad_rows=args.on_bad_rows)  # opens and encodes each row once
     trainer = SFTTrainer(
         model=model,
         args=training_args,
@@ -111,19 +86,12 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, Any]:
         processing_class=processor,
         data_collator=collator,
         peft_config=peft_config,
-        callbacks=[KeepGeneration(model), OrderByLength(), CheckFlatRows(), SafeCheckpoints(), StopOnNaN()],
+        callbacks=vlm_sft.guards(model),
     )
-    trainer.add_callback(vlm_sft.GenerationEvaluation(trainer, rows=data["test"], metrics=METRICS, num_rows=32))
-    vlm_sft.upcast_trainable(trainer.model)  # small updates vanish in bf16, and fp16 cannot train in itself
-    vlm_sft.check_precision(trainer.model, fp16=training_args.fp16)
-    vlm_sft.print_main(vlm_sft.check_adapters(trainer.model))
-    with vlm_sft.explain_out_of_memory(trainer):
-        trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer))
-
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    vlm_sft.write_reports(trainer, settings=vars(args), datasets=data, results=metrics, audit=checked.facts())
-    return metrics
+    vlm_sft.evaluate_answers(trainer, data["test"], METRICS)
+    proof = vlm_sft.prove(trainer, TRAINS, args)  # what trains, in one table; train() refuses to start without it
+    trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer))
+    return vlm_sft.finish(trainer, proof)
 
 
 if __name__ == "__main__":

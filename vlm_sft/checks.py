@@ -1,0 +1,123 @@
+"""What `prove` compares before training: the recipe's flags, the pieces given to the Trainer, and its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_sft.chat.audit import AuditReport
+from vlm_sft.chat.collator import ChatCollator
+from vlm_sft.data.check_rows import Checked, rows_checked
+from vlm_sft.data.datasets import drawn_seed
+from vlm_sft.distributed import print_main
+from vlm_sft.models.loading import loaded_from
+from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
+
+
+def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
+    """The recipe's flags. Raises for one that nothing has read, and for settings without effect."""
+    refuse_inert_settings(trainer.args)
+    if args is None:
+        return {}
+    if not isinstance(args, Arguments):
+        raise ValueError(
+            f"prove(trainer, TRAINS, args): args is a {type(args).__name__}; expected the recipe's RecipeArguments, a "
+            "dataclass derived from vlm_sft.Arguments, or None"
+        )
+    if not isinstance(trainer.args, RecipeDefaults):
+        raise ValueError(
+            f"the trainer's args are a {type(trainer.args).__name__} and not the recipe's RecipeConfig (a dataclass "
+            "derived from vlm_sft.RecipeDefaults), so its flags would have no effect: pass args=training_args to SFTTrainer"
+        )
+    if unread := unread_flags(args):
+        raise ValueError(
+            f"nothing has read {', '.join(f'--{name}' for name in unread)}, so it has no effect: pass it on where it "
+            f"belongs ({', '.join(f'args.{name}' for name in unread)}), or remove the field from RecipeArguments"
+        )
+    return flags_of(args)
+
+
+def check_pieces(trainer: Any, collator: Any) -> None:
+    """Raises unless collator, processor and model are those of one recipe."""
+    if not isinstance(collator, ChatCollator):
+        raise ValueError(
+            f"the trainer's data_collator is a {type(collator).__name__}, which would train other tokens than those "
+            "checked; pass data_collator=collator, the ChatCollator, to SFTTrainer"
+        )
+    if trainer.processing_class is not collator.processor:
+        raise ValueError(
+            "the trainer's processing_class is another processor than the collator's, and would be saved with the model; "
+            "pass processing_class=processor to SFTTrainer"
+        )
+    if collator.settings.max_length != trainer.args.max_length:
+        raise ValueError(
+            f"the collator has max_length={collator.settings.max_length}, the trainer --max_length "
+            f"{trainer.args.max_length}: pass max_length=training_args.max_length to ChatCollator"
+        )
+    (processor_name, processor_revision), (name, revision) = map(loaded_from, (collator.processor, trainer.model))
+    if processor_name == name and processor_revision != revision:
+        raise ValueError(
+            f"{name}: the processor is of revision {processor_revision}, the model of {revision}; pass "
+            "revision=args.model_revision to load_processor and load_model alike"
+        )
+
+
+def check_pass(trainer: Any, collator: Any, rows: Any) -> Checked:
+    """What `check_rows` said of the training rows. Raises where they, or the held-out rows, did not pass through it."""
+    splits = {"train_dataset": rows} | ({"eval_dataset": trainer.eval_dataset} if trainer.eval_dataset else {})
+    for name, split in splits.items():
+        if (checked := rows_checked(split)) is None:
+            raise ValueError(
+                f"the rows of {name} were not checked: data = vlm_sft.check_rows(data, collator, "
+                "on_bad_rows=args.on_bad_rows), and give its result to SFTTrainer as it is"
+            )
+        if checked.fingerprint != collator.fingerprint():
+            raise ValueError(
+                f"the rows of {name} were checked with a collator of other settings than the trainer's; make one "
+                "collator, and give it to check_rows and to SFTTrainer"
+            )
+    seed = drawn_seed(rows)
+    if seed is not None and seed != trainer.args.seed:
+        raise ValueError(
+            f"the held-out rows were drawn with seed={seed}, and the run has --seed {trainer.args.seed}: pass "
+            "seed=training_args.seed to load_conversations"
+        )
+    if trainer.args.train_sampling_strategy != "random" and "length" not in (rows.column_names or ()):
+        trainer.args.train_sampling_strategy = "random"
+        print_main("rows come in random order: without the check of all rows their lengths are not known")
+    first = rows_checked(rows)
+    assert first is not None
+    return first
+
+
+def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, str]:
+    """Lines on rows, tokens and lengths: of all training rows where they were checked, else of the audited ones."""
+    rows, held_out = trainer.train_dataset, trainer.eval_dataset
+    audited = report.facts()
+    counts = [
+        f"{len(split):,} {what}" for split, what in ((rows, "to train on"), (held_out, "held out")) if _sized(split)
+    ]
+    left_out = f", {checked.bad:,} bad ones left out" if checked.on_bad_rows == "drop" and checked.bad else ""
+    unseen = "" if checked.on_bad_rows != "ignore" and _sized(rows) else "; not checked before, each is when it comes"
+    facts = {"rows": f"{', '.join(counts) or 'a stream'}{left_out}{unseen}", "audited": audited["rows"]}
+    if "length" in (rows.column_names or ()):
+        lengths, images, trained = (
+            rows.with_format(None)[name][:] for name in ("length", "image_tokens", "trained_tokens")
+        )
+        if not any(images):
+            raise ValueError(
+                "no training row has an image, so the vision tower would see nothing: name the column that holds them, as "
+                "in --columns images=image_path, or return them from to_conversation"
+            )
+        total, ordered = sum(lengths), sorted(lengths)
+        kinds = {"trained": sum(trained), "image": sum(images), "prompt": total - sum(trained) - sum(images)}
+        facts["tokens"] = f"{total:,}: " + ", ".join(f"{kind} {count / total:.1%}" for kind, count in kinds.items())
+        facts["lengths"] = (
+            f"{ordered[0]:,} to {ordered[-1]:,}, median {ordered[len(ordered) // 2]:,}; at most {trainer.args.max_length}"
+        )
+    else:
+        facts |= {name: audited[name] for name in ("tokens", "lengths")}
+    return facts | {name: audited[name] for name in ("answers", "prompts")}
+
+
+def _sized(rows: Any) -> bool:
+    return hasattr(rows, "__len__")

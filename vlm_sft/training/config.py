@@ -1,0 +1,92 @@
+"""What every recipe's two dataclasses build on: flags whose reading is noted, and settings that change no number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from vlm_sft.models.hardware import best_worker_count, set_hardware_defaults
+
+# What SFTConfig adds to the Trainer's arguments and still acts when the rows are made by a collator of one's own
+# (trl 1.16). `max_length` acts through the collator, with which `prove` compares it.
+_ACTING = {"max_length", "loss_type", "activation_offloading", "router_aux_loss_coef"}
+
+
+class Arguments:
+    """Base of a recipe's `RecipeArguments`: notes which flags are read, so that `prove` can refuse one that no line of
+    the recipe reads. A flag without effect would be a promise not kept."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in type(self).__dict__.get("__dataclass_fields__", ()):
+            self.__dict__.setdefault("_read", set()).add(name)
+        return super().__getattribute__(name)
+
+
+def flags_of(args: Any) -> dict[str, Any]:
+    """The values of a recipe's arguments, read without being noted."""
+    return {f.name: vars(args)[f.name] for f in fields(args)}
+
+
+def unread_flags(args: Any) -> list[str]:
+    """Names of the flags that nothing has read yet."""
+    return [f.name for f in fields(args) if f.name not in vars(args).get("_read", ())]
+
+
+@dataclass
+class RecipeDefaults(SFTConfig):
+    """SFTConfig with the settings that recipes share. None of them changes a trained number: how rows are loaded, when
+    is logged, how many checkpoints are kept, whether activations are kept or computed again.
+
+    `set_hardware_defaults` fills in precision and optimizer; `hardware_changes` says what it replaced.
+    """
+
+    per_device_eval_batch_size: int | None = None  # as many rows as in training
+    activation_checkpointing: bool | None = True  # less memory for some 20% of time
+    eval_on_start: bool = True  # the answers before training, for samples.html
+    eval_strategy: str = "steps"
+    save_steps: float | None = None  # as often as evaluations, so that the best is there to load
+    save_total_limit: int | None = 3  # the newest, the one before it, the best
+    dataloader_num_workers: int = field(default_factory=best_worker_count)  # images are decoded there
+    remove_unused_columns: bool = False  # keeps `row`, by which errors name a row, and `length`
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        asked = self.optim
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_train_batch_size
+        if self.save_steps is None:
+            self.save_steps = self.eval_steps or 500
+        set_hardware_defaults(self)
+        self.hardware_changes = [] if asked == self.optim else [f"optimizer {asked} replaced by {self.optim}"]
+        super().__post_init__()
+        refuse_inert_settings(self)
+
+
+def refuse_inert_settings(args: Any) -> None:
+    """Raises `ValueError` for every setting of SFTConfig that has no effect here, since `ChatCollator` makes the labels
+    and `check_rows` reads the rows."""
+    inherited = {f.name for f in fields(TrainingArguments)}
+    defaults = {f.name: _default(f) for f in fields(SFTConfig) if f.name not in inherited | _ACTING}
+    found = {name: value for name, default in defaults.items() if (value := getattr(args, name, default)) != default}
+    if found:
+        flags = ", ".join(f"--{name} {value}" for name, value in found.items())
+        them = "it" if len(found) == 1 else "them"
+        raise ValueError(f"without effect here: {flags}. {_instead(found)}; leave {them} out")
+
+
+def _default(setting: Any) -> Any:
+    return setting.default if setting.default is not MISSING else setting.default_factory()
+
+
+def _instead(found: Mapping[str, Any]) -> str:
+    if found.keys() & {"assistant_only_loss", "completion_only_loss"}:
+        return "ChatCollator decides what is trained (train_on=...)"
+    if found.keys() & {"packing", "padding_free", "eval_packing", "packing_strategy"}:
+        return "padding-free rows are the collator's padding_free=True, packs are made by vlm_sft.pack"
+    if found.keys() & {"pad_token", "eos_token", "chat_template_path"}:
+        return "the processor decides tokens and template: change it before the collator is made"
+    return "The collator and the loader of the recipe take the place of what it would change"
