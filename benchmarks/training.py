@@ -147,7 +147,7 @@ def recipe_parts(path: str, model: Any, processor: Any, folder: Path, output: Pa
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": workers > 0,
     }
-    callbacks: list[Any] = [vlm_sft.OrderByLength()]
+    callbacks: list[Any] = [vlm_sft.GroupByLength()]
     if cached:
         callbacks.append(FeatureCache(output / "features", max_gb=1))
     if flat:

@@ -28,7 +28,7 @@ from vlm_sft import ChatCollator, SafeCheckpoints, StopOnNaN, fit_to_hardware, f
 from vlm_sft.models.loading import load_model
 from vlm_sft.models.parts import part_of, parts_of
 from vlm_sft.tools import tiny
-from vlm_sft.training.manifests import verify_checkpoint
+from vlm_sft.training.checkpoints import verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.loopback]
 

@@ -25,8 +25,8 @@ from vlm_sft.models.freezing import check_precision, check_trainable, freeze, up
 from vlm_sft.models.loading import load_model, load_processor
 from vlm_sft.models.parts import PARTS
 from vlm_sft.models.quantization import check_quantized, int8_config, nf4_config
+from vlm_sft.training.callbacks import RestoreGenerationConfig
 from vlm_sft.training.checkpoints import SafeCheckpoints
-from vlm_sft.training.generation import KeepGeneration
 
 nf4 = partial(nf4_config, compute_dtype=torch.float32)
 FAMILIES = ("llava15", "qwen2_5_vl", "smolvlm", "gemma3")
@@ -111,7 +111,7 @@ def train(base: Path, folder: Path, batch: Any, precision: str, asked: Any) -> R
     run = trainer(
         base,
         folder,
-        callbacks=[SafeCheckpoints(), KeepGeneration(model)],
+        callbacks=[SafeCheckpoints(), RestoreGenerationConfig(model)],
         model=model,
         peft_config=lora_config(model, r=4, **asked) if adapters else None,
         max_steps=2,

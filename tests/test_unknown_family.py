@@ -17,7 +17,7 @@ from vlm_sft.models.freezing import check_trainable, freeze
 from vlm_sft.models.loading import load_model
 from vlm_sft.models.parts import MODEL_PARTS, ModelParts
 from vlm_sft.models.quantization import check_quantized, int8_config, nf4_config
-from vlm_sft.training.optim import rates_by_part
+from vlm_sft.training.optim import lr_by_part
 
 PARTS = ModelParts(
     vision=("model.vision_tower",),
@@ -99,6 +99,6 @@ def test_parts_in_full_at_their_own_rates(folder: Path, tmp_path: Path) -> None:
     freeze(model, train=("projector", "language"), model_parts=PARTS)
     assert "32" in check_trainable(model, train=("projector", "language"), model_parts=PARTS)
     args = TrainingArguments(str(tmp_path), learning_rate=1e-3, use_cpu=True, report_to="none")
-    make, rates = rates_by_part(args, learning_rates={"projector": 1e-2}, model_parts=PARTS)
+    make, rates = lr_by_part(args, {"projector": 1e-2})
     groups = make()(model, **rates).param_groups
     assert {group["part"]: group["lr"] for group in groups} == {"language": 1e-3, "projector": 1e-2}

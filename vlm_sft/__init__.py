@@ -19,21 +19,19 @@ from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_proc
 from vlm_sft.models.parts import ModelParts
 from vlm_sft.models.quantization import check_quantized, fp4_config, int8_config, nf4_config
 from vlm_sft.models.towers import keep_frozen_out_of_autograd
-from vlm_sft.training.batches import OrderByLength
-from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint
-from vlm_sft.training.generation import KeepGeneration
-from vlm_sft.training.guards import StopOnNaN, explain_out_of_memory
-from vlm_sft.training.manifests import verify_checkpoint
-from vlm_sft.training.optim import rates_by_part
+from vlm_sft.tools.merging import merge
+from vlm_sft.training.batches import GroupByLength
+from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
+from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint, verify_checkpoint
+from vlm_sft.training.optim import lr_by_part
 from vlm_sft.training.plots import plot_loss
 from vlm_sft.training.reports import write_reports, write_run_json
 
 if TYPE_CHECKING:
     from vlm_sft.data.scan import sound_rows
-    from vlm_sft.tools.merging import merge
 
 # Modules that are commands as well: imported here, `python -m` would warn of them.
-_IN_COMMANDS = {"merge": "tools.merging", "sound_rows": "data.scan"}
+_IN_COMMANDS = {"sound_rows": "data.scan"}
 
 __all__ = [
     "IGNORE_INDEX",
@@ -41,9 +39,10 @@ __all__ = [
     "ChatCollator",
     "CheckFlatRows",
     "GenerationEvaluation",
-    "KeepGeneration",
+    "GroupByLength",
+    "KeepRandomState",
     "ModelParts",
-    "OrderByLength",
+    "RestoreGenerationConfig",
     "SafeCheckpoints",
     "Sample",
     "StopOnNaN",
@@ -67,6 +66,7 @@ __all__ = [
     "load_model",
     "load_processor",
     "lora_config",
+    "lr_by_part",
     "merge",
     "mix",
     "nf4_config",
@@ -75,7 +75,6 @@ __all__ = [
     "plot_loss",
     "print_main",
     "question_of",
-    "rates_by_part",
     "sound_rows",
     "upcast_trainable",
     "verify_checkpoint",

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from runs import rows as picture_rows
-from transformers import TrainerControl, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from vlm_sft import ChatCollator, lora_config
 from vlm_sft.data.lengths import with_lengths
-from vlm_sft.training.batches import OrderByLength
+from vlm_sft.training.batches import GroupByLength
 
 STRATEGIES = {"group_by_length": LengthGroupedSampler, "batch_rebalance": BatchRebalanceSampler}
 COUNT = 48
+CPU = {"activation_checkpointing": False, "bf16": False, "use_cpu": True}
 
 
 def talks(count: int = COUNT) -> Any:
@@ -52,8 +54,6 @@ class Recorded(ChatCollator):
 
 def train(model: Any, processor: Any, output: Path, *, resume: bool = False, **options: Any) -> Any:
     """One run over `talks`; the Trainer, whose collator has recorded the batches."""
-    callback = OrderByLength(longest_first=options.pop("longest_first", False))
-    callbacks = [callback] if options.pop("ordered", True) else []
     collator = Recorded(processor)
     data = with_lengths(talks(), collator, num_proc=0)
     options = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_strategy": "no", **options}
@@ -76,7 +76,7 @@ def train(model: Any, processor: Any, output: Path, *, resume: bool = False, **o
         processing_class=processor,
         data_collator=collator,
         peft_config=lora_config(model, r=2, lora_dropout=0.1),
-        callbacks=callbacks,
+        callbacks=[GroupByLength()],
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -146,17 +146,6 @@ def test_a_resumed_epoch_goes_on_in_its_own_order(strategy: str, twin: Any, tmp_
     assert other.data_collator.seen[:2] != whole[:2]
 
 
-def test_the_longest_batch_comes_first_on_request(twin: Any, tmp_path: Path) -> None:
-    how = {"train_sampling_strategy": "group_by_length", "num_train_epochs": 1, "longest_first": True}
-    trainer = train(*twin(), tmp_path, **how)
-    lengths = trainer.train_dataset["length"][:]
-    seen = trainer.data_collator.seen
-    assert sorted(lengths[n] for n in seen[0]) == sorted(lengths)[-4:]
-    assert sorted(n for batch in seen for n in batch) == list(range(COUNT))
-    with pytest.raises(ValueError, match="train_sampling_strategy='random'; expected 'group_by_length'"):
-        train(*twin(), tmp_path, longest_first=True)
-
-
 def test_evaluations_see_the_same_batches(twin: Any, tmp_path: Path) -> None:
     trainer = train(*twin(), tmp_path, train_sampling_strategy="group_by_length", max_steps=1)
     loader = trainer.get_eval_dataloader(trainer.train_dataset)  # persistent workers keep it for all evaluations
@@ -170,10 +159,21 @@ def test_evaluations_see_the_same_batches(twin: Any, tmp_path: Path) -> None:
 
 def test_a_length_column_that_would_be_dropped_is_refused(tmp_path: Path) -> None:
     for strategy in STRATEGIES:
-        options = {"activation_checkpointing": False, "bf16": False, "use_cpu": True}
-        args = SFTConfig(str(tmp_path), train_sampling_strategy=strategy, **options)
-        with pytest.raises(ValueError, match=rf"{strategy}'.*remove_unused_columns=False"):
-            OrderByLength().on_init_end(args, TrainerState(), TrainerControl())
+        args = SFTConfig(str(tmp_path), train_sampling_strategy=strategy, **CPU)
+        with pytest.raises(ValueError, match=rf"{strategy} .*remove_unused_columns False"):
+            GroupByLength().on_init_end(args, TrainerState(), TrainerControl())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_without_lengths_are_refused_with_a_sentence(strategy: str, twin: Any, tmp_path: Path) -> None:
+    """Where the Trainer takes the lengths from `input_ids`, images are not counted."""
+    _, processor = twin()
+    rows = Dataset.from_list([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+    args = SFTConfig(str(tmp_path), train_sampling_strategy=strategy, remove_unused_columns=False, **CPU)
+    trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=rows, processing_class=processor.tokenizer)
+    loader = trainer.get_train_dataloader()
+    with pytest.raises(ValueError, match=rf"{strategy}, but the training rows have no column 'length'; add it with"):
+        GroupByLength().on_train_begin(args, TrainerState(), TrainerControl(), train_dataloader=loader)
 
 
 def one_of_two(rank: int, port: int, folder: str, output: str) -> None:

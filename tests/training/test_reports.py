@@ -112,7 +112,7 @@ def finished(folder: Path, base: Path, *, dataset_name: str, results: dict, **op
     checked = audit(ChatCollator(load_processor(base)), runs.rows(4), num_rows=2).facts()
     settings = {"dataset_name": dataset_name, "model_name_or_path": str(base)}
     data = {"train": runs.rows(8), "test": runs.rows(3)}
-    write_reports(trainer, settings=settings, datasets=data, results=results, audit=checked)
+    write_reports(trainer, settings=settings, datasets=data, results=results, facts={"audit": checked})
     card = ModelCard.load(folder / "README.md")
     return json.loads((folder / "run.json").read_text()), card, (folder / "README.md").read_text()
 
@@ -130,7 +130,7 @@ def test_model_card_tells_data_method_and_results_and_its_lines_run(tiny_dir, tm
         hub_token=token,
     )
     assert (tmp_path / "digits_sft" / "loss.png").is_file()
-    assert run["audit"]["answers"] == "2 end with '</s>'"
+    assert run["proof"]["audit"]["answers"] == "2 end with '</s>'"
     assert run["results"].keys() == results.keys() | {
         "train_runtime",
         "train_samples_per_second",

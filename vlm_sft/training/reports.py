@@ -1,4 +1,4 @@
-"""What a finished run leaves beside its weights: the loss as a picture, the facts as JSON, a model card.
+"""What a finished run leaves beside its weights: the loss as an image, its record as JSON, a model card.
 
 Every process may call these; the main one writes.
 """
@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import psutil
 import torch
 from accelerate import PartialState
 
+from vlm_sft.common import is_quantized
 from vlm_sft.models.fingerprints import data_settings, model_settings, plain
 from vlm_sft.training.cards import write_model_card
 from vlm_sft.training.plots import plot_loss
@@ -34,51 +36,33 @@ def write_reports(
     settings: Mapping[str, Any],
     datasets: Mapping[str, Any],
     results: Mapping[str, Any],
-    audit: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any],
 ) -> None:
     """Writes `loss.png`, `run.json` and the model card into the output folder of a run that has come to its end.
 
-    `settings` are the recipe's own; those of the Trainer join them. `audit` is what `AuditReport.facts()` tells. The
-    dataset's name on the card is `settings["dataset_name"]`. It is a recipe's last call: after `trainer.save_model()`,
-    where PEFT leaves a card of its own, and the group of processes ends with it.
+    `settings` are the recipe's own; those of the Trainer join them. `facts` are what was proven before the first step.
+    The dataset's name on the card is `settings["dataset_name"]`. Call it after `trainer.save_model()`, where PEFT
+    leaves a card of its own.
     """
-    output = Path(trainer.args.output_dir)
-    history = trainer.state.log_history
+    output, history = Path(trainer.args.output_dir), trainer.state.log_history
     plot_loss(history, output / "loss.png", title=output.name)
     times = {name: value for entry in history for name, value in entry.items() if name in _TIMES}
-    write_run_json(
-        output / "run.json",
-        settings={"recipe": dict(settings), "training": trainer.args.to_dict()},
-        model=trainer.model,
-        datasets=datasets,
-        results=times | dict(results),
-        audit=audit,
-    )
+    recorded = {"recipe": dict(settings), "training": trainer.args.to_dict()}
+    everything = {"settings": recorded, "proof": facts, "results": times | dict(results)}
+    write_run_json(output / "run.json", model=trainer.model, datasets=datasets, **everything)
     write_model_card(trainer, dataset_name=settings.get("dataset_name"), datasets=datasets, results=results)
-    trainer.end()
 
 
-_TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+def write_run_json(path: str | Path, *, model: Any, datasets: Mapping[str, Any], **facts: Any) -> None:
+    """Writes what a run was: versions, git commit, data, what was quantized and trained, memory, and the `facts`.
 
-
-def write_run_json(
-    path: str | Path,
-    *,
-    settings: Mapping[str, Any],
-    model: Any,
-    datasets: Mapping[str, Any],
-    results: Mapping[str, Any],
-    audit: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes what a run was: versions, git commit, settings, data, what was quantized and trained, results, memory.
-
-    `settings` is any nesting of dicts, such as `{"recipe": vars(args), "training": training_args.to_dict()}`;
-    `datasets` maps split to dataset; `results` holds metrics, times and counts; `audit` is `AuditReport.facts()`. No
-    token or other secret is written, and of a path outside the working directory only the last part.
+    `datasets` maps split to dataset; `facts` are any nesting of dicts. No token or other secret is written, and of a
+    path outside the working directory only the last part.
     """
     if not PartialState().is_main_process:
         return
-    facts = {
+    parameters = dict(model.named_parameters())
+    record = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "process_runtime_s": round(time.time() - psutil.Process().create_time(), 1),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
@@ -88,23 +72,25 @@ def write_run_json(
             "cpu_cores": os.cpu_count(),
             "processes": PartialState().num_processes,
         },
-        "settings": settings,
         "data": {split: data_settings(dataset) for split, dataset in datasets.items()},
         "model": model_settings(model)
         | {
             "parameters": model.num_parameters(),
             "trainable_parameters": model.num_parameters(only_trainable=True),
-            "trained": _patterns(name for name, weight in model.named_parameters() if weight.requires_grad),
-            "quantized": _patterns(name for name, weight in model.named_parameters() if _is_quantized(weight)),
+            "trained": _patterns(name for name, weight in parameters.items() if weight.requires_grad),
+            "quantized": _patterns(name for name, weight in parameters.items() if is_quantized(weight)),
         },
-        "audit": audit,
-        "results": results,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": {
+            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "accelerators": [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())],
+        },
+        **facts,
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(_scrubbed(plain(facts)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(_scrubbed(plain(record)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+_TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 _PACKAGES = ("vlm_sft", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "pillow")
 _SECRET_NAME = re.compile(r"(^|_)(api_key|password|secret)$|^token$|(hub|auth|access)_token$")
 _SECRET_VALUE = re.compile(r"\b(hf|sk|ghp|gho|github_pat|glpat|xoxb|xoxp)[-_][A-Za-z0-9_-]{16,}")
@@ -134,23 +120,6 @@ def _git_state() -> dict[str, Any] | None:
 def _patterns(names: Iterable[str]) -> dict[str, int]:
     """How many parameters have each name, layer numbers written as `*`."""
     return dict(sorted(Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names).items()))
-
-
-def _is_quantized(weight: torch.nn.Parameter) -> bool:
-    from bitsandbytes.nn.modules import Int8Params, Params4bit  # seconds to import
-
-    return isinstance(weight, (Params4bit, Int8Params))
-
-
-def _peak_memory() -> dict[str, int | list[int] | None]:
-    """Bytes: of this process, and allocated by torch on each accelerator."""
-    gpu = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]
-    if sys.platform == "win32":
-        return {"process": None, "accelerators": gpu}
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "accelerators": gpu}
 
 
 def _scrubbed(value: Any) -> Any:
