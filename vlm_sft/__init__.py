@@ -12,13 +12,12 @@ from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import GenerationEvaluation
 from vlm_sft.evaluation.generate import generate, question_of
 from vlm_sft.evaluation.pages import Sample, write_samples_html
-from vlm_sft.models.adapters import check_adapters, lora_config
-from vlm_sft.models.freezing import check_precision, check_trainable, freeze, parameter_table, upcast_trainable
-from vlm_sft.models.hardware import best_dtype, best_optimizer, best_worker_count, fit_to_hardware
+from vlm_sft.models.adapters import check_trains, lora_config
+from vlm_sft.models.freezing import cast_trainable_to_fp32, check_precision, detach_frozen_tower, parameter_table
+from vlm_sft.models.hardware import best_dtype, best_worker_count, set_hardware_defaults
 from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor
-from vlm_sft.models.parts import ModelParts
-from vlm_sft.models.quantization import check_quantized, fp4_config, int8_config, nf4_config
-from vlm_sft.models.towers import keep_frozen_out_of_autograd
+from vlm_sft.models.parts import register_parts
+from vlm_sft.models.quantization import check_quantized, nf4_config
 from vlm_sft.training.batches import OrderByLength
 from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint
 from vlm_sft.training.generation import KeepGeneration
@@ -42,26 +41,20 @@ __all__ = [
     "CheckFlatRows",
     "GenerationEvaluation",
     "KeepGeneration",
-    "ModelParts",
     "OrderByLength",
     "SafeCheckpoints",
     "Sample",
     "StopOnNaN",
     "accept_flat_rows",
     "best_dtype",
-    "best_optimizer",
     "best_worker_count",
-    "check_adapters",
+    "cast_trainable_to_fp32",
     "check_precision",
     "check_quantized",
-    "check_trainable",
+    "check_trains",
+    "detach_frozen_tower",
     "explain_out_of_memory",
-    "fit_to_hardware",
-    "fp4_config",
-    "freeze",
     "generate",
-    "int8_config",
-    "keep_frozen_out_of_autograd",
     "latest_checkpoint",
     "load_conversations",
     "load_model",
@@ -76,8 +69,9 @@ __all__ = [
     "print_main",
     "question_of",
     "rates_by_part",
+    "register_parts",
+    "set_hardware_defaults",
     "sound_rows",
-    "upcast_trainable",
     "verify_checkpoint",
     "with_lengths",
     "write_reports",

@@ -23,7 +23,6 @@ def rates_by_part(
     *,
     learning_rates: Mapping[str, float] | None = None,
     weight_decays: Mapping[str, float] | None = None,
-    model_parts: ModelParts | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """What to pass as `optimizer_cls_and_kwargs=`, so that the named parts train at rates of their own.
 
@@ -42,7 +41,7 @@ def rates_by_part(
     faults += [f"{part}: {value} is negative" for part, value in (*rates.items(), *decays.items()) if value < 0]
     if faults:
         raise ValueError(f"rates_by_part: {'; '.join(sorted(faults))}; the parts are {', '.join(PARTS)}.")
-    build = partial(_build, args=args, model_parts=model_parts)
+    build = partial(_build, args=args)
     # A callable that is no optimizer class is one the Trainer calls, with the model it is about to train, to get
     # what makes the optimizer: only then are adapters in place and parameters final.
     return lambda: build, {RATES: {"learning_rates": rates, "weight_decays": decays}}
@@ -52,13 +51,12 @@ def _build(
     model: nn.Module,
     *,
     args: TrainingArguments,
-    model_parts: ModelParts | None,
     rates_by_part: dict[str, dict[str, float]],
 ) -> torch.optim.Optimizer:
     optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
     if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & settings.keys():
         raise ValueError(f"optim={args.optim!r} makes its own parameter groups; take another one for rates by part.")
-    groups = _groups(model, args, **rates_by_part, parts=parts_of(model, model_parts=model_parts))
+    groups = _groups(model, args, **rates_by_part, parts=parts_of(model))
     optimizer: torch.optim.Optimizer = optimizer_class(groups, **settings)
     # Where `SafeCheckpoints` finds them: the groups of a resumed run are those of its checkpoint.
     optimizer.defaults[RATES] = rates_by_part
