@@ -122,7 +122,7 @@ def qlora(name: str, small: bool, tokens: int = 2048) -> dict[str, Any]:
     )
     print(vlm_sft.check_quantized(model), file=sys.stderr)
     del weights
-    vlm_sft.models.loading.keep_frozen_out_of_autograd(model)
+    vlm_sft.detach_frozen_tower(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     adapted = get_peft_model(model, vlm_sft.lora_config(model, r=16)).train()

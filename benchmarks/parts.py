@@ -17,7 +17,7 @@ import torch
 from peft import get_peft_model
 
 from vlm_sft import ChatCollator, lora_config
-from vlm_sft.models.loading import keep_frozen_out_of_autograd
+from vlm_sft.models.freezing import detach_frozen_tower
 
 
 def batch_for(processor: Any, *, rows: int = 8) -> dict[str, torch.Tensor]:
@@ -79,9 +79,9 @@ def frozen_tower() -> list[list[str]]:
 
     ways = {
         "tower in autograd": built(False, lambda model: None),
-        "tower out of autograd": built(False, keep_frozen_out_of_autograd),
+        "tower out of autograd": built(False, detach_frozen_tower),
         "tower in autograd, checkpointing": built(True, lambda model: None),
-        "tower out of autograd, checkpointing": built(True, keep_frozen_out_of_autograd),
+        "tower out of autograd, checkpointing": built(True, detach_frozen_tower),
     }
     return compare(ways, batch_for(mix.llava("vision-heavy")[1]))
 

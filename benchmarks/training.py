@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from vlm_sft.training.features import FeatureCache
 
 import vlm_sft
-from vlm_sft.models.loading import keep_frozen_out_of_autograd
+from vlm_sft.models.freezing import detach_frozen_tower
 
 BATCH = 8
 
@@ -136,7 +136,7 @@ def stock_parts(path: str, model: Any, processor: Any, folder: Path, output: Pat
 
 def recipe_parts(path: str, model: Any, processor: Any, folder: Path, output: Path) -> tuple[dict[str, Any], Any]:
     data = vlm_sft.load_conversations(folder, eval_fraction=0)
-    keep_frozen_out_of_autograd(model)  # as load_model does
+    detach_frozen_tower(model)  # as load_model does
     flat, cached = path == "packed", path == "cached"
     collator = vlm_sft.ChatCollator(processor, generation_config=model, padding_free=flat, key_pictures=cached)
     data = vlm_sft.with_lengths(data, collator, num_proc=0)

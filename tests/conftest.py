@@ -126,7 +126,7 @@ def tiny_model(tiny_dir: Callable[[str], Path]) -> Callable[..., Any]:
 
     from transformers import AutoModelForImageTextToText
 
-    from vlm_sft.models.hardware import keep_packing
+    from vlm_sft.upstream import keep_packing
 
     def model_of(family: str, **options: Any) -> Any:
         model = AutoModelForImageTextToText.from_pretrained(tiny_dir(family), **options)

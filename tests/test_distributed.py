@@ -24,7 +24,8 @@ from together import free_port, together
 from torch.distributed.tensor import DTensor
 from trl import SFTConfig
 
-from vlm_sft import ChatCollator, SafeCheckpoints, StopOnNaN, fit_to_hardware, freeze, load_processor
+from vlm_sft import ChatCollator, SafeCheckpoints, StopOnNaN, load_processor, set_hardware_defaults
+from vlm_sft.models.adapters import lora_config
 from vlm_sft.models.loading import load_model
 from vlm_sft.models.parts import part_of, parts_of
 from vlm_sft.tools import tiny
@@ -218,7 +219,7 @@ def mixed(count: int) -> Dataset:
 
 class Settings(SFTConfig):
     def __post_init__(self) -> None:
-        fit_to_hardware(self)
+        set_hardware_defaults(self)
         super().__post_init__()
 
 
@@ -226,7 +227,7 @@ def uneven(base: Path, output: Path, train: Sequence[str], count: int, options: 
     """The losses of one epoch."""
     runs.SFTConfig = Settings
     model = load_model(base)
-    freeze(model, train=train)
+    lora_config(model, dict.fromkeys(train, "full"))
     order = {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "max_steps": -1, "save_strategy": "no"}
     given = {"model": model, "dataset": mixed(count), "collator": ChatCollator(load_processor(base), name_rows=True)}
     trainer = runs.trainer(base, output, callbacks=[StopOnNaN()], **given, **order, **options)
@@ -299,7 +300,7 @@ def spoiled(base: Path, output: Path, max_skipped: int) -> tuple[int, bool]:
     """Steps passed over, and whether the weights of this process are finite."""
     runs.SFTConfig = Settings
     model, guard = load_model(base), StopOnNaN(max_skipped=max_skipped)
-    freeze(model, train=TRAINED["tower frozen"])
+    lora_config(model, dict.fromkeys(TRAINED["tower frozen"], "full"))
     options = {"train_sampling_strategy": "sequential", "max_steps": 2, "save_steps": 1, "dataset": mixed(8)}
     collator = Spoil(load_processor(base), name_rows=True)
     callbacks = [SafeCheckpoints(), guard]

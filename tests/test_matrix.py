@@ -18,39 +18,44 @@ from typing import Any
 import pytest
 import torch
 from runs import Collate, rows, trainer
-from transformers import AutoConfig
+from transformers import BitsAndBytesConfig
 
-from vlm_sft.models.adapters import check_adapters, lora_config
-from vlm_sft.models.freezing import check_precision, check_trainable, freeze, upcast_trainable
+from vlm_sft.models.adapters import check_trains, lora_config
+from vlm_sft.models.freezing import cast_trainable_to_fp32, check_precision
 from vlm_sft.models.loading import load_model, load_processor
 from vlm_sft.models.parts import PARTS
-from vlm_sft.models.quantization import check_quantized, int8_config, nf4_config
+from vlm_sft.models.quantization import check_quantized, nf4_config
 from vlm_sft.training.callbacks import RestoreGenerationConfig
 from vlm_sft.training.checkpoints import SafeCheckpoints
 
 nf4 = partial(nf4_config, compute_dtype=torch.float32)
 FAMILIES = ("llava15", "qwen2_5_vl", "smolvlm", "gemma3")
 
-LORA: dict[str, Any] = {}
-DORA = {"use_dora": True}
-DORA_AND_PROJECTOR = {"use_dora": True, "projector": "full"}
+LORA = {"language": "lora"}
+LORA_AND_PROJECTOR = {"language": "lora", "projector": "full"}
+FULL = dict.fromkeys(PARTS, "full")
 WAYS: dict[str, tuple[str, Any]] = {
-    "float32 LoRA, projector in full": ("float32", {"projector": "full"}),
-    "float32 full": ("float32", PARTS),
+    "float32 LoRA, projector in full": ("float32", LORA_AND_PROJECTOR),
+    "float32 full": ("float32", FULL),
     "16-bit LoRA": ("bfloat16", LORA),
-    "16-bit DoRA": ("bfloat16", DORA),
-    "16-bit full": ("bfloat16", PARTS),
-    "16-bit projector only": ("bfloat16", ("projector",)),
-    "16-bit frozen tower": ("bfloat16", ("projector", "language", "head")),
-    "8-bit LoRA, projector in full": ("int8", {"projector": "full"}),
+    "16-bit DoRA": ("bfloat16", LORA),
+    "16-bit full": ("bfloat16", FULL),
+    "16-bit projector only": ("bfloat16", {"projector": "full"}),
+    "16-bit frozen tower": ("bfloat16", {"projector": "full", "language": "full", "head": "full"}),
+    "8-bit LoRA, projector in full": ("int8", LORA_AND_PROJECTOR),
     "4-bit LoRA": ("nf4", LORA),
-    "4-bit DoRA, projector in full": ("nf4", DORA_AND_PROJECTOR),
+    "4-bit DoRA, projector in full": ("nf4", LORA_AND_PROJECTOR),
 }
-"""Precision of the base, and either what lora_config is asked for or the parts that freeze leaves trainable.
+"""Precision of the base and TRAINS; with DoRA where the name says so.
 
-Not there: training quantized weights, which freeze and the Trainer refuse, and DoRA on 8-bit layers, which PEFT 0.21
-cannot on a CPU and lora_config refuses.
+Not there: training quantized weights, which lora_config and the Trainer refuse, and DoRA on 8-bit layers, which PEFT
+0.21 cannot on a CPU and lora_config refuses.
 """
+
+
+def int8(model: Any) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=nf4(model).llm_int8_skip_modules)
+
 
 RELOAD = """
 import json, sys, torch
@@ -84,8 +89,8 @@ def runs(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
         for way, (precision, asked) in WAYS.items():
             if (family, way) == ("smolvlm", "16-bit frozen tower"):
                 precision = "float32"  # check_precision refuses its embeddings in another dtype than its tower
-            done[family, way] = train(tiny_dir(family), folder / family / way, batch, precision, asked)
-            dtype = "auto" if isinstance(asked, dict) else precision  # that of an adapter's base is on record
+            done[family, way] = train(tiny_dir(family), folder / family / way, batch, precision, asked, "DoRA" in way)
+            dtype = "auto" if "lora" in asked.values() else precision  # that of an adapter's base is on record
             saved.append((str(folder / family / way), dtype, str(folder / f"{family}.pt")))
     command = [sys.executable, "-c", RELOAD, folder / "logits.pt"]
     subprocess.run(command, input=json.dumps(saved), text=True, check=True, timeout=300)
@@ -95,39 +100,33 @@ def runs(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     return done
 
 
-def train(base: Path, folder: Path, batch: Any, precision: str, asked: Any) -> Run:
+def train(base: Path, folder: Path, batch: Any, precision: str, asked: Any, dora: bool) -> Run:
     """Two steps as a recipe takes them: load, check, wrap, check, train, save."""
-    pack = {"int8": int8_config, "nf4": nf4}.get(precision)
+    pack = {"int8": int8, "nf4": nf4}.get(precision)
     model = load_model(
         base,
         dtype="bfloat16" if precision == "bfloat16" else "float32",
-        quantization_config=pack(AutoConfig.from_pretrained(base)) if pack else None,
+        quantization_config=pack(base) if pack else None,
     )
     if pack:
         check_quantized(model)
-    adapters = isinstance(asked, dict)
-    if not adapters:
-        freeze(model, train=asked)
+    adapters = "lora" in asked.values()
     run = trainer(
         base,
         folder,
         callbacks=[SafeCheckpoints(), RestoreGenerationConfig(model)],
         model=model,
-        peft_config=lora_config(model, r=4, **asked) if adapters else None,
+        peft_config=lora_config(model, asked, r=4, use_dora=dora),
         max_steps=2,
         save_strategy="no",
         activation_checkpointing=True,
         bf16=precision == "bfloat16",
     )
-    upcast_trainable(run.model)
+    cast_trainable_to_fp32(run.model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_precision(run.model, fp16=False)
-    if adapters:
-        report = check_adapters(run.model, projector=asked.get("projector", "frozen"))
-        assert report.dora == asked.get("use_dora", False)
-    else:
-        check_trainable(run.model, train=asked)
+    assert ("DoRA" in check_trains(run.model, asked).parts["language"].how) == dora
     before = {name: weight.clone() for name, weight in run.model.named_parameters()}
     run.train()
     run.save_model()
@@ -154,13 +153,13 @@ def test_two_steps_move_what_was_asked_and_the_saved_model_gives_the_same_logits
     assert torch.equal(run.reloaded, run.logits)
 
 
-@pytest.mark.parametrize("pack", [int8_config, nf4])
+@pytest.mark.parametrize("pack", [int8, nf4])
 def test_a_quantized_base_without_adapters_is_refused(
     pack: Callable[..., Any], tiny_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model = load_model(tiny_dir("llava15"), quantization_config=pack("llava"))
-    with pytest.raises(ValueError, match="these weights are quantized"):
-        freeze(model, train=PARTS)
-    freeze(model, train=("projector",))
+    model = load_model(tiny_dir("llava15"), quantization_config=pack(tiny_dir("llava15")))
+    with pytest.raises(ValueError, match="14 weights of 'language' are quantized"):
+        lora_config(model, FULL)
+    assert lora_config(model, {"projector": "full"}) is None
     with pytest.raises(ValueError, match="purely quantized models"):
         trainer(tiny_dir("llava15"), tmp_path, callbacks=(), model=model)

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from PIL import Image
 from recipe_data import DATASETS, llava_parts
 from recipe_runs import ROOT, Run, recipe, run
-from transformers import AutoModelForImageTextToText, set_seed
+from transformers import AutoModelForImageTextToText
 
 from vlm_sft.models.llava import assemble_llava
 from vlm_sft.models.loading import load_model, load_processor
@@ -124,8 +124,7 @@ def test_only_the_asked_parts_move(
 ) -> None:
     model = trained(name).trainer.model
     if name == "llava_pretrain":
-        set_seed(trained(name).trainer.args.seed)
-        start, _ = assemble_llava(*parts)
+        start, _ = assemble_llava(*parts, seed=trained(name).trainer.args.seed)
     else:
         family = ADAPTERS[name][0] if name in ADAPTERS else "llava15"
         start = AutoModelForImageTextToText.from_pretrained(tiny_dir(family))
@@ -236,8 +235,8 @@ def test_stage_1_saves_the_chat_template_and_stage_2_takes_its_folder(
 def test_bfloat16_as_on_a_gpu(
     name: str, flags_of: Callable[[str], list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("vlm_sft", "vlm_sft.models.hardware", "vlm_sft.models.loading", "vlm_sft.models.llava"):
-        monkeypatch.setattr(f"{module}.best_dtype", lambda: torch.bfloat16)
+    for module in ("hardware", "loading", "llava", "quantization"):
+        monkeypatch.setattr(f"vlm_sft.models.{module}.best_dtype", lambda: torch.bfloat16)
     finished = run(name, [*flags_of(name), "--use_cpu", "--max_steps", 2, "--output_dir", tmp_path])
     weights = list(finished.trainer.model.parameters())
     packed = {torch.uint8} if name == "llava15_sft" else set()

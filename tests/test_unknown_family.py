@@ -1,30 +1,34 @@
-"""A family outside the table, Mistral 3: refused with its modules, and with `model_parts` trained in every way."""
+"""A family that no table of ours names, Mistral 3, trains in every way; one whose parts cannot be told, registered."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, Mistral3Config, TrainingArguments
-
-from vlm_sft.models.adapters import check_adapters, lora_config
-from vlm_sft.models.fingerprints import TRAINING_BASE, training_base
-from vlm_sft.models.freezing import check_trainable, freeze
-from vlm_sft.models.loading import load_model
-from vlm_sft.models.parts import MODEL_PARTS, ModelParts
-from vlm_sft.models.quantization import check_quantized, int8_config, nf4_config
-from vlm_sft.training.optim import lr_by_part
-
-PARTS = ModelParts(
-    vision=("model.vision_tower",),
-    projector=("model.multi_modal_projector",),
-    language=("model.language_model",),
-    head=("lm_head",),
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    TrainingArguments,
 )
+
+from vlm_sft.models import parts as module
+from vlm_sft.models.adapters import check_trains, lora_config
+from vlm_sft.models.fingerprints import TRAINING_BASE, training_base
+from vlm_sft.models.loading import load_model
+from vlm_sft.training.optim import lr_by_part
+from vlm_sft.models.parts import register_parts
+from vlm_sft.models.quantization import check_quantized, nf4_config
+
+LORA_AND_PROJECTOR: Any = {"language": "lora", "projector": "full"}
+IN_FULL: Any = {"projector": "full", "language": "full"}
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +55,41 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids, "pixel_values": pixels, "image_sizes": torch.tensor([[32, 32]])}
 
 
-def test_without_its_parts_it_is_refused_and_its_modules_are_listed(folder: Path) -> None:
+def test_where_its_parts_cannot_be_told_it_is_refused_until_they_are_registered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PARTS_OVERRIDES", {})
+    monkeypatch.setattr(Mistral3ForConditionalGeneration, "get_encoder", lambda self, modality=None: self)
     model, config = load_model(folder), AutoConfig.from_pretrained(folder)
-    refused = r"'mistral3' is not .* pass model_parts=ModelParts\(.*"
+    refused = r"cannot be told: it has no vision tower\..*register_parts\('mistral3', .*"
     listed = r"model\.vision_tower, model\.multi_modal_projector, model\.language_model, lm_head\.$"
-    asked: list[tuple[Any, Any]] = [(lora_config, model), (lora_config, config), (freeze, model), (int8_config, model)]
+    asked: list[tuple[Any, Any]] = [
+        (lora_config, model),
+        (partial(check_trains, trains=IN_FULL), model),
+        (nf4_config, model),
+        (nf4_config, config),
+        (nf4_config, folder),
+    ]
     for ask, subject in asked:
         with pytest.raises(ValueError, match=refused + listed):
             ask(subject)
-    with pytest.raises(ValueError, match=refused + r"model\.named_modules\(\) shows"):
-        int8_config(config)
-    assert "mistral3" not in MODEL_PARTS
+    paths = {"vision": "model.vision_tower", "projector": "model.multi_modal_projector", "head": "lm_head"}
+    register_parts("mistral3", language="model.language_model", **paths)
+    for ask, subject in asked[:1] + asked[2:]:
+        ask(subject)
+    assert "enable_input_require_grads" in vars(load_model(folder))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_adapters_a_full_projector_and_a_quantized_base(packed: bool, folder: Path, tmp_path: Path) -> None:
-    config = AutoConfig.from_pretrained(folder)
-    nf4 = nf4_config(config, compute_dtype=torch.float32, model_parts=PARTS) if packed else None
-    model = load_model(folder, quantization_config=nf4, dtype="float32", model_parts=PARTS)
+    nf4 = nf4_config(folder, compute_dtype=torch.float32) if packed else None
+    model = load_model(folder, quantization_config=nf4, dtype="float32")
     if packed:
-        assert len(check_quantized(model, model_parts=PARTS).quantized) == 14
-    asked: dict[str, Any] = {"parts": ("language",), "projector": "full", "model_parts": PARTS}
-    wrapped = get_peft_model(model, lora_config(model, use_dora=True, **asked))
-    report = check_adapters(wrapped, **asked)
-    assert report.layers_by_part == {"language": 14}
-    assert report.trained_in_full == ("model.multi_modal_projector",)
+        assert len(check_quantized(model).quantized) == 14
+    wrapped = get_peft_model(model, lora_config(model, LORA_AND_PROJECTOR, use_dora=True))
+    report = check_trains(wrapped, LORA_AND_PROJECTOR)
+    assert report.parts["language"].adapted_layers == len(report.adapted) == 14
+    assert report.parts["projector"].how == "full"
     tower: list[bool] = []
     hook = model.model.vision_tower.register_forward_hook(
         lambda module, args, output: tower.append(output.last_hidden_state.requires_grad)
@@ -91,13 +105,13 @@ def test_adapters_a_full_projector_and_a_quantized_base(packed: bool, folder: Pa
     wrapped.save_pretrained(tmp_path)
     (tmp_path / TRAINING_BASE).write_text(json.dumps(training_base(wrapped)))
     logits = wrapped.eval()(**batch()).logits
-    assert torch.equal(load_model(tmp_path, model_parts=PARTS)(**batch()).logits, logits)
+    assert torch.equal(load_model(tmp_path)(**batch()).logits, logits)
 
 
 def test_parts_in_full_at_their_own_rates(folder: Path, tmp_path: Path) -> None:
-    model = load_model(folder, model_parts=PARTS)
-    freeze(model, train=("projector", "language"), model_parts=PARTS)
-    assert "32" in check_trainable(model, train=("projector", "language"), model_parts=PARTS)
+    model = load_model(folder)
+    assert lora_config(model, IN_FULL) is None
+    check_trains(model, IN_FULL)
     args = TrainingArguments(str(tmp_path), learning_rate=1e-3, use_cpu=True, report_to="none")
     make, rates = lr_by_part(args, {"projector": 1e-2})
     groups = make()(model, **rates).param_groups

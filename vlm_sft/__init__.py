@@ -12,18 +12,18 @@ from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import GenerationEvaluation
 from vlm_sft.evaluation.generate import generate, question_of
 from vlm_sft.evaluation.pages import Sample, write_samples_html
-from vlm_sft.models.adapters import check_adapters, lora_config
-from vlm_sft.models.freezing import check_precision, check_trainable, freeze, parameter_table, upcast_trainable
-from vlm_sft.models.hardware import best_dtype, best_optimizer, best_worker_count, fit_to_hardware
+from vlm_sft.models.adapters import check_trains, lora_config
+from vlm_sft.models.freezing import cast_trainable_to_fp32, check_precision, detach_frozen_tower, parameter_table
+from vlm_sft.models.hardware import best_dtype, best_worker_count, set_hardware_defaults
 from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor
-from vlm_sft.models.parts import ModelParts
-from vlm_sft.models.quantization import check_quantized, fp4_config, int8_config, nf4_config
-from vlm_sft.models.towers import keep_frozen_out_of_autograd
-from vlm_sft.tools.merging import merge
-from vlm_sft.training.batches import GroupByLength
-from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
-from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint, verify_checkpoint
-from vlm_sft.training.optim import lr_by_part
+from vlm_sft.models.parts import register_parts
+from vlm_sft.models.quantization import check_quantized, nf4_config
+from vlm_sft.training.batches import OrderByLength
+from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint
+from vlm_sft.training.generation import KeepGeneration
+from vlm_sft.training.guards import StopOnNaN, explain_out_of_memory
+from vlm_sft.training.manifests import verify_checkpoint
+from vlm_sft.training.optim import rates_by_part
 from vlm_sft.training.plots import plot_loss
 from vlm_sft.training.reports import write_reports, write_run_json
 
@@ -39,28 +39,21 @@ __all__ = [
     "ChatCollator",
     "CheckFlatRows",
     "GenerationEvaluation",
-    "GroupByLength",
-    "KeepRandomState",
-    "ModelParts",
-    "RestoreGenerationConfig",
+    "KeepGeneration",
+    "OrderByLength",
     "SafeCheckpoints",
     "Sample",
     "StopOnNaN",
     "accept_flat_rows",
     "best_dtype",
-    "best_optimizer",
     "best_worker_count",
-    "check_adapters",
+    "cast_trainable_to_fp32",
     "check_precision",
     "check_quantized",
-    "check_trainable",
+    "check_trains",
+    "detach_frozen_tower",
     "explain_out_of_memory",
-    "fit_to_hardware",
-    "fp4_config",
-    "freeze",
     "generate",
-    "int8_config",
-    "keep_frozen_out_of_autograd",
     "latest_checkpoint",
     "load_conversations",
     "load_model",
@@ -75,8 +68,10 @@ __all__ = [
     "plot_loss",
     "print_main",
     "question_of",
+    "rates_by_part",
+    "register_parts",
+    "set_hardware_defaults",
     "sound_rows",
-    "upcast_trainable",
     "verify_checkpoint",
     "with_lengths",
     "write_reports",

@@ -1,49 +1,44 @@
-"""What trains is what was asked, part by part, in a precision that can train; and the table says so."""
+"""What trains is in a precision that can, a frozen tower costs no backward pass, and the table shows all parts."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
-from runs import Collate, rows
+from runs import Collate, rows, trainer
 
 from vlm_sft.models.adapters import lora_config
-from vlm_sft.models.freezing import check_precision, check_trainable, freeze, parameter_table, upcast_trainable
+from vlm_sft.models.freezing import (
+    cast_trainable_to_fp32,
+    check_precision,
+    count_parameters,
+    detach_frozen_tower,
+    parameter_table,
+)
+from vlm_sft.models.loading import load_model
 from vlm_sft.models.parts import PARTS, part_of, parts_of
-from vlm_sft.models.quantization import int8_config, nf4_config
+from vlm_sft.models.quantization import nf4_config
 from vlm_sft.tools import tiny
 
 nf4 = partial(nf4_config, compute_dtype=torch.float32)
-ASKED = [("projector",), ("projector", "language", "head"), ("vision",)]
+PROJECTOR: Any = {"projector": "full"}
 
 
-@pytest.mark.parametrize("train", ASKED, ids="+".join)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_named_parts_train_and_no_others(
-    family: str, train: tuple[str, ...], tiny_model: Callable[..., Any]
-) -> None:
-    model = tiny_model(family)
-    freeze(model, train=train)
-    parts = parts_of(model)
-    for name, weight in model.named_parameters():
-        assert weight.requires_grad == (part_of(name, parts) in train), name
-    assert check_trainable(model, train=train) == parameter_table(model)
-    freeze(model, train=("head",) if family not in ("gemma3", "internvl") else ("language",))
-    with pytest.raises(ValueError, match=r"parameters of other parts train \(.*call freeze"):
-        check_trainable(model, train=("vision",))
-    freeze(model, train=("projector",))
-    with pytest.raises(ValueError, match=r"but 0 parameters of other parts train \(none\) and \d+ of these do not \("):
-        check_trainable(model, train=("projector", "vision"))
+@pytest.fixture(scope="module")
+def batch(tiny_processor: Callable[..., Any]) -> Callable[[str], dict[str, torch.Tensor]]:
+    return lambda family: Collate(tiny_processor(family))(list(rows(2).remove_columns("row")))
 
 
 def test_the_table(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("llava15", quantization_config=nf4("llava"), dtype=torch.bfloat16)
-    freeze(model, train=("projector",))
+    model = tiny_model("llava15", quantization_config=nf4(tiny_model("llava15")), dtype=torch.bfloat16)
+    lora_config(model, PROJECTOR)
     lines = parameter_table(model).splitlines()
     assert lines[0].split() == ["part", "parameters", "trainable", "quantized", "dtypes"]
     table = {line.split()[0]: line.split()[1:] for line in lines[1:]}
@@ -58,6 +53,12 @@ def test_the_table(tiny_model: Callable[..., Any]) -> None:
     assert table["language"][2:] == [f"{linears:,}", "bfloat16,", "uint8"]
     assert table["vision"][2:] == ["0", "bfloat16"]
     assert table["total"][0] == f"{plain.num_parameters():,}"
+    counts = count_parameters(model)["language"]
+    assert (f"{counts.parameters:,}", counts.trainable, counts.dtypes) == (
+        table["language"][0],
+        0,
+        ("bfloat16", "uint8"),
+    )
 
 
 def test_adapters_count_to_the_part_they_lie_in(tiny_model: Callable[..., Any]) -> None:
@@ -68,38 +69,10 @@ def test_adapters_count_to_the_part_they_lie_in(tiny_model: Callable[..., Any]) 
     assert table["language"] == table["total"] == f"{size:,}"
 
 
-@pytest.mark.parametrize("train", [("tower",), (), "projector", ("projector", "adapter")])
-def test_a_part_that_does_not_exist(train: Any, tiny_model: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="one or more of vision, projector, language, head"):
-        freeze(tiny_model("llava15"), train=train)
-
-
-def test_a_head_that_shares_the_embedding_trains_with_the_language_model(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("gemma3")
-    with pytest.raises(ValueError, match=r"head has no parameters of its own.*trains with 'language'"):
-        freeze(model, train=("head",))
-    freeze(model, train=("language", "head"))
-    assert model.lm_head.weight.requires_grad
-
-
-@pytest.mark.parametrize("pack", [nf4, partial(nf4, storage_dtype=torch.bfloat16), int8_config])
-def test_quantized_weights_cannot_train(pack: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("llava15", quantization_config=pack("llava"))
-    with pytest.raises(ValueError, match=r"14 of these weights are quantized.*no --load_in_4bit"):
-        freeze(model, train=("projector", "language"))
-    freeze(model, train=("projector",))
-
-
-def test_a_model_with_adapters_is_not_frozen(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("llava15")
-    with pytest.raises(ValueError, match="give lora_config parts= and projector="):
-        freeze(get_peft_model(model, lora_config(model)))
-
-
 def test_only_what_trains_is_put_into_float32(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llava15", dtype=torch.float16)
-    freeze(model, train=("projector",))
-    upcast_trainable(model)
+    lora_config(model, PROJECTOR)
+    cast_trainable_to_fp32(model)
     for weight in model.parameters():
         assert weight.dtype == (torch.float32 if weight.requires_grad else torch.float16)
 
@@ -119,15 +92,15 @@ def test_a_precision_that_cannot_train(
     dtype: torch.dtype, fp16: bool, verdict: str, tiny_model: Callable[..., Any]
 ) -> None:
     model = tiny_model("llava15", dtype=dtype)
-    freeze(model, train=("projector",))
+    lora_config(model, PROJECTOR)
     if verdict == "refused":
-        with pytest.raises(ValueError, match=r"4 in b?float16 \(.*upcast_trainable"):
+        with pytest.raises(ValueError, match=r"4 in b?float16 \(.*cast_trainable_to_fp32"):
             check_precision(model, fp16=fp16)
-        upcast_trainable(model)
+        cast_trainable_to_fp32(model)
     if verdict == "warned of":
         with pytest.warns(UserWarning, match="4 weights outside adapters train in bfloat16"):
             check_precision(model, fp16=fp16)
-        upcast_trainable(model)
+        cast_trainable_to_fp32(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_precision(model, fp16=fp16)
@@ -137,19 +110,19 @@ def test_a_smolvlm_with_embeddings_in_another_dtype_than_its_tower(
     tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]
 ) -> None:
     model = tiny_model("smolvlm", dtype=torch.bfloat16)
-    freeze(model, train=("language",))
-    upcast_trainable(model)
+    lora_config(model, {"language": "full"})
+    cast_trainable_to_fp32(model)
     with pytest.raises(ValueError, match=r"tower is in torch.bfloat16 and the embeddings in torch.float32.*load_model"):
         check_precision(model, fp16=False)
-    batch = Collate(tiny_processor("smolvlm"))(list(rows(1).remove_columns("row")))
+    examples = list(rows(1).remove_columns("row"))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="masked_scatter"):
-        model(**batch)  # once it passes, the refusal above can go
+        model(**Collate(tiny_processor("smolvlm"))(examples))  # once it passes, the refusal above can go
     model.to(torch.float32)
     check_precision(model, fp16=False)
 
 
 def test_adapters_in_bfloat16_are_fine_unless_a_scaler_has_to_unscale_them(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("llava15", quantization_config=nf4("llava"), dtype=torch.bfloat16)
+    model = tiny_model("llava15", quantization_config=nf4(tiny_model("llava15")), dtype=torch.bfloat16)
     wrapped = get_peft_model(model, lora_config(model))
     for weight in wrapped.parameters():  # as TRL 1.16 does on a quantized base
         if weight.requires_grad:
@@ -159,5 +132,121 @@ def test_adapters_in_bfloat16_are_fine_unless_a_scaler_has_to_unscale_them(tiny_
         check_precision(wrapped, fp16=False)
     with pytest.raises(ValueError, match="28 in bfloat16"):
         check_precision(wrapped, fp16=True)
-    upcast_trainable(wrapped)
+    cast_trainable_to_fp32(wrapped)
     check_precision(wrapped, fp16=True)
+
+
+# -- frozen tower
+
+
+def spy(model: Any) -> tuple[list[bool], list[str]]:
+    """For each pass through an innermost module of the tower: whether its output requires a gradient; its name."""
+    requires: list[bool] = []
+    passes: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            requires.append(output.requires_grad)
+            passes.append(name)
+
+        return hook
+
+    parts = parts_of(model)
+    for name, module in model.named_modules():
+        innermost = isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Conv2d, torch.nn.Conv3d))
+        if innermost and name != "lm_head" and part_of(name, parts) == "vision":
+            module.register_forward_hook(note(name))
+    return requires, passes
+
+
+def gradients(model: Any, batch: Any) -> dict[str, torch.Tensor]:
+    """One step with checkpointing, as the Trainer does it."""
+    model.train()
+    model.enable_input_require_grads()  # TRL
+    model.activation_checkpointing_enable()  # the Trainer
+    torch.manual_seed(0)
+    model(**batch, use_cache=False).loss.backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_frozen_tower_is_out_of_autograd_and_the_gradients_are_the_same(
+    family: str, tiny_dir: Callable[[str], Path], tiny_model: Callable[..., Any], batch: Callable[[str], Any]
+) -> None:
+    found = {}
+    for name, model in (("ours", load_model(tiny_dir(family))), ("plain", tiny_model(family))):
+        torch.manual_seed(0)
+        wrapped = get_peft_model(model, lora_config(model, {"language": "lora", "projector": "full"}, lora_dropout=0.1))
+        requires, passes = spy(model)
+        found[name] = gradients(wrapped, batch(family)), any(requires), max(passes.count(p) for p in passes)
+    (ours, in_graph, passes_of_ours), (plain, in_graph_of_plain, passes_of_plain) = found["ours"], found["plain"]
+    assert not in_graph
+    # Qwen3-VL's tower names its patch embedding in a way that transformers 5.23 does not find.
+    assert in_graph_of_plain == (family != "qwen3_vl")
+    assert passes_of_plain == (1 if family == "qwen3_vl" else 2) * passes_of_ours
+    assert ours.keys() == plain.keys()
+    assert all(torch.equal(ours[name], plain[name]) for name in ours)
+    assert all(gradient.abs().sum() > 0 for name, gradient in ours.items() if "lora_A" not in name)
+
+
+def test_it_holds_through_a_run_of_the_trainer(
+    tiny_dir: Callable[[str], Path], tmp_path: Path, tiny_model: Callable[..., Any]
+) -> None:
+    counts = {}
+    for name, model in (("ours", load_model(tiny_dir("llava15"))), ("plain", tiny_model("llava15"))):
+        requires, passes = spy(model)
+        trainer(
+            tiny_dir("llava15"),
+            tmp_path / name,
+            callbacks=(),
+            model=model,
+            peft_config=lora_config(model),
+            activation_checkpointing=True,
+            max_steps=2,
+            save_strategy="no",
+        ).train()
+        counts[name] = sum(requires), passes.count("model.vision_tower.encoder.layers.1.mlp.fc1")
+    assert counts["ours"] == (0, 2)
+    assert counts["plain"][0] > 0
+    assert counts["plain"][1] == 4
+
+
+def test_a_tower_that_trains_stays_in_the_graph(tiny_dir: Callable[[str], Path], batch: Callable[[str], Any]) -> None:
+    model = load_model(tiny_dir("qwen2_5_vl"))
+    wrapped = get_peft_model(model, lora_config(model, {"language": "lora", "vision": "lora"}))
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    requires, _ = spy(model)
+    found = gradients(wrapped, batch("qwen2_5_vl"))
+    assert any(requires)
+    assert all(gradient.abs().sum() > 0 for gradient in found.values())
+
+
+def test_marking_can_be_undone_and_a_copy_marks_itself(tiny_dir: Callable[[str], Path]) -> None:
+    def hooks(of: Any) -> int:
+        return sum(len(module._forward_hooks) for module in of.modules())
+
+    model = load_model(tiny_dir("llava15"))
+    assert hooks(model) == 0
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    twin = copy.deepcopy(model)
+    twin.enable_input_require_grads()
+    twin.enable_input_require_grads()
+    assert (hooks(twin), hooks(model)) == (1, 0)
+    twin.disable_input_require_grads()
+    assert hooks(twin) == 0
+    twin.model.vision_tower.requires_grad_(True)
+    twin.enable_input_require_grads()
+    assert hooks(twin) > 1
+    twin.disable_input_require_grads()
+    assert hooks(twin) == 0
+
+
+def test_without_its_parts_a_tower_cannot_be_detached(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llava15")[0]
+    monkeypatch.setattr(model, "get_encoder", lambda modality: None)
+    with pytest.raises(ValueError, match="it has no vision tower"):
+        detach_frozen_tower(model)
+    assert "enable_input_require_grads" not in vars(model)

@@ -1,8 +1,7 @@
-"""Processor and model load right or say why not; adapters find their base; a frozen tower costs no backward pass."""
+"""Processor and model load right or say why not, and adapters find their base."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import shutil
@@ -15,19 +14,20 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from runs import Collate, rows, trainer
+from PIL import Image
+from runs import Collate, rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from vlm_sft.models import loading, weights
-from vlm_sft.models.adapters import check_adapters, lora_config
+from vlm_sft.models import loading
+from vlm_sft.models.adapters import check_trains, lora_config
 from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, training_base
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor
-from vlm_sft.models.parts import part_of, parts_of
+from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, loaded_from
 from vlm_sft.models.quantization import check_quantized, nf4_config
-from vlm_sft.models.towers import keep_frozen_out_of_autograd
 from vlm_sft.tools import tiny
+
+TRAINS: Any = {"language": "lora", "projector": "full"}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,33 @@ def test_a_tokenizer_without_pad_token_gets_its_unknown_or_end_token(
     settings.update(pad_token=None, unk_token=unknown)
     file.write_text(json.dumps(settings))
     assert load_processor(twin).tokenizer.pad_token == padding
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_larger_images_are_shrunk_to_so_many_pixels(
+    family: str, tiny_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def patches(processor: Any) -> int:
+        return len(processor.image_processor(Image.new("RGB", (640, 480)), return_tensors="pt")["pixel_values"])
+
+    whole, limited = load_processor(tiny_dir(family)), load_processor(tiny_dir(family), max_pixels=32 * 32)
+    size = whole.image_processor.patch_size**2
+    assert patches(limited) * size <= 32 * 32 < patches(whole) * size
+    assert patches(load_processor(tiny_dir(family), max_pixels=10**9)) > patches(whole)
+    limited.save_pretrained(tmp_path)
+    assert patches(load_processor(tmp_path)) == patches(limited)
+
+
+@pytest.mark.parametrize("family", ["llava15", "smolvlm", "llava_onevision", "gemma3", "internvl", "idefics3"])
+def test_a_family_without_a_limit_of_pixels(family: str, tiny_dir: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match=r"max_pixels=4096: a \w+ does not resize by the number of pixels"):
+        load_processor(tiny_dir(family), max_pixels=4096)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, "4096"])
+def test_a_limit_that_is_not_a_number_of_pixels(limit: Any, tiny_dir: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match=r"max_pixels=.*: a number of pixels, such as"):
+        load_processor(tiny_dir("qwen2_5_vl"), max_pixels=limit)
 
 
 @pytest.mark.parametrize("load", [load_processor, load_model])
@@ -178,7 +205,7 @@ def test_a_quantized_model_goes_to_the_gpu_of_its_process(
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    config = nf4_config("llava", compute_dtype=torch.float32) if quantized else None
+    config = nf4_config(tiny_dir("llava15"), compute_dtype=torch.float32) if quantized else None
     load_model(tiny_dir("llava15"), quantization_config=config, dtype="float32")
     assert asked["device_map"] == expected
     assert asked["use_safetensors"] is True
@@ -208,7 +235,7 @@ def test_flash_attention_where_gpu_dtype_and_model_take_it(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     load_model(tiny_dir(family), dtype=dtype)
     assert not set_to
-    monkeypatch.setattr(weights, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
     load_model(tiny_dir(family), dtype=dtype)
     assert set_to == chosen
     load_model(tiny_dir(family), dtype=dtype, attn_implementation="sdpa")
@@ -221,7 +248,7 @@ def test_flash_attention_would_hide_half_of_gemmas_image_tokens(tiny_dir: Callab
 
 
 def test_the_revision_is_resolved_once_and_kept(
-    tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class Resolved(str):
         resolved = "0123456789abcdef"
@@ -237,6 +264,18 @@ def test_the_revision_is_resolved_once_and_kept(
     assert asked == ["v1"]
     assert base_settings(model)["revision"] == "0123456789abcdef"
     assert "0123456789abcdef" not in model.config.to_json_string()
+    processor = load_processor(tiny_dir("llava15"), revision="v2")
+    assert loaded_from(model) == (str(tiny_dir("llava15")), "0123456789abcdef")
+    assert loaded_from(processor) == loaded_from(get_peft_model(model, lora_config(model)))
+    processor.save_pretrained(tmp_path)
+    assert not any("0123456789abcdef" in file.read_text() for file in tmp_path.glob("*.json"))
+    assert loaded_from(load_processor(tiny_dir("llava15")))[0] == str(tiny_dir("llava15"))
+
+
+def test_where_others_loaded_from(tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]) -> None:
+    model, processor = tiny_model("llava15"), tiny_processor("llava15")
+    assert loaded_from(model) == (model.config.name_or_path, None)
+    assert loaded_from(processor) == (processor.tokenizer.name_or_path, None)
 
 
 def test_the_processor_is_that_of_the_revision(
@@ -259,6 +298,18 @@ def test_a_text_only_model(text_only: Path) -> None:
         load_model(text_only)
 
 
+def test_a_model_whose_parts_cannot_be_told_loads_and_says_what_it_costs(
+    tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(type(tiny.build("llava15")[0]), "get_encoder", lambda self, modality=None: None)
+    model = load_model(tiny_dir("llava15"))
+    said = capsys.readouterr().err
+    assert "a frozen vision tower stays in autograd, which costs time and memory. The parts of LlavaFor" in said
+    assert "enable_input_require_grads" not in vars(model)
+    with pytest.raises(ValueError, match="it has no vision tower"):
+        lora_config(model)
+
+
 def test_only_safetensors(twin: Path) -> None:
     torch.save(load_file(twin / "model.safetensors"), twin / "pytorch_model.bin")
     (twin / "model.safetensors").unlink()
@@ -272,7 +323,7 @@ def test_an_evaluation_leaves_4_bit_weights_as_they_were_loaded(
     # On this kind of CPU bitsandbytes packs them for a kernel without a backward pass.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     folder = tiny_dir("llava15")
-    config = nf4_config(load_model(folder).config, compute_dtype=torch.float32)
+    config = nf4_config(folder, compute_dtype=torch.float32)
     model = load_model(folder, quantization_config=config, dtype=torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
@@ -298,7 +349,6 @@ def test_weights_that_do_not_fit(fault: str, twin: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"do not fit Llava.*: 1 {fault}_keys \(.*layers\.[17]\.mlp\.up_proj"):
         load_model(twin)
-    load_model(twin, ignore_keys=[r"layers\.[17]\.mlp\.up_proj"])
 
 
 # -- adapters
@@ -308,9 +358,9 @@ def test_weights_that_do_not_fit(fault: str, twin: Path) -> None:
 def adapted(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """A DoRA adapter with a projector trained in full, on the LLaVA twin in NF4, as a run saves it; and its logits."""
     folder = tmp_path_factory.mktemp("adapter")
-    config = nf4_config("llava", compute_dtype=torch.float32)
+    config = nf4_config(tiny_dir("llava15"), compute_dtype=torch.float32)
     model = load_model(tiny_dir("llava15"), quantization_config=config)
-    wrapped = get_peft_model(model, lora_config(model, use_dora=True, projector="full"))
+    wrapped = get_peft_model(model, lora_config(model, TRAINS, use_dora=True))
     torch.manual_seed(0)
     for weight in wrapped.parameters():
         if weight.requires_grad:
@@ -339,7 +389,8 @@ def test_an_adapter_finds_its_base_as_it_was_in_training(
 ) -> None:
     folder, logits = adapted
     model = load_model(folder)
-    assert check_adapters(load_model(folder, is_trainable=True), projector="full").dora
+    how = check_trains(load_model(folder, is_trainable=True), TRAINS).parts["language"].how
+    assert how == "lora r 16, alpha 16 (scale 1), DoRA"
     assert len(check_quantized(model).quantized) == 14
     assert not any(weight.requires_grad for weight in model.parameters())
     assert torch.equal(model(**batch("llava15")).logits, logits)
@@ -451,121 +502,3 @@ def test_an_adapter_that_is_not_saved_as_safetensors(adapter: Path) -> None:
     file.unlink()
     with pytest.raises(ValueError, match=r"no adapter_model\.safetensors"):
         load_model(adapter)
-
-
-# -- frozen tower
-
-
-def spy(model: Any) -> tuple[list[bool], list[str]]:
-    """For each pass through an innermost module of the tower: whether its output requires a gradient; its name."""
-    requires: list[bool] = []
-    passes: list[str] = []
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            requires.append(output.requires_grad)
-            passes.append(name)
-
-        return hook
-
-    parts = parts_of(model)
-    for name, module in model.named_modules():
-        innermost = isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Conv2d, torch.nn.Conv3d))
-        if innermost and name != "lm_head" and part_of(name, parts) == "vision":
-            module.register_forward_hook(note(name))
-    return requires, passes
-
-
-def gradients(model: Any, batch: Any) -> dict[str, torch.Tensor]:
-    """One step with checkpointing, as the Trainer does it."""
-    model.train()
-    model.enable_input_require_grads()  # TRL
-    model.activation_checkpointing_enable()  # the Trainer
-    torch.manual_seed(0)
-    model(**batch, use_cache=False).loss.backward()
-    return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_frozen_tower_is_out_of_autograd_and_the_gradients_are_the_same(
-    family: str, tiny_dir: Callable[[str], Path], tiny_model: Callable[..., Any], batch: Callable[[str], Any]
-) -> None:
-    found = {}
-    for name, model in (("ours", load_model(tiny_dir(family))), ("plain", tiny_model(family))):
-        torch.manual_seed(0)
-        wrapped = get_peft_model(model, lora_config(model, projector="full", lora_dropout=0.1))
-        requires, passes = spy(model)
-        found[name] = gradients(wrapped, batch(family)), any(requires), max(passes.count(p) for p in passes)
-    (ours, in_graph, passes_of_ours), (plain, in_graph_of_plain, passes_of_plain) = found["ours"], found["plain"]
-    assert not in_graph
-    # Qwen3-VL's tower names its patch embedding in a way that transformers 5.23 does not find.
-    assert in_graph_of_plain == (family != "qwen3_vl")
-    assert passes_of_plain == (1 if family == "qwen3_vl" else 2) * passes_of_ours
-    assert ours.keys() == plain.keys()
-    assert all(torch.equal(ours[name], plain[name]) for name in ours)
-    assert all(gradient.abs().sum() > 0 for name, gradient in ours.items() if "lora_A" not in name)
-
-
-def test_it_holds_through_a_run_of_the_trainer(
-    tiny_dir: Callable[[str], Path], tmp_path: Path, tiny_model: Callable[..., Any]
-) -> None:
-    counts = {}
-    for name, model in (("ours", load_model(tiny_dir("llava15"))), ("plain", tiny_model("llava15"))):
-        requires, passes = spy(model)
-        trainer(
-            tiny_dir("llava15"),
-            tmp_path / name,
-            callbacks=(),
-            model=model,
-            peft_config=lora_config(model),
-            activation_checkpointing=True,
-            max_steps=2,
-            save_strategy="no",
-        ).train()
-        counts[name] = sum(requires), passes.count("model.vision_tower.encoder.layers.1.mlp.fc1")
-    assert counts["ours"] == (0, 2)
-    assert counts["plain"][0] > 0
-    assert counts["plain"][1] == 4
-
-
-def test_a_tower_that_trains_stays_in_the_graph(tiny_dir: Callable[[str], Path], batch: Callable[[str], Any]) -> None:
-    model = load_model(tiny_dir("qwen2_5_vl"))
-    wrapped = get_peft_model(model, lora_config(model, parts=("language", "vision")))
-    for name, weight in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight)
-    requires, _ = spy(model)
-    found = gradients(wrapped, batch("qwen2_5_vl"))
-    assert any(requires)
-    assert all(gradient.abs().sum() > 0 for gradient in found.values())
-
-
-def test_marking_can_be_undone_and_a_copy_marks_itself(tiny_dir: Callable[[str], Path]) -> None:
-    def hooks(of: Any) -> int:
-        return sum(len(module._forward_hooks) for module in of.modules())
-
-    model = load_model(tiny_dir("llava15"))
-    assert hooks(model) == 0
-    for weight in model.parameters():
-        weight.requires_grad_(False)
-    twin = copy.deepcopy(model)
-    twin.enable_input_require_grads()
-    twin.enable_input_require_grads()
-    assert (hooks(twin), hooks(model)) == (1, 0)
-    twin.disable_input_require_grads()
-    assert hooks(twin) == 0
-    twin.model.vision_tower.requires_grad_(True)
-    twin.enable_input_require_grads()
-    assert hooks(twin) > 1
-    twin.disable_input_require_grads()
-    assert hooks(twin) == 0
-
-
-def test_an_unknown_family_needs_its_parts_said(tiny_dir: Callable[[str], Path]) -> None:
-    model = tiny.build("llava15")[0]
-    parts = parts_of(model)
-    model.config.model_type = "unheard_of"
-    with pytest.raises(ValueError, match="not one of the known families"):
-        keep_frozen_out_of_autograd(model)
-    keep_frozen_out_of_autograd(model, model_parts=parts)
-    assert "enable_input_require_grads" in vars(model)

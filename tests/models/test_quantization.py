@@ -18,18 +18,26 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from vlm_sft.models import quantization
 from vlm_sft.models.parts import part_of, parts_of
-from vlm_sft.models.quantization import check_quantized, fp4_config, int8_config, nf4_config
+from vlm_sft.models.quantization import check_quantized, nf4_config
 from vlm_sft.tools import tiny
 
 nf4 = partial(nf4_config, compute_dtype=torch.float32)
 LANGUAGE = r"model\.language_model\..*_proj"
 
 
+def by_hand(model: Any, **settings: Any) -> BitsAndBytesConfig:
+    """A config that a user writes, on the language model alone."""
+    return BitsAndBytesConfig(**settings, llm_int8_skip_modules=nf4(model).llm_int8_skip_modules)
+
+
+int8 = partial(by_hand, load_in_8bit=True)
+
+
 def packed(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
 
 
-@pytest.mark.parametrize("pack", [nf4, int8_config])
+@pytest.mark.parametrize("pack", [nf4, int8])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_all_linear_layers_of_the_language_model_and_nothing_else(
     family: str, pack: Callable[..., Any], tiny_model: Callable[..., Any]
@@ -37,7 +45,7 @@ def test_all_linear_layers_of_the_language_model_and_nothing_else(
     plain = tiny_model(family)
     parts = parts_of(plain)
     asked = {n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and part_of(n, parts) == "language"}
-    model = tiny_model(family, quantization_config=pack(plain.config.model_type))
+    model = tiny_model(family, quantization_config=pack(plain))
     report = check_quantized(model)
     assert set(report.quantized) == packed(model).keys() == asked
     for name, weight in plain.named_parameters():
@@ -46,12 +54,14 @@ def test_all_linear_layers_of_the_language_model_and_nothing_else(
 
 
 def test_the_report_says_how(tiny_model: Callable[..., Any]) -> None:
-    report = check_quantized(tiny_model("llava15", quantization_config=nf4("llava")))
+    report = check_quantized(tiny_model("llava15", quantization_config=nf4(tiny_model("llava15"))))
     assert str(report) == (
         "nf4 with double quantization (compute float32, storage uint8) on 14 linear layers of the language model; "
         "kept in float32: vision 18, projector 2, head 1 linear layers, all norms and embeddings"
     )
-    report = check_quantized(tiny_model("llava15", quantization_config=int8_config("llava"), dtype=torch.bfloat16))
+    report = check_quantized(
+        tiny_model("llava15", quantization_config=int8(tiny_model("llava15")), dtype=torch.bfloat16)
+    )
     assert str(report).startswith("int8 on 14 linear layers of the language model; kept in bfloat16: ")
 
 
@@ -60,18 +70,25 @@ def test_paths_are_those_of_the_loaded_model_where_the_checkpoint_names_them_oth
 ) -> None:
     with safe_open(tiny_dir("llava15") / "model.safetensors", framework="pt") as file:
         stored = set(file.keys())
-    model = tiny_model("llava15", quantization_config=nf4("llava"))
+    model = tiny_model("llava15", quantization_config=nf4(tiny_model("llava15")))
     assert not stored & set(model.state_dict())
     check_quantized(model)
 
 
 @pytest.mark.parametrize("storage", [None, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("pack", "kind"), [(nf4_config, "nf4"), (fp4_config, "fp4")])
-def test_type_double_quantization_compute_and_storage_are_those_asked_for(
-    pack: Callable[..., Any], kind: str, storage: torch.dtype | None, tiny_model: Callable[..., Any]
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_type_double_quantization_compute_and_storage_of_a_config_by_hand(
+    kind: str, storage: torch.dtype | None, tiny_model: Callable[..., Any]
 ) -> None:
     double = storage is None
-    config = pack("llava", compute_dtype=torch.bfloat16, storage_dtype=storage, double_quant=double)
+    config = by_hand(
+        tiny_model("llava15"),
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=storage,
+        bnb_4bit_use_double_quant=double,
+    )
     model = tiny_model("llava15", quantization_config=config)
     check_quantized(model)
     for layer in packed(model).values():
@@ -81,14 +98,40 @@ def test_type_double_quantization_compute_and_storage_are_those_asked_for(
         assert layer.weight.dtype == (storage or torch.uint8)
 
 
-def test_the_threshold_of_8_bit_reaches_the_config() -> None:
-    assert int8_config("llava", threshold=3.0).llm_int8_threshold == 3.0
+def test_nf4_is_what_qlora_is(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "best_dtype", lambda: torch.bfloat16)
+    model = tiny_model("llava15", quantization_config=nf4_config(tiny_model("llava15")))
+    assert str(check_quantized(model)).startswith("nf4 with double quantization (compute bfloat16, storage uint8)")
 
 
-def test_a_config_serves_like_its_model_type(tiny_dir: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(("launched", "storage"), [("", torch.uint8), ("true", torch.bfloat16)])
+def test_packed_weights_are_stored_as_the_launch_needs_them(
+    launched: str, storage: torch.dtype, tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", launched)
+    assert nf4_config(tiny_dir("llava15"), compute_dtype=torch.bfloat16).bnb_4bit_quant_storage == storage
+
+
+def test_a_folder_or_a_config_serves_like_the_model(
+    tiny_dir: Callable[[str], Path], tiny_model: Callable[..., Any]
+) -> None:
     skipped = ["model.visual", "model.visual.merger", "lm_head"]
-    assert nf4("qwen2_5_vl").llm_int8_skip_modules == skipped
-    assert nf4(AutoConfig.from_pretrained(tiny_dir("qwen2_5_vl"))).llm_int8_skip_modules == skipped
+    folder = tiny_dir("qwen2_5_vl")
+    for subject in (folder, str(folder), AutoConfig.from_pretrained(folder), tiny_model("qwen2_5_vl")):
+        assert nf4(subject).llm_int8_skip_modules == skipped
+
+
+def test_a_name_is_read_at_its_revision(tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    plain = AutoConfig.from_pretrained
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.update(options)
+        return plain(name)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    nf4(tiny_dir("llava15"), revision="v1")
+    assert asked == {"revision": "v1", "trust_remote_code": False}
 
 
 @pytest.mark.parametrize(
@@ -112,23 +155,23 @@ def test_another_skip_list_is_found_out(skipped: Any, complaint: str, tiny_model
 @pytest.mark.parametrize(
     ("setting", "value", "complaint"),
     [
-        ("bnb_4bit_quant_type", "fp4", r"14 packed otherwise .*type nf4 instead of fp4"),
+        ("bnb_4bit_quant_type", "fp4", r"14 packed differently from the config: .*type nf4 instead of fp4"),
         ("bnb_4bit_use_double_quant", False, "double quantization True instead of False"),
         ("bnb_4bit_compute_dtype", torch.float16, r"compute dtype torch\.float32 instead of torch\.float16"),
         ("bnb_4bit_quant_storage", torch.bfloat16, r"storage dtype torch\.uint8 instead of torch\.bfloat16"),
     ],
 )
-def test_layers_that_are_packed_otherwise_than_the_config_says(
+def test_layers_that_are_packed_differently_from_the_config(
     setting: str, value: Any, complaint: str, tiny_model: Callable[..., Any]
 ) -> None:
-    model = tiny_model("llava15", quantization_config=nf4("llava"))
+    model = tiny_model("llava15", quantization_config=nf4(tiny_model("llava15")))
     setattr(model.config.quantization_config, setting, value)
     with pytest.raises(ValueError, match=complaint):
         check_quantized(model)
 
 
 def test_adapters_on_top_change_nothing(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("llava15", quantization_config=nf4("llava"))
+    model = tiny_model("llava15", quantization_config=nf4(tiny_model("llava15")))
     before = check_quantized(model)
     wrapped = get_peft_model(model, LoraConfig(target_modules=LANGUAGE, use_dora=True))
     assert len(check_quantized(wrapped).quantized) == len(before.quantized) == 14
@@ -139,22 +182,33 @@ def test_a_model_that_is_not_quantized(tiny_model: Callable[..., Any]) -> None:
         check_quantized(tiny_model("llava15"))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", None])
-def test_a_compute_dtype_that_is_no_float(dtype: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16"])
+def test_a_compute_dtype_that_is_not_a_float(dtype: Any, tiny_dir: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match=r"compute_dtype=.*a float dtype such as torch\.bfloat16"):
-        nf4_config("llava", compute_dtype=dtype)
+        nf4_config(tiny_dir("llava15"), compute_dtype=dtype)
 
 
-def test_an_unknown_family() -> None:
-    with pytest.raises(ValueError, match="'llama' is not one of the known families"):
-        int8_config("llama")
+@pytest.mark.parametrize(
+    ("subject", "complaint"),
+    [
+        ("./no/such/folder", "No folder './no/such/folder'"),
+        (
+            "someone/some-model",
+            r"No model in 'someone/some-model' \(no such folder; treated as a Hub name, ",
+        ),
+        (AutoConfig.for_model("llama"), "'llama' is not the model_type of a vision-language model"),
+        (AutoConfig.for_model("janus"), r"The parts of Janus\w+ \(janus\) cannot be told"),
+    ],
+)
+def test_a_model_that_is_not_there_or_whose_parts_cannot_be_told(subject: Any, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        nf4(subject)
 
 
-@pytest.mark.parametrize("pack", [nf4, partial(fp4_config, compute_dtype=torch.float16), int8_config])
-def test_without_bitsandbytes(pack: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes(tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
-        pack("llava")
+        nf4(tiny_dir("llava15"))
 
 
 @pytest.mark.slow

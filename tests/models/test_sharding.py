@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from vlm_sft.models.sharding import is_sharded
 
 from vlm_sft.models.loading import load_model
 from vlm_sft.models.quantization import nf4_config
-from vlm_sft.models.sharding import is_sharded
 from vlm_sft.tools import tiny
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, GenerationConfig
 
 from vlm_sft.models.fingerprints import TRAINING_BASE
-from vlm_sft.models.hardware import keep_packing
 from vlm_sft.tools import merging, tiny
 from vlm_sft.tools.merging import _Answers, _compare, merge
 from vlm_sft.training.checkpoints import SafeCheckpoints
+from vlm_sft.upstream import keep_packing
 
 # By full path, so that tower, projector and head stay in 16 bit.
 KEPT = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,7 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from vlm_sft.models.adapters import lora_config
-from vlm_sft.models.freezing import freeze
-from vlm_sft.models.hardware import best_optimizer
+from vlm_sft.models.hardware import set_hardware_defaults
 from vlm_sft.models.parts import part_of, parts_of
 from vlm_sft.training.optim import lr_by_part
 
@@ -57,14 +57,16 @@ def groups_of(model: Any, args: TrainingArguments, rates: dict[str, float]) -> A
 )
 def test_a_paged_optimizer_needs_a_gpu(gpu: bool, asked: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert best_optimizer(asked) == chosen
+    args = SimpleNamespace(optim=asked, bf16=False, fp16=False, use_cpu=True, dataloader_pin_memory=False)
+    set_hardware_defaults(args)
+    assert args.optim == chosen
 
 
 def test_each_part_has_its_rate_and_the_rest_is_the_trainers_choice(
     tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = tiny_model("llava15")
-    freeze(model, train=("projector", "language", "head"))
+    lora_config(model, {"projector": "full", "language": "full", "head": "full"})
     args = arguments(tmp_path)
     plain = Trainer(model, args).create_optimizer()
     ours = groups_of(model, args, {"projector": 2e-5})
@@ -102,7 +104,7 @@ def test_every_optimizer_name_works_and_the_scheduler_scales_every_group(
     name: str, tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = tiny_model("llava15")
-    freeze(model, train=("projector", "language"))
+    lora_config(model, {"projector": "full", "language": "full"})
     args = arguments(tmp_path, optim=name, lr_scheduler_type="linear", warmup_steps=0)
     trainer = Trainer(model, args, optimizer_cls_and_kwargs=lr_by_part(args, {"projector": 1e-2}))
     trainer.create_optimizer_and_scheduler(num_training_steps=4)
@@ -163,7 +165,7 @@ def test_a_run_with_adapters_and_a_projector_at_its_own_rate(
         train_dataset=rows(4),
         processing_class=processor,
         data_collator=Collate(processor),
-        peft_config=lora_config(model, projector="full"),
+        peft_config=lora_config(model, {"language": "lora", "projector": "full"}),
         optimizer_cls_and_kwargs=lr_by_part(args, {"language": 0.0}),
     )
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}

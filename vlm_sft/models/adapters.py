@@ -1,209 +1,257 @@
-"""LoRA and DoRA configs bound by full path to the asked parts, and the check that the adapters landed there.
+"""What trains, in one sentence: `TRAINS = {"language": "lora"}`. `lora_config` makes it so, `check_trains` proves it.
 
-A bare name such as `q_proj` also matches the vision tower, and a name list that matches in part passes without a
-word (PEFT 0.21). So the pattern is written from the model's own modules, and compared with them after wrapping.
+A part is adapted ("lora"), adapted in the layers of these names (["q_proj", "v_proj"]), trained whole ("full"), or not
+named and frozen. A bare name such as `q_proj` given to PEFT also matches the vision tower, and a list that matches in
+part passes without a word (PEFT 0.21). So the pattern is written from the model's own modules, and what trains is
+judged anew, parameter by parameter, on the model that the trainer holds.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from importlib.metadata import version
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from vlm_sft.models.parts import ModelParts, listed, part_of, parts_of
+from vlm_sft.common import is_quantized, listed
+from vlm_sft.models.freezing import align, count_parameters, size_of
+from vlm_sft.models.parts import PARTS, ModelParts, part_of, parts_of, root_of
 
-Projector = Literal["frozen", "full", "lora"]
-ADAPTABLE_PARTS = ("language", "vision", "projector")
+Trains = Mapping[str, Literal["lora", "full"] | Sequence[str]]
 
 
 @dataclass(frozen=True)
-class AdapterReport:
-    """What `check_adapters` found: full paths of the adapted layers and of the modules trained in full."""
+class PartReport:
+    """How a part trains. `share` is that of its matrices which adapters or full training reach."""
 
+    how: str
+    adapted_layers: int
+    share: float
+    trainable: int
+    parameters: int
+    dtypes: tuple[str, ...]
+    quantized: int
+
+
+@dataclass(frozen=True)
+class TrainsReport:
+    """What `check_trains` found, part by part."""
+
+    parts: Mapping[str, PartReport]
     adapted: tuple[str, ...]
-    trained_in_full: tuple[str, ...]
-    layers_by_part: Mapping[str, int]
-    ranks: tuple[int, ...]
-    dora: bool
-    trainable_parameters: int
+    """Full paths of the layers that hold adapters."""
+
+    def lines(self) -> list[str]:
+        """A table of six lines."""
+        rows = [("part", "trains", "layers", "matrices", "trainable", "parameters", "dtypes")]
+        for part, found in self.parts.items():
+            # Rounded down: 100% is all of them.
+            share = f"{int(found.share * 1000) / 10:g}%" if found.share else "0"
+            quantized = f" ({found.quantized:,} quantized)" if found.quantized else ""
+            numbers = (f"{found.adapted_layers or '-'}", share, f"{found.trainable:,}", f"{found.parameters:,}")
+            rows.append((part, found.how, *numbers, ", ".join(found.dtypes) + quantized))
+        return align(rows, right=(2, 3, 4, 5))
+
+    def facts(self) -> dict[str, Any]:
+        """The same as plain values, for run.json."""
+        return {part: asdict(found) for part, found in self.parts.items()}
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{part} {count}" for part, count in self.layers_by_part.items())
-        whole = f"; in full: {', '.join(self.trained_in_full)}" if self.trained_in_full else ""
-        return (
-            f"LoRA rank {'/'.join(map(str, self.ranks))} on {len(self.adapted)} layers ({counts}), "
-            f"DoRA {'on' if self.dora else 'off'}{whole}; {self.trainable_parameters:,} trainable parameters"
-        )
+        return "\n".join(self.lines())
 
 
 def lora_config(
-    model_or_type: PreTrainedModel | PreTrainedConfig | str,
+    model: nn.Module,
+    trains: Trains | None = None,
     *,
     r: int = 16,
     lora_alpha: int = 16,
     lora_dropout: float = 0.05,
     use_dora: bool = False,
-    use_rslora: bool = False,
-    parts: Sequence[str] = ("language",),
-    projector: Projector = "frozen",
-    target_modules: Sequence[str] | None = None,
-    model_parts: ModelParts | None = None,
-) -> LoraConfig:
-    """A LoraConfig whose pattern reaches the linear layers of the asked parts and no others.
+) -> LoraConfig | None:
+    """Makes `trains` so on this loaded model, by default {"language": "lora"}: what SFTTrainer takes as `peft_config`.
 
-    Language model and tower are adapted in their transformer layers: in every linear layer, or in those that
-    `target_modules` names (`["q_proj", "v_proj"]`). Tower layers whose output the model drops (LLaVA's last, by
-    `vision_feature_layer`) are left out: no gradient would reach them. The projector is frozen, trained in full and
-    saved with the adapter ("full"; a bare parameter such as LLaVA-NeXT's `image_newline` stays frozen, since PEFT
-    saves modules only), or adapted in all its linear layers ("lora", the same as naming it in `parts`).
+    Freezes what is not named, unfreezes what trains in full, and returns a LoraConfig whose pattern reaches the asked
+    layers and no others; None where no part takes adapters. Language model and tower are adapted in their transformer
+    layers, without tower layers whose output the model drops (LLaVA's last, by `vision_feature_layer`): no gradient
+    would reach them. The projector is adapted in all its linear layers, or trained whole beside adapters and saved with
+    them, except for a bare parameter such as LLaVA-NeXT's `image_newline`: PEFT saves modules only.
 
-    A config or a `model_type` serves too: its modules are read, without weights.
-
-    Raises ValueError for a setting out of range, an unknown part, a name that matches nothing, a layer type without
-    DoRA (with PEFT 0.21.2 also 8-bit layers on a CPU), and a projector trained in full although it is quantized.
+    Raises ValueError for whatever cannot be meant or made, all at once: an unknown part or word, a part without linear
+    layers, a name that matches nothing, a quantized part in full, a whole tower beside adapters; a setting out of
+    range; and a layer type without DoRA (with PEFT 0.21.2 also 8-bit layers on a CPU).
     """
-    _refuse_bad_settings(parts, projector, target_modules, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
-    model = _model(model_or_type)
-    places = parts_of(model, model_parts=model_parts)
-    if isinstance(model_or_type, str) and "vision" in parts and _unheard_layers(model.config):
+    if isinstance(model, PeftModel):
         raise ValueError(
-            f"{model_or_type!r} alone does not say which tower layers the checkpoint uses; pass the loaded model or "
-            "its config."
+            "The model has adapters already: train these (load_model with is_trainable=True, no peft_config), or give "
+            "lora_config the model without them."
         )
-    linears = _linears(model, places)
-    targets = _targets(linears, parts, projector, target_modules)
-    modules = _modules(model)
-    if use_dora and (unfit := [path for path in targets if _lacks_dora(modules[path])]):
-        kinds = sorted({f"{type(modules[path]).__name__} on {model.device.type}" for path in unfit})
+    trains = {"language": "lora"} if trains is None else trains
+    plan = _Plan(model, trains)
+    _refuse_bad_settings(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
+    if use_dora and (unfit := [path for path in plan.layers if _lacks_dora(plan.modules[path])]):
+        kinds = sorted({f"{type(plan.modules[path]).__name__} on {plan.base.device.type}" for path in unfit})
         raise ValueError(
             f"use_dora=True, but PEFT {version('peft')} has no working DoRA for {', '.join(kinds)} ({listed(unfit)}); "
             "set use_dora=False, or load the base in 16 bit or with nf4_config."
         )
-    whole = _whole_projector(modules, places) if projector == "full" else []
-    packed = [path for path in linears["projector"] if type(modules[path]).__name__ in ("Linear4bit", "Linear8bitLt")]
-    if whole and packed:
-        raise ValueError(
-            f'projector="full", but {listed(packed)} came out quantized and cannot be trained; load the model with '
-            "nf4_config, which keeps the projector in 16 bit."
-        )
+    for name, parameter in model.named_parameters():
+        # Beside adapters PEFT trains a copy of the projector.
+        parameter.requires_grad_(not plan.layers and trains.get(part_of(name, plan.parts)) == "full")
+    if not plan.layers:
+        return None
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         use_dora=use_dora,
-        use_rslora=use_rslora,
-        target_modules=_pattern(targets, modules),
-        modules_to_save=whole or None,
+        target_modules=_pattern(plan.layers, plan.modules),
+        modules_to_save=plan.whole or None,
     )
 
 
-def check_adapters(
-    model: nn.Module,
-    *,
-    parts: Sequence[str] = ("language",),
-    projector: Projector = "frozen",
-    target_modules: Sequence[str] | None = None,
-    model_parts: ModelParts | None = None,
-) -> AdapterReport:
-    """What is adapted in this PEFT-wrapped model, once it equals what the arguments ask for.
+def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
+    """How each part of this model trains, once that is what `trains` says; wrapped or not, from `requires_grad`.
 
-    The asked set is worked out from the base model's modules, not from the pattern that placed the adapters, so a
+    The asked layers are worked out from the base model's modules, not from the pattern that placed the adapters, so a
     LoraConfig written by hand is judged as well. Call it on `trainer.model`, after everything has wrapped it.
 
-    Raises ValueError with the difference: layers asked for and not adapted, or adapted and not asked for; modules
-    trained in full or not; DoRA on some layers only; adapters that do not train; other parameters that do.
+    Raises ValueError with every difference: weights that train and should not, or the other way round; layers adapted
+    and not asked for, or asked for and not adapted; DoRA on some layers only.
     """
-    if not isinstance(model, PeftModel):
+    plan = _Plan(model, trains)
+    held = {name: m for name, m in plan.base.named_modules() if isinstance(m, LoraLayer)}
+    if plan.layers and not held:
         raise ValueError(
-            f"{type(model).__name__} holds no adapters; give check_adapters the model that SFTTrainer(peft_config=...) "
-            "or peft.get_peft_model made."
+            f"TRAINS={dict(trains)} asks for adapters, and {type(plan.base).__name__} holds none; pass "
+            "peft_config=lora_config(model, TRAINS) to SFTTrainer."
         )
-    _refuse_bad_settings(parts, projector, target_modules)
-    base: Any = model.get_base_model()
-    places = parts_of(base, model_parts=model_parts)
-    asked = set(_targets(_linears(base, places), parts, projector, target_modules))
-    asked_whole = set(_whole_projector(_modules(base), places) if projector == "full" else ())
-
-    adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    whole = {name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
-    dora = {name for name, module in adapted.items() if len(module.lora_magnitude_vector)}
-    trainable = {name: weight for name, weight in base.named_parameters() if weight.requires_grad}
-    unheard = {name for name in adapted.keys() - asked if _is_unheard(name, base.config, places)}
-    homes = {*adapted, *whole}
-    inside = {name: {home for home in homes if name.startswith(f"{home}.")} for name in trainable}
+    asked = set(plan.layers)
+    unused = {name for name in held.keys() - asked if _is_unused(name, plan.base.config, plan.parts)}
+    dora = {name for name, module in held.items() if len(module.lora_magnitude_vector)}
+    adapters, own = defaultdict(list), {}
+    for name, parameter in plan.base.named_parameters():
+        if adapter := re.match(r"(.*)\.lora_", name):
+            adapters[adapter[1]].append(parameter)
+        else:
+            own[name] = parameter
+    # Beside adapters PEFT trains a copy of the whole projector, and saves modules only.
+    full = {n for n in own if trains.get(part_of(n, plan.parts)) == "full" and ".original_module." not in n}
+    bare = full & {*plan.parts.projector} if held else set()
+    full -= bare
+    trained = {name for name, parameter in own.items() if parameter.requires_grad}
     differences = {
-        "asked for, not adapted": asked - adapted.keys(),
-        "adapted, not asked for": adapted.keys() - asked - unheard,
-        "adapted in a tower layer whose output the model drops, so that no gradient arrives": unheard,
-        "asked for in full, not trained in full": asked_whole - whole,
-        "trained in full, not asked for": whole - asked_whole,
-        "without DoRA, while others have it": adapted.keys() - dora if dora else set(),
-        "adapted, but frozen": homes.difference(*inside.values()),
-        "trained outside the adapters": {name for name in trainable if not inside[name]},
+        "layers asked for are not adapted": asked - held.keys(),
+        "layers are adapted and not asked for": held.keys() - asked - unused,
+        "tower layers are adapted whose output the model drops, so that no gradient arrives": unused,
+        "adapted layers are frozen": {n for n in held if not all(weight.requires_grad for weight in adapters[n])},
+        "layers are without DoRA, while others have it": held.keys() - dora if dora else set(),
+        "weights train and should not": trained - full,
+        "weights should train in full and do not": full - trained,
     }
     if found := [f"{len(names)} {what}: {listed(names)}" for what, names in differences.items() if names]:
         raise ValueError(
-            f"The adapters differ from what was asked. {'; '.join(found)}. Give lora_config and check_adapters the "
-            "same parts, projector and target_modules, and wrap the model with that config."
+            f"What trains differs from TRAINS={dict(trains)}. {'; '.join(found)}. Give lora_config the same TRAINS and "
+            "SFTTrainer its result as peft_config, and set no requires_grad afterwards."
         )
-    return AdapterReport(
-        adapted=tuple(adapted),
-        trained_in_full=tuple(sorted(whole)),
-        layers_by_part=dict(Counter(part_of(name, places) for name in adapted)),
-        ranks=tuple(sorted({rank for module in adapted.values() for rank in module.r.values()})),
-        dora=bool(dora),
-        trainable_parameters=sum(weight.numel() for weight in trainable.values()),
-    )
+    return TrainsReport(_report(plan, trains, held, bare), tuple(held))
 
 
-def _refuse_bad_settings(
-    parts: Sequence[str],
-    projector: str,
-    target_modules: Sequence[str] | None,
-    *,
-    r: int = 1,
-    lora_alpha: int = 1,
-    lora_dropout: float = 0.0,
-) -> None:
-    wanted = [] if target_modules is None or isinstance(target_modules, str) else list(target_modules)
-    bad = [name for name in wanted if not re.fullmatch(r"\w+(\.\w+)*", name)]
+class _Plan:
+    """What a valid `trains` means on this model; raises ValueError with all that cannot be."""
+
+    def __init__(self, model: nn.Module, trains: Trains) -> None:
+        _refuse_unknown(trains)
+        self.parts = parts_of(model)
+        self.base: Any = root_of(model)
+        self.modules = _modules(self.base)
+        linears = _linears(self.base, self.modules, self.parts)
+        self.layers: list[str] = []
+        faults = []
+        weights: dict[str, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in self.base.named_parameters():
+            weights[part_of(name, self.parts)].append(parameter)
+        for part, how in trains.items():
+            if how == "full":
+                faults += self._faults_of_full(part, weights[part], trains)
+                continue
+            chosen = linears[part]
+            kinds = sorted({path.rpartition(".")[2] for path in chosen})
+            if not chosen:
+                faults.append(f'{part!r} has no linear layers to adapt; "full" trains it whole')
+            elif how != "lora":
+                matched = {name: {path for path in chosen if f".{path}".endswith(f".{name}")} for name in how}
+                lost = [name for name in how if not matched[name]]
+                faults += [f"{name!r} matches no linear layer of {part!r}, which are {kinds}" for name in lost]
+                chosen = [path for path in chosen if any(path in paths for paths in matched.values())]
+            self.layers += chosen
+        self.whole = _whole(self.modules, self.parts) if trains.get("projector") == "full" and self.layers else []
+        if self.layers and trains.get("projector") == "full" and not self.whole:
+            faults.append(f"'projector' is {listed(self.parts.projector)}, which is not a module: PEFT cannot save it")
+        if faults:
+            raise ValueError(f"TRAINS={dict(trains)}: {'; '.join(faults)}.")
+
+    def _faults_of_full(self, part: str, weights: Collection[nn.Parameter], trains: Trains) -> list[str]:
+        packed = sum(is_quantized(parameter) for parameter in weights)
+        if packed:
+            return [
+                f"{packed} weights of {part!r} are quantized and cannot train in full; load without quantization (no "
+                "--load_in_4bit; nf4_config leaves all but the language model in 16 bit), or adapt it"
+            ]
+        if not weights and not (part == "head" and trains.get("language") == "full"):
+            return [f"{part!r} has no parameters of its own; a head that shares the embedding trains with 'language'"]
+        return []
+
+
+def _refuse_unknown(trains: Trains) -> None:
+    """Raises ValueError for what no model could train, all of it at once."""
+    ways = '"lora", "full" or a list of layer names such as ["q_proj", "v_proj"]'
+    if not isinstance(trains, Mapping) or not trains:
+        raise ValueError(f"TRAINS={trains!r}: a dict of one or more of {', '.join(PARTS)}, each {ways}.")
+    faults = []
+    for part, how in trains.items():
+        if part not in PARTS:
+            faults.append(f"{part!r} is not a part ({_meant(part, PARTS)})")
+        if isinstance(how, str):
+            if how not in ("lora", "full"):
+                faults.append(f"{part}: {how!r} is not a way to train ({_meant(how, ('lora', 'full'))}): {ways}")
+        elif not isinstance(how, (list, tuple)) or not how:
+            faults.append(f"{part}: {how!r} is not a way to train: {ways}")
+        elif wrong := [name for name in how if not (isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name))]:
+            faults.append(f"{part}: {wrong} are not bare layer names, one an item, without comma, blank or pattern")
+        if part == "head" and how != "full":
+            faults.append('head: adapters on it are not supported; "full", or leave it out')
+    whole = [part for part, how in trains.items() if how == "full" and part != "projector"]
+    if whole and any(how != "full" for how in trains.values()):
+        faults.append(
+            f"{' and '.join(map(repr, whole))} in full beside adapters: only the projector can be trained whole and "
+            "saved with them; adapt it too, or train everything in full"
+        )
+    if faults:
+        raise ValueError(f"TRAINS={dict(trains)}: {'; '.join(faults)}.")
+
+
+def _meant(word: Any, known: Sequence[str]) -> str:
+    close = get_close_matches(str(word).lower(), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
+
+
+def _refuse_bad_settings(*, r: int, lora_alpha: int, lora_dropout: float) -> None:
     faults = {
         f"r={r}: the rank is at least 1": r < 1,
         f"lora_alpha={lora_alpha}: the scale lora_alpha / r must be above 0": lora_alpha <= 0,
         f"lora_dropout={lora_dropout}: a probability from 0 to below 1": not 0 <= lora_dropout < 1,
-        f"parts={parts!r}: a tuple of one or more of {', '.join(ADAPTABLE_PARTS)}": (
-            isinstance(parts, str) or not parts or not set(parts) <= set(ADAPTABLE_PARTS)
-        ),
-        f"projector={projector!r}: one of {', '.join(get_args(Projector))}": projector not in get_args(Projector),
-        'projector="full" and "projector" in parts: train it in full or adapt it, not both': (
-            projector == "full" and "projector" in parts
-        ),
-        f'target_modules={target_modules!r}: a list such as ["q_proj"]; leave it out for every linear layer': (
-            target_modules is not None and not wanted
-        ),
-        f"target_modules holds {bad}: one bare name an item, without comma, blank or pattern": bad,
     }
     if any(faults.values()):
         raise ValueError("; ".join(text for text, wrong in faults.items() if wrong) + ".")
-
-
-def _model(model_or_type: PreTrainedModel | PreTrainedConfig | str) -> PreTrainedModel:
-    """The model itself, or its modules without weights (0.2 s at 7B)."""
-    if isinstance(model_or_type, PreTrainedModel):
-        return model_or_type
-    config = AutoConfig.for_model(model_or_type) if isinstance(model_or_type, str) else model_or_type
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _modules(root: nn.Module) -> dict[str, nn.Module]:
@@ -215,65 +263,39 @@ def _modules(root: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _linears(root: PreTrainedModel, places: ModelParts) -> dict[str, list[str]]:
+def _linears(root: Any, modules: Mapping[str, nn.Module], parts: ModelParts) -> dict[str, list[str]]:
     """Full paths, by part, of the linear layers that may be adapted."""
     linears: dict[str, list[str]] = defaultdict(list)
-    for name, module in _modules(root).items():
+    for name, module in modules.items():
         # `in_features` also marks the linear layers of other quantizers, which do not inherit from nn.Linear.
         if not hasattr(module, "in_features"):
             continue
-        part = part_of(name, places)
+        part = part_of(name, parts)
         # A pooling head beside the numbered layers is not part of what the language model sees.
         in_layers = any(piece.isdigit() for piece in name.split("."))
-        if part == "projector" or (in_layers and not _is_unheard(name, root.config, places)):
+        if part == "projector" or (in_layers and not _is_unused(name, root.config, parts)):
             linears[part].append(name)
     return linears
 
 
-def _unheard_layers(config: PreTrainedConfig) -> range:
-    """The tower's layers whose output the model drops: those above the highest `vision_feature_layer`.
+def _is_unused(name: str, config: PreTrainedConfig, parts: ModelParts) -> bool:
+    """Whether this lies in a tower layer above the highest `vision_feature_layer`, whose output the model drops.
 
-    That counts hidden states: 0 is the embedding, -1 the last layer's output.
+    That setting counts hidden states: 0 is the embedding, -1 the last layer's output.
     """
     chosen = getattr(config, "vision_feature_layer", None)
-    if chosen is None:
-        return range(0)
+    layer = re.search(r"\.(\d+)(\.|$)", name)
+    if chosen is None or layer is None or part_of(name, parts) != "vision":
+        return False
     layers: int = config.vision_config.num_hidden_layers
     states = [chosen] if isinstance(chosen, int) else chosen
-    return range(max(state if state >= 0 else layers + 1 + state for state in states), layers)
+    return int(layer[1]) >= max(state if state >= 0 else layers + 1 + state for state in states)
 
 
-def _is_unheard(name: str, config: PreTrainedConfig, places: ModelParts) -> bool:
-    layer = re.search(r"\.(\d+)(\.|$)", name)
-    return layer is not None and int(layer[1]) in _unheard_layers(config) and part_of(name, places) == "vision"
-
-
-def _targets(
-    linears: Mapping[str, Sequence[str]], parts: Sequence[str], projector: str, names: Sequence[str] | None
-) -> list[str]:
-    """Full paths of the layers to adapt; ValueError where a part or a name comes to nothing."""
-    asked = {*parts, "projector"} if projector == "lora" else set(parts)
-    chosen = {part: list(linears.get(part, ())) for part in ADAPTABLE_PARTS if part in asked}
-    there = {part: sorted({path.rsplit(".", 1)[-1] for path in paths}) or "none" for part, paths in chosen.items()}
-    faults = []
-    if names is not None:
-        named = [part for part in chosen if part != "projector"]
-        meant = {name: {p for part in named for p in chosen[part] if p.endswith(f".{name}")} for name in names}
-        where = " or ".join(named) or "no part"
-        faults = [f"target_modules: {name!r} matches no linear layer of {where}" for name in names if not meant[name]]
-        for part in named:
-            chosen[part] = [path for path in chosen[part] if any(path in paths for paths in meant.values())]
-    faults += [f"no linear layer to adapt in part {part!r}" for part, paths in chosen.items() if not paths]
-    if faults:
-        hint = 'Where a projector has none, train it with projector="full".'
-        raise ValueError(f"{'; '.join(faults)}. Linear layers by part: {there}. {hint}")
-    return [path for paths in chosen.values() for path in paths]
-
-
-def _whole_projector(modules: Mapping[str, nn.Module], places: ModelParts) -> list[str]:
+def _whole(modules: Mapping[str, nn.Module], parts: ModelParts) -> list[str]:
     """The projector's modules; a ModuleList as its items, since PEFT's wrapper cannot be indexed."""
     whole = []
-    for path in places.projector:
+    for path in parts.projector:
         if isinstance(modules.get(path), nn.ModuleList):
             whole += [name for name in modules if re.fullmatch(rf"{re.escape(path)}\.\d+", name)]
         elif path in modules:
@@ -281,23 +303,21 @@ def _whole_projector(modules: Mapping[str, nn.Module], places: ModelParts) -> li
     return whole
 
 
-def _pattern(targets: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
-    r"""One pattern that PEFT full-matches: `\d+` where every numbered layer is meant, else their numbers."""
-    alternatives = []
+def _pattern(layers: Sequence[str], modules: Collection[str]) -> str:
+    r"""One pattern that PEFT full-matches: `\d+` where it reaches asked layers only, else their numbers.
+
+    PEFT 0.21.2 takes a list of paths as well, but shortens it to endings such as `24.self_attn.q_proj`, 100 of them for
+    LLaVA-1.5-7B: right for this tower of 24 layers only, and not to be read.
+    """
     numbers: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for path in targets:
-        if numbered := re.fullmatch(r"(.*?)\.(\d+)\.(.+)", path):
-            numbers[numbered[1], numbered[3]].append(numbered[2])
-        else:
-            alternatives.append(re.escape(path))
-    leaves: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
-    for (layers, leaf), found in numbers.items():
-        leaves[layers, tuple(found)].append(re.escape(leaf))
-    for (layers, meant), names in leaves.items():
-        stem = re.escape(layers)
-        every = len(meant) == sum(re.fullmatch(rf"{stem}\.\d+", name) is not None for name in modules)
-        number = r"\d+" if every else f"(?:{'|'.join(meant)})"
-        alternatives.append(rf"{stem}\.{number}\.(?:{'|'.join(names)})")
+    for path in layers:
+        before, number, after = re.fullmatch(r"(?:(.*?\.)(\d+)(?=\.))?(.+)", path).groups(default="")  # type: ignore[union-attr]
+        numbers[re.escape(before), re.escape(after)].append(number)
+    alternatives = []
+    for (before, after), found in numbers.items():
+        every = sum(re.fullmatch(rf"{before}\d+{after}", name) is not None for name in modules) == len(found)
+        number = r"\d+" if every and before else "|".join(found)
+        alternatives.append(f"{before}{number if len(found) == 1 or every else f'(?:{number})'}{after}")
     return "|".join(alternatives)
 
 
@@ -307,3 +327,42 @@ def _lacks_dora(module: Any) -> bool:
         # copy without the scales, which bitsandbytes 0.50.2 has moved to the layer: the second forward fails.
         return bool(module.weight.device.type == "cpu")
     return not isinstance(module, nn.Linear) and type(module).__name__ != "HQQLinear"
+
+
+def _report(plan: _Plan, trains: Trains, held: Mapping[str, Any], bare: Collection[str]) -> dict[str, PartReport]:
+    """How each part trains, and all together (`total`)."""
+    matrices: dict[str, int] = defaultdict(int)
+    reached: dict[str, int] = defaultdict(int)
+    tables = {f"{name}.weight" for name, module in plan.modules.items() if isinstance(module, nn.Embedding)}
+    for name, parameter in plan.base.named_parameters():
+        whole, path = ".original_module." in name, re.sub(r"\.(base_layer|original_module)\.", ".", name)
+        matrix = parameter.ndim > 1 or getattr(parameter, "quant_state", None) is not None
+        if not matrix or path in tables or ".lora_" in name or ".modules_to_save." in name:
+            continue
+        trained = parameter.requires_grad or whole or path.rpartition(".")[0] in held
+        for part in (part_of(name, plan.parts), "total"):
+            matrices[part] += size_of(parameter)
+            reached[part] += size_of(parameter) * trained
+    reports = {}
+    for part, counts in count_parameters(plan.base).items():
+        layers = [held[name] for name in held if part in ("total", part_of(name, plan.parts))]
+        how = "frozen" if part in PARTS else ""
+        if layers and part in PARTS:
+            how = _settings(layers) + (f" on {', '.join(trains[part])}" if trains[part] != "lora" else "")
+        elif trains.get(part) == "full":
+            how = "full" + (f" but {listed(bare)}, which PEFT cannot save" if bare else "")
+        share = reached[part] / matrices[part] if matrices[part] else float(counts.trainable > 0)
+        numbers = (counts.trainable, counts.parameters, counts.dtypes, counts.quantized)
+        reports[part] = PartReport(how, len(layers), share, *numbers)
+    return reports
+
+
+def _settings(layers: Sequence[Any]) -> str:
+    """Rank, alpha and scale of these adapters, each with all its values."""
+
+    def values(setting: str) -> str:
+        found = {value for layer in layers for value in getattr(layer, setting).values()}
+        return "/".join(f"{value:g}" for value in sorted(found))
+
+    dora = ", DoRA" if len(layers[0].lora_magnitude_vector) else ""
+    return f"lora r {values('r')}, alpha {values('lora_alpha')} (scale {values('scaling')}){dora}"

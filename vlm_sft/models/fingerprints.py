@@ -12,6 +12,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from vlm_sft.common import base_of, is_quantized
+from vlm_sft.upstream import commit_of
+
 TRAINING_BASE = "training_base.json"
 RATES = "rates_by_part"
 """The keyword by which an optimizer learns its rates, and the default under which it keeps them."""
@@ -40,7 +43,7 @@ def differences(recorded: Any, found: Any, *, path: str = "") -> list[str]:
 
 def base_settings(model: Any) -> dict[str, Any]:
     """Where the (PEFT-wrapped) model's base came from and how it was loaded."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = base_of(model)
     config = base.config
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and hasattr(quantization, "to_dict"):
@@ -48,8 +51,7 @@ def base_settings(model: Any) -> dict[str, Any]:
     return plain(
         {
             "base_model_name_or_path": config.name_or_path,
-            # Private, but there is no other place for the commit: transformers kept it here, and `load_model` does.
-            "revision": getattr(config, "_commit_hash", None),
+            "revision": commit_of(config),
             "model_type": config.model_type,
             "dtype": str(config.dtype or base.dtype).removeprefix("torch."),
             "quantization_config": quantization,
@@ -74,8 +76,8 @@ def training_base(model: nn.Module) -> dict[str, Any]:
         kind, values = str(parameter.dtype).removeprefix("torch."), parameter.detach().flatten()
         if packing is not None:
             kind, values = packing.quant_type, values.view(torch.uint8)  # whatever dtype they are stored in
-        if packing is not None or not parameter.is_floating_point():
-            # A GPU rounds otherwise than a CPU, and another dtype to other values.
+        if is_quantized(parameter):
+            # A GPU rounds differently from a CPU, and another dtype to other values.
             kind = f"{kind}/{settings['dtype']}/{parameter.device.type}"
         spread = torch.linspace(0, len(values) - 1, min(_SAMPLED_VALUES, len(values)), dtype=torch.float64).long()
         sample = values[spread.to(values.device)].cpu().view(torch.uint8).numpy()
@@ -85,15 +87,12 @@ def training_base(model: nn.Module) -> dict[str, Any]:
 
 def weight_differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """One line for each recorded weight that is not found, has another shape, or stored alike another digest."""
-
-    def is_it(was: list[str], now: list[str]) -> bool:
-        return was == now or (was[0] == now[0] and was[1] != now[1])
-
-    return [
-        f"{name}: recorded {was!r}, now {found.get(name)!r}"
-        for name, was in recorded.items()
-        if name not in found or not is_it(was.split(), found[name].split())
-    ]
+    faults = []
+    for name, was in recorded.items():
+        (shape, kind, _), (its_shape, its_kind, _) = was.split(), found.get(name, "none none none").split()
+        if found.get(name) != was and (shape != its_shape or kind == its_kind):
+            faults.append(f"{name}: recorded {was!r}, now {found.get(name)!r}")
+    return faults
 
 
 def read_training_base(folder: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import sys
 import torch
 from transformers import TrainingArguments
 
-from vlm_sft.models.sharding import shard_on_cpu
+from vlm_sft.upstream import shard_on_cpu
 
 
 def best_dtype() -> torch.dtype:
@@ -16,11 +16,6 @@ def best_dtype() -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def best_optimizer(name: str) -> str:
-    """The optimizer itself, or `adamw_torch` for a paged one where there is no GPU to page from."""
-    return "adamw_torch" if name.startswith("paged_") and not torch.cuda.is_available() else name
 
 
 def best_worker_count() -> int:
@@ -32,23 +27,12 @@ def best_worker_count() -> int:
     return max(0, min(4, len(os.sched_getaffinity(0)) // processes - 1))
 
 
-def keep_packing(model: torch.nn.Module) -> None:
-    """Leaves the 4-bit weights of a model on a CPU as they were loaded.
-
-    Where a CPU has AVX512-BF16, bitsandbytes (0.50.2) packs them anew at the first forward in eval mode, for a kernel
-    that rounds to bfloat16 and passes no gradient: after an evaluation, training would fail or skip whole layers.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def fit_to_hardware(args: TrainingArguments) -> None:
+def set_hardware_defaults(args: TrainingArguments) -> None:
     """Fills in what the user left open: call it first in the `__post_init__` of a recipe's config.
 
-    Without `bf16` or `fp16` set, `best_dtype` decides. A paged optimizer gives way where it cannot run. Several GPUs
-    and no launcher: this process takes the first one and says how to use all, since SFTTrainer refuses
-    `nn.DataParallel`. A launch with FSDP shards on CPUs too (`shard_on_cpu`).
+    Without `bf16` or `fp16` set, `best_dtype` decides. A paged optimizer gives way to `adamw_torch` where there is no
+    GPU to page from. Several GPUs and no launcher: this process takes the first one and says how to use all, since
+    SFTTrainer refuses `nn.DataParallel`. A launch with FSDP shards on CPUs too (`shard_on_cpu`).
     """
     if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
         # The only way to hide devices from the Trainer; it must come before CUDA is first used.
@@ -58,5 +42,6 @@ def fit_to_hardware(args: TrainingArguments) -> None:
         args.bf16, args.fp16 = best_dtype() == torch.bfloat16, best_dtype() == torch.float16
     args.use_cpu |= not torch.accelerator.is_available()  # without it, processes on CPUs would train apart
     shard_on_cpu(args)
-    args.optim = best_optimizer(args.optim)
+    if args.optim.startswith("paged_") and not torch.cuda.is_available():
+        args.optim = "adamw_torch"
     args.dataloader_pin_memory &= torch.cuda.is_available()  # PyTorch warns of it at each evaluation on a CPU

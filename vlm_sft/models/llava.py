@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.utils.hub import resolve_revision
 
+from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.towers import keep_frozen_out_of_autograd
+from vlm_sft.models.loading import check_weights, first_line, place, record_source
 
 # Models whose decoder takes embeddings as they are; Gemma, for one, would scale the features of an image.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -51,6 +52,7 @@ def assemble_llava(
     vision_tower: str | Path,
     language_model: str | Path,
     *,
+    seed: int,
     vision_revision: str | None = None,
     language_revision: str | None = None,
     dtype: torch.dtype | str = "auto",
@@ -58,13 +60,13 @@ def assemble_llava(
 ) -> tuple[Any, Any]:
     """A LLaVA-1.5 made of the two models' weights and a random projector, and the processor that goes with it.
 
-    The projector is LLaVA's `mlp2x_gelu` with PyTorch's own initialisation: seed before. The tower is read one layer
-    before its last, without the class token. The tokenizer gains `<image>`, and a pad token where it has none; the
-    embedding grows to hold them, and never shrinks. `dtype="auto"` is `best_dtype()`. Which tower it was is kept in
-    the config (`check_tower`). Source: arXiv 2310.03744.
+    The projector is LLaVA's `mlp2x_gelu` with PyTorch's own initialisation, drawn from `seed`; the random state of the
+    process stays as it was. The tower is read one layer before its last, without the class token. The tokenizer gains
+    `<image>`, and a pad token where it has none; the embedding grows to hold them, and never shrinks. `dtype="auto"` is
+    `best_dtype()`. Which tower it was is kept in the config (`check_tower`). Source: arXiv 2310.03744.
 
-    Raises ValueError for a tower that is no CLIP, a text model that is none of `LANGUAGE_MODELS`, and weights that are
-    missing.
+    Raises ValueError for a tower that is not a CLIP, a text model that is none of `LANGUAGE_MODELS`, and weights that
+    are missing.
     """
     vision_name, language_name = str(vision_tower), str(language_model)
     vision_revision = resolve_revision(vision_name, vision_revision)
@@ -94,12 +96,14 @@ def assemble_llava(
     model.model.language_model = language.get_decoder()
     model.lm_head = language.get_output_embeddings()
     projector = model.model.multi_modal_projector.to_empty(device="cpu")
-    for layer in (projector.linear_1, projector.linear_2):
-        layer.reset_parameters()
-    projector.to(dtype)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        # A multiple of 64, as LLaVA's, for the sake of the GPU's matrix units.
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's, where all of it is drawn
+        for layer in (projector.linear_1, projector.linear_2):
+            layer.reset_parameters()
+        projector.to(dtype)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            # A multiple of 64, as LLaVA's, for the sake of the GPU's matrix units.
+            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     # Ids alone: how to sample stays with the text model, whose settings may not even be savable (Vicuna's).
     ends = language.generation_config.eos_token_id
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -115,7 +119,9 @@ def assemble_llava(
         num_additional_image_tokens=1,
         chat_template=chat_template,
     )
-    keep_frozen_out_of_autograd(model)
+    detach_frozen_tower(model)
+    for made in (model, processor):
+        record_source(made, language_name, language_revision)
     return model.eval(), processor
 
 
@@ -128,18 +134,18 @@ def check_tower(config: PreTrainedConfig, vision_tower: str | Path) -> None:
         raise ValueError(
             f"{config.name_or_path!r} {found} (width {vision.hidden_size}, {vision.num_hidden_layers} layers, "
             f"{vision.image_size} pixels), and {_short(vision_tower)!r} is asked for: give the folder that stage 1 "
-            "wrote with that tower, or leave vision_tower out to go on with the folder's own."
+            "wrote with that tower, or leave vision_tower out to continue with the folder's own."
         )
 
 
 def plain_template(tokenizer: Any) -> str:
-    """The chat template of captions for the projector's first training: picture, caption, no roles and no end token.
+    """The chat template of captions for the projector's first training: image, caption, no roles and no end token.
 
-    The caption is tokenized as if it stood alone, as in the original: behind a token some tokenizers of Llama need a
+    The caption is tokenized as if it stood alone, as in the original: after a token some tokenizers of Llama need a
     blank for that. Source: conv_llava_plain and tokenizer_image_token of haotian-liu/LLaVA.
     """
-    alone, behind = tokenizer.tokenize("a b"), tokenizer.tokenize("<image>a b")[1:]
-    blank = "" if behind == alone else " "
+    alone, after = tokenizer.tokenize("a b"), tokenizer.tokenize("<image>a b")[1:]
+    blank = "" if after == alone else " "
     return (
         "{%- for turn in messages -%}{%- for part in turn['content'] -%}"
         f"{{{{- '<image>' if part['type'] == 'image' else '{blank}' ~ part['text'] -}}}}"
@@ -156,7 +162,7 @@ def _check_kinds(vision: str, vision_revision: str | None, language: str, langua
         try:
             found = AutoConfig.from_pretrained(name, revision=revision).model_type
         except (OSError, ValueError) as error:
-            faults.append(f"no model in {name!r} ({str(error).strip().splitlines()[0]})")
+            faults.append(f"no model in {name!r} ({first_line(error)})")
             continue
         if found not in known:
             faults.append(f"{name!r} is a {found!r} model: the {what}")
@@ -167,11 +173,8 @@ def _check_kinds(vision: str, vision_revision: str | None, language: str, langua
 def _load(kind: Any, name: str, revision: str | None, dtype: torch.dtype | str) -> Any:
     # Also from .bin files, in which both of LLaVA's own parts come: transformers reads no code from them.
     model, info = kind.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{name!r} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:3])}): give a "
-            "complete checkpoint."
-        )
+    # A CLIP with its text half has weights left over.
+    check_weights(model, {"missing_keys": info["missing_keys"]}, place(name, revision))
     return model
 
 

@@ -1,46 +1,77 @@
 """Processor and model as the recipes want them: precision and attention of this machine, one pinned revision, nothing
-missing; and the tower kept out of autograd while it is frozen.
+missing, an adapter on the very base it was trained on; and the tower kept out of autograd while it is frozen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+import inspect
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.utils.hub import resolve_revision
+from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from vlm_sft.common import listed
+from vlm_sft.distributed import print_main
+from vlm_sft.models.fingerprints import read_training_base, training_base, weight_differences
+from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.parts import MODEL_PARTS, ModelParts
-from vlm_sft.models.towers import keep_frozen_out_of_autograd
-from vlm_sft.models.weights import existing, first_line, place, read_adapted, read_model
+from vlm_sft.upstream import fit_to_shards, keep_packing, set_commit
 
 AutoModelForVision2Seq = AutoModelForImageTextToText
 """The name that transformers 5 dropped, for code that was written with it."""
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-def load_processor(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+# Their image tokens see each other in both directions. FlashAttention takes no such mask and transformers 5.23 drops
+# it without a word (masking_utils.flash_attention_mask).
+_NOT_FOR_FLASH_ATTENTION = ("gemma3",)
+_SOURCE = "_vlm_sft_source"  # where a model or processor keeps what `loaded_from` returns; saved by neither
+
+
+def load_processor(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_pixels: int | None = None,
+) -> Any:
     """The processor of a vision-language model, its tokenizer with a pad token.
 
     A tokenizer without one pads with its unknown token, else with its end token: both are in the embedding already,
-    and padding is masked by position, never by id.
+    and padding is masked by position, never by id. `max_pixels` shrinks larger images to so many pixels, in families
+    that resize by their number (Qwen-VL).
 
-    Raises ValueError for a folder that does not exist and for a text-only model, ImportError that names the missing
-    package (torchvision for Qwen-VL, SmolVLM, InternVL and LLaVA-OneVision, num2words for SmolVLM).
+    Raises ValueError for a folder that does not exist, a text-only model, and `max_pixels` where the family has no such
+    limit; ImportError that names the missing package (torchvision for Qwen-VL, SmolVLM, InternVL and LLaVA-OneVision,
+    num2words for SmolVLM).
     """
     name = existing(name_or_path)
+    revision = resolve_revision(name, revision)
     try:
         processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            name, revision=resolve_revision(name, revision), trust_remote_code=trust_remote_code
+            name, revision=revision, trust_remote_code=trust_remote_code
         )
     except (AttributeError, ImportError) as error:
         missing = [package for package in ("torchvision", "num2words") if importlib.util.find_spec(package) is None]
@@ -63,6 +94,9 @@ def load_processor(name_or_path: str | Path, *, revision: str | None = None, tru
     tokenizer: Any = processor.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if max_pixels is not None:
+        _limit_pixels(processor.image_processor, max_pixels)
+    record_source(processor, name, revision)
     return processor
 
 
@@ -71,13 +105,13 @@ def load_model(
     *,
     quantization_config: BitsAndBytesConfig | str | None = "auto",
     dtype: torch.dtype | str = "auto",
-    attn_implementation: str = "auto",
+    attn_implementation: str | None = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     base_model: str | Path | None = None,
     is_trainable: bool = False,
-    ignore_keys: Sequence[str] = (),
-    model_parts: ModelParts | None = None,
+    dequantize: bool = False,
+    device_map: Any = None,
 ) -> Any:
     """A vision-language model, or from an adapter's folder its base with the adapter on it (a PeftModel).
 
@@ -85,14 +119,15 @@ def load_model(
       records it, the base's own).
     - `quantization_config="auto"` is none, or for an adapter the one its base had in training.
     - `attn_implementation="auto"` is FlashAttention 2 where it is installed, the GPU (Ampere or newer) and the model
-      take it; else PyTorch's SDPA.
+      take it; else, and with None, what transformers chooses: PyTorch's SDPA.
     - A quantized model goes to the GPU of this process (LOCAL_RANK); any other stays on the CPU for the Trainer.
     - `revision` is resolved to its commit once, and recorded in the model's config.
-    - `base_model` takes the place of the base that the adapter names; `is_trainable` leaves the adapter trainable.
-    - Only safetensors are read. A weight that is missing, left over or of another shape is an error, unless its name
-      matches one of the patterns `ignore_keys`.
+    - For an adapter, `base_model` takes the place of the base that it names, `is_trainable` leaves it trainable, and
+      `dequantize` puts the base back into 16 bit, with the values that training saw.
+    - Only safetensors are read. A weight that is missing, left over or of another shape is an error.
 
-    A frozen tower stays out of autograd (`keep_frozen_out_of_autograd`), in a known family or with `model_parts`.
+    A frozen tower stays out of autograd (`detach_frozen_tower`); where the model's parts cannot be told, a line says
+    that it does not.
 
     Raises ValueError for a path that does not exist, a text-only model, an adapter whose base is missing or another
     one, weights that do not fit, and an attention that the model cannot run.
@@ -100,25 +135,218 @@ def load_model(
     name = existing(name_or_path)
     revision = resolve_revision(name, revision)
     options: dict[str, Any] = {
-        "revision": revision,
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
-        "ignore_keys": ignore_keys,
+        "device_map": device_map,
     }
     if find_adapter_config_file(name, revision=revision) is None:
         quantization = None if quantization_config == "auto" else quantization_config
         dtype = best_dtype() if dtype == "auto" else dtype
-        model = base = read_model(name, quantization_config=quantization, dtype=dtype, **options)
+        model = base = _read_model(name, revision, quantization, dtype, **options)
     else:
-        model = read_adapted(
-            name,
-            base_model=base_model,
-            quantization_config=quantization_config,
-            dtype=dtype,
-            is_trainable=is_trainable,
-            **options,
+        model = _read_adapted(
+            name, revision, base_model, quantization_config, dtype, dequantize, is_trainable, **options
         )
         base = model.get_base_model()
-    if model_parts or base.config.model_type in MODEL_PARTS:
-        keep_frozen_out_of_autograd(base, model_parts=model_parts)
+    try:
+        detach_frozen_tower(base)
+    except ValueError as error:
+        print_main(f"{name!r}: a frozen vision tower stays in autograd, which costs time and memory. {error}")
+    record_source(model, name, revision)
     return model
+
+
+def loaded_from(model_or_processor: Any) -> tuple[str, str | None]:
+    """The name or folder that `load_model` or `load_processor` was given, and the commit that the revision was.
+
+    Of what they did not load, the name that transformers knows, and None.
+    """
+    source: tuple[str, str | None] | None = getattr(model_or_processor, _SOURCE, None)
+    if source is None:
+        named = getattr(model_or_processor, "config", None) or getattr(model_or_processor, "tokenizer", None)
+        source = (str(getattr(named, "name_or_path", "")), None)
+    return source
+
+
+def record_source(model_or_processor: Any, name: str, revision: str | None) -> None:
+    """Keeps what `loaded_from` returns."""
+    setattr(model_or_processor, _SOURCE, (name, getattr(revision, "resolved", revision)))
+
+
+def read_config(
+    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The config of a vision-language model. Raises ValueError where there is none, and for a text-only model."""
+    name = existing(name_or_path)
+    at = place(name, revision)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except OSError as error:
+        raise ValueError(f"No model in {at}: {first_line(error)}. Give its folder or Hub name.") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
+        raise ValueError(
+            f"{at} is a {config.model_type!r} model, which takes no images; give a vision-language model such as "
+            "llava-hf/llava-1.5-7b-hf."
+        )
+    return config
+
+
+def existing(name_or_path: str | Path | None) -> str:
+    """The folder or Hub name as given; ValueError where it can be neither."""
+    name = str(name_or_path)
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(f"No folder {name!r} (from {Path.cwd()}), and no Hub name is written so.")
+    return name
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def place(name: str, revision: str | None) -> str:
+    """The name for an error, and what it was taken for: a slip in a folder's name makes a Hub name of it."""
+    if Path(name).is_dir():
+        return repr(name)
+    return f"{name!r} (no such folder; treated as a Hub name, revision {revision or 'main'})"
+
+
+def check_weights(model: Any, info: Mapping[str, Any], at: str) -> None:
+    """Raises ValueError for weights that from_pretrained found missing, left over or of another shape."""
+    unfit = [f"{len(keys)} {kind} ({listed([str(key) for key in keys])})" for kind, keys in info.items() if keys]
+    if unfit:
+        raise ValueError(
+            f"The weights in {at} do not fit {type(model).__name__}: {'; '.join(unfit)}. Give the complete checkpoint "
+            "of this very model."
+        )
+
+
+def _read_model(
+    name: str,
+    revision: str | None,
+    quantization_config: Any,
+    dtype: torch.dtype | str,
+    *,
+    attn_implementation: str | None,
+    device_map: Any,
+    trust_remote_code: bool,
+) -> Any:
+    config: Any = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    if attn_implementation == "flash_attention_2" and config.model_type in _NOT_FOR_FLASH_ATTENTION:
+        raise ValueError(
+            f"attn_implementation='flash_attention_2': in {config.model_type} the tokens of an image see each other in "
+            "both directions, and FlashAttention would hide half of them; use 'sdpa'."
+        )
+    from_pretrained: Any = AutoModelForImageTextToText.from_pretrained
+    try:
+        model, info = from_pretrained(
+            name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            quantization_config=quantization_config,
+            device_map=device_map or _device_map(quantization_config or getattr(config, "quantization_config", None)),
+            attn_implementation=None if attn_implementation == "auto" else attn_implementation,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # `check_weights` names them
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"No safetensors in {place(name, revision)}: {first_line(error)}. Other formats can run code when they are "
+            "read; save the model anew with save_pretrained."
+        ) from error
+    check_weights(model, info, place(name, revision))
+    if attn_implementation == "auto" and _flash_attention_runs(model):
+        with contextlib.suppress(ValueError):  # this model has no FlashAttention
+            model.set_attn_implementation("flash_attention_2")
+    set_commit(model.config, revision)
+    keep_packing(model)
+    fit_to_shards(model)
+    return model
+
+
+def _read_adapted(
+    name: str,
+    revision: str | None,
+    base_model: str | Path | None,
+    quantization_config: BitsAndBytesConfig | str | None,
+    dtype: torch.dtype | str,
+    dequantize: bool,
+    is_trainable: bool,
+    **options: Any,
+) -> PeftModel:
+    folder = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
+    adapter = PeftConfig.from_pretrained(folder)
+    if not Path(folder, ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"{folder!r} holds an adapter_config.json but no {ADAPTER_WEIGHTS}; save the adapter again.")
+    trained_on = read_training_base(Path(folder)) or {}
+    named = base_model or adapter.base_model_name_or_path
+    if quantization_config == "auto":
+        recorded = trained_on.get("quantization_config")
+        quantization_config = BitsAndBytesConfig(**recorded) if recorded else None  # type: ignore[no-untyped-call]
+    dtype = trained_on.get("dtype", "auto") if dtype == "auto" else dtype
+    at_revision = None if base_model else adapter.revision or trained_on.get("revision")
+    try:
+        base = _read_model(existing(named), at_revision, quantization_config, dtype, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"The adapter in {name!r} was trained on {adapter.base_model_name_or_path!r}, which did not load from "
+            f"{named!r}: {error} Pass base_model= the folder or Hub name of that base."
+        ) from error
+    if other := weight_differences(trained_on.get("weights", {}), training_base(base)["weights"]):
+        raise ValueError(
+            f"{base.name_or_path!r} is not the base that the adapter in {folder!r} was trained on; {len(other)} of "
+            f"{len(trained_on['weights'])} weights differ: {'; '.join(other[:3])}. Pass base_model= the right one."
+        )
+    if dequantize:
+        base = base.dequantize(dtype=base.dtype)
+    if Path(folder, "generation_config.json").is_file():
+        base.generation_config = GenerationConfig.from_pretrained(folder)
+    try:
+        model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+    except RuntimeError as error:
+        some = "\n".join(str(error).splitlines()[:3])
+        raise ValueError(f"The adapter in {folder!r} does not fit {base.name_or_path!r}: {some}") from error
+    with safe_open(Path(folder, ADAPTER_WEIGHTS), framework="pt") as file:
+        saved = set(file.keys())
+    needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if saved != needed:
+        raise ValueError(
+            f"The adapter in {folder!r} does not fit {base.name_or_path!r}: {len(needed - saved)} weights are missing "
+            f"({listed(needed - saved)}) and {len(saved - needed)} left over ({listed(saved - needed)})."
+        )
+    return model
+
+
+def _limit_pixels(image_processor: Any, max_pixels: int) -> None:
+    """Sets the number of pixels an image may have at most, where the processor counts them."""
+    size = dict(image_processor.size or {})
+    known = inspect.get_annotations(getattr(image_processor, "valid_kwargs", object))
+    if "max_pixels" not in known or not {"shortest_edge", "longest_edge"} <= size.keys():
+        raise ValueError(
+            f"max_pixels={max_pixels}: a {type(image_processor).__name__} does not resize by the number of pixels (its "
+            f"size is {size}); leave max_pixels out for this family."
+        )
+    if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
+        raise ValueError(f"max_pixels={max_pixels!r}: a number of pixels, such as 1003520 (1,280 tokens of 28 x 28).")
+    # Both are numbers of pixels, whatever their names say (transformers 5.23, image_processing_qwen2_vl.py).
+    least = min(size["shortest_edge"], max_pixels)
+    image_processor.size = type(image_processor.size)(shortest_edge=least, longest_edge=max_pixels)
+
+
+def _device_map(quantization_config: Any) -> dict[str, int] | None:
+    """The GPU of this process for a quantized model, which must not move later; None leaves placing to the Trainer."""
+    if quantization_config is None or not torch.cuda.is_available():
+        return None
+    return {"": int(os.environ.get("LOCAL_RANK", 0))}
+
+
+def _flash_attention_runs(model: PreTrainedModel) -> bool:
+    return (
+        is_flash_attn_2_available()
+        and torch.cuda.get_device_capability() >= (8, 0)
+        and model.dtype in (torch.float16, torch.bfloat16)
+        and model.config.model_type not in _NOT_FOR_FLASH_ATTENTION
+    )

@@ -1,21 +1,33 @@
-"""Where the vision tower, the projector, the language model and its head lie in each model family.
+"""Where the vision tower, the projector, the language model and its head lie in a model, asked of the model itself.
 
-Paths start at the root of the loaded `...ForConditionalGeneration` model and are those of transformers 5.23.
-Quantization, adapters, freezing and learning rates all read this one table.
+`parts_of` is what quantization, adapters, freezing and learning rates go by. The accessors of transformers 5.23 name
+three of the four parts; the projector is the rest. `INSIDE_TOWER` lists the families whose projector lies inside the
+tower, and `register_parts` settles whatever cannot be told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from vlm_sft.common import listed, on_meta
 
 Part = Literal["vision", "projector", "language", "head"]
 PARTS: tuple[Part, ...] = get_args(Part)
+
+INSIDE_TOWER: dict[str, tuple[str, ...]] = {
+    "glm46v": ("merger",),
+    "qwen2_vl": ("merger",),
+    "qwen2_5_vl": ("merger",),
+    "qwen3_5": ("merger",),
+    "qwen3_vl": ("merger", "deepstack_merger_list"),
+}
+"""By model_type, the projector's modules as the vision tower names them. One line adds a family."""
 
 # What PEFT, DistributedDataParallel (or DeepSpeed) and torch.compile put before the names of what they wrap.
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
@@ -23,13 +35,11 @@ _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 
 @dataclass(frozen=True)
 class ModelParts:
-    """Full paths of the four parts of a vision-language model.
+    """Full paths of the four parts, from the root of the `...ForConditionalGeneration` model.
 
-    A path is a module, or a parameter that no part's module holds (LLaVA-NeXT's `model.image_newline`). Paths
-    may nest: the most specific one wins. Qwen's `model.visual.merger` is therefore projector although
-    `model.visual` is vision. Ask `part_of` and never compare prefixes by hand.
-
-    Raises ValueError for a path that is no non-empty string, or that stands in two parts.
+    A path is a module, or a parameter that no part's module holds (LLaVA-NeXT's `model.image_newline`). Paths may
+    nest: the most specific one wins. Qwen's `model.visual.merger` is therefore projector although `model.visual` is
+    vision. Ask `part_of` and never compare prefixes by hand.
     """
 
     vision: tuple[str, ...]
@@ -37,78 +47,58 @@ class ModelParts:
     language: tuple[str, ...]
     head: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        faults = [
-            f"{field.name}={paths!r}"
-            for field in fields(self)
-            if not isinstance(paths := getattr(self, field.name), tuple)
-            or not all(isinstance(path, str) and path for path in paths)
-        ]
-        if faults:
-            raise ValueError(
-                f"ModelParts: {', '.join(faults)}: expected a tuple of full paths; a single one needs its "
-                'comma, as in ("model.vision_tower",).'
-            )
-        paths = [path for part in PARTS for path in getattr(self, part)]
-        if twice := sorted({path for path in paths if paths.count(path) > 1}):
-            raise ValueError(f"ModelParts: listed twice: {', '.join(twice)}; each path has one part.")
+
+PARTS_OVERRIDES: dict[str, ModelParts] = {}
+"""By model_type, what `register_parts` was told."""
 
 
-def _parts(vision: str, projector: tuple[str, ...], language: str) -> ModelParts:
-    return ModelParts(vision=(vision,), projector=projector, language=(language,), head=("lm_head",))
-
-
-_LLAVA = _parts("model.vision_tower", ("model.multi_modal_projector",), "model.language_model")
-# `image_newline` is a learned vector of the language model's width that ends each row of image features.
-_LLAVA_TILED = _parts(
-    "model.vision_tower", ("model.multi_modal_projector", "model.image_newline"), "model.language_model"
-)
-_QWEN = _parts("model.visual", ("model.visual.merger",), "model.language_model")
-_QWEN3 = _parts("model.visual", ("model.visual.merger", "model.visual.deepstack_merger_list"), "model.language_model")
-_IDEFICS = _parts("model.vision_model", ("model.connector",), "model.text_model")
-
-MODEL_PARTS: dict[str, ModelParts] = {
-    "gemma3": _LLAVA,
-    "idefics3": _IDEFICS,
-    "internvl": _LLAVA,
-    "llava": _LLAVA,
-    "llava_next": _LLAVA_TILED,
-    "llava_onevision": _LLAVA_TILED,
-    "qwen2_5_vl": _QWEN,
-    "qwen2_vl": _QWEN,
-    "qwen3_vl": _QWEN3,
-    "smolvlm": _IDEFICS,
-}
-
-
-def parts_of(
-    model_or_config_or_model_type: nn.Module | PreTrainedConfig | str,
+def register_parts(
+    model_type: str,
     *,
-    model_parts: ModelParts | None = None,
-) -> ModelParts:
-    """The parts of this family, or `model_parts` where they are given.
+    vision: str | Sequence[str],
+    projector: str | Sequence[str],
+    language: str | Sequence[str],
+    head: str | Sequence[str],
+) -> None:
+    """Settles the parts of a family by hand, each a full path of `model.named_modules()` or several.
 
-    Raises ValueError for a family that is not in the table, and for a model (wrapped or not) that lacks one
-    of the paths: a path that matches nothing would freeze, quantize or adapt nothing without a word.
+    Raises ValueError for an empty part or path, and for a path that stands in two parts.
     """
-    subject: Any = model_or_config_or_model_type
-    config = getattr(subject, "config", subject)
-    model_type = subject if isinstance(subject, str) else getattr(config, "model_type", None)
-    parts = model_parts or MODEL_PARTS.get(model_type or "")
-    if parts is None:
+    given = {"vision": vision, "projector": projector, "language": language, "head": head}
+    parts = ModelParts(**{part: (at,) if isinstance(at, str) else tuple(at) for part, at in given.items()})
+    paths = [path for part in PARTS for path in getattr(parts, part)]
+    faults = [f"{part}={given[part]!r} names nothing" for part in PARTS if not all(getattr(parts, part) or ("",))]
+    faults += [f"{path!r} stands twice" for path in sorted({path for path in paths if path and paths.count(path) > 1})]
+    if faults:
         raise ValueError(
-            f"model_type {model_type!r} is not one of the known families ({', '.join(MODEL_PARTS)}); pass "
-            "model_parts=ModelParts(vision=..., projector=..., language=..., head=...), each a tuple of full paths. "
-            f"{_outline(subject)}"
+            f"register_parts({model_type!r}): {'; '.join(faults)}. Each part is one full path of model.named_modules() "
+            "or several, and each path has one part."
         )
-    if hasattr(subject, "named_modules"):
-        names = {_unwrapped(name) for name, _ in (*subject.named_modules(), *subject.named_parameters())}
-        if missing := [path for part in PARTS for path in getattr(parts, part) if path not in names]:
-            raise ValueError(
-                f"{type(subject).__name__} ({model_type}) holds no {', '.join(missing)}; load it with "
-                "AutoModelForImageTextToText, or pass model_parts=ModelParts(...) with the full paths that "
-                "model.named_modules() shows."
-            )
+    PARTS_OVERRIDES[model_type] = parts
+
+
+def parts_of(model_or_config: nn.Module | PreTrainedConfig) -> ModelParts:
+    """The parts of a model, also of one wrapped by PEFT, DistributedDataParallel or torch.compile; or of a config's.
+
+    Raises ValueError where they cannot be told, with the model's own modules: no tower, language model or head behind
+    the accessors, one inside another, nothing that could be the projector, or a second tower among the rest; and for a
+    registered path that the model lacks. A path that matches nothing would freeze, quantize or adapt nothing.
+    """
+    model: Any = root_of(model_or_config)
+    kind = f"{type(model).__name__} ({model.config.model_type})"
+    parts = PARTS_OVERRIDES.get(model.config.model_type)
+    if parts is not None:
+        names = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
+        faults = [f"{path} is not in it" for part in fields(parts) for path in getattr(parts, part.name)]
+        faults = [fault for fault in faults if fault.removesuffix(" is not in it") not in names]
+    else:
+        parts, faults = _found(model)
+    if faults or parts is None:
+        raise ValueError(
+            f"The parts of {kind} cannot be told: {'; '.join(faults)}. Load it with AutoModelForImageTextToText; where "
+            f"it was, name its parts with vlm_sft.models.parts.register_parts({model.config.model_type!r}, "
+            f"vision=..., projector=..., language=..., head=...). Its parameters lie in {_outline(model)}."
+        )
     return parts
 
 
@@ -119,30 +109,89 @@ def part_of(name: str, parts: ModelParts) -> Part:
     DistributedDataParallel or torch.compile. Raises ValueError for a name outside every part.
     """
     bare = _unwrapped(name)
-    found = [
-        (len(path), part)
-        for part in PARTS
-        for path in getattr(parts, part)
-        if bare == path or bare.startswith(f"{path}.")
-    ]
+    found = [(len(path), part) for part in PARTS for path in getattr(parts, part) if f"{bare}.".startswith(f"{path}.")]
     if not found:
-        raise ValueError(f"{name!r} lies in none of {parts}; add its path to the part it belongs to.")
+        raise ValueError(f"{name!r} lies in none of {parts}; name the parts with register_parts.")
     return max(found)[1]
 
 
-def listed(names: Collection[str]) -> str:
-    """The first six names in alphabetical order and how many more there are, for a message."""
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return ", ".join(sorted(names)[:6]) + more or "none"
+def root_of(model_or_config: Any) -> PreTrainedModel:
+    """The model of transformers that is, or lies inside, what was given; of a config, one without weights."""
+    if isinstance(model_or_config, PreTrainedConfig):
+        try:
+            return on_meta(model_or_config)  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise ValueError(
+                f"{model_or_config.model_type!r} is not the model_type of a vision-language model that transformers "
+                f"knows: {str(error).strip().splitlines()[0]}"
+            ) from error
+    modules = model_or_config.modules() if isinstance(model_or_config, nn.Module) else ()
+    root = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
+    if root is None:
+        raise ValueError(
+            f"{type(model_or_config).__name__} is not a model of transformers, nor its config; give what load_model or "
+            "AutoModelForImageTextToText returns."
+        )
+    return root
 
 
-def _outline(model: Any) -> str:
-    """Where to look for the paths: the upper modules of a model, if it is one."""
-    if not hasattr(model, "named_modules"):
-        return "They are those that model.named_modules() shows."
-    names = [_unwrapped(name).split(".") for name, _ in model.named_parameters(remove_duplicate=False)]
-    upper = dict.fromkeys(".".join(name[:2] if name[0] == "model" else name[:1]) for name in names)
-    return f"Its parameters lie in {', '.join(upper)}."
+def _found(model: Any) -> tuple[ModelParts | None, list[str]]:
+    """What the model's accessors say, and all that speaks against it."""
+    names = {module: name for name, module in model.named_modules()}
+    asked = {
+        "vision tower": lambda: model.get_encoder(modality="image"),
+        "language model": model.get_decoder,
+        "head": model.get_output_embeddings,
+    }
+    paths: dict[str, str] = {}
+    for what, accessor in asked.items():
+        found = accessor()
+        # Without such a part the accessors return None, or the model (or its base) itself.
+        own = found is not None and found is not model and found is not model.base_model
+        if own and names.get(found) and (what == "head" or any(True for _ in found.parameters())):
+            paths[what] = names[found]
+    if absent := [f"it has no {what}" for what in asked if what not in paths]:
+        return None, absent
+    vision, language, head = paths.values()
+    faults = [
+        f"{inner} lies inside {outer}"
+        for inner in paths.values()
+        for outer in paths.values()
+        if f"{inner}.".startswith(f"{outer}.") and (inner != outer or vision == language)
+    ]
+    if not any(re.match(rf"{re.escape(language)}\.(\w+\.)*\d+$", name) for name in names.values()):
+        faults.append(f"its language model, {language}, has no numbered layers")
+    inside = [f"{vision}.{name}" for name in INSIDE_TOWER.get(model.config.model_type, ())]
+    faults += [f"{path} is not in it" for path in inside if path not in names.values()]
+    rest = list(_rest(model, "", set(paths.values()))) if not faults else []
+    # transformers builds towers as models of their own, and projectors as plain modules.
+    models = [name for module, name in names.items() if isinstance(module, PreTrainedModel)]
+    if towers := [path for path in rest if any(f"{name}.".startswith(f"{path}.") for name in models)]:
+        faults.append(f"{listed(towers)}: a second tower, or part of the projector")
+    if not faults and not rest and not inside:
+        faults.append(
+            "nothing is left that could be its projector, which may lie inside the tower: add its line to "
+            "vlm_sft.models.parts.INSIDE_TOWER"
+        )
+    return ModelParts((vision,), (*inside, *rest), (language,), (head,)), faults
+
+
+def _rest(module: nn.Module, path: str, known: set[str]) -> Iterator[str]:
+    """The fewest modules and bare parameters that hold all parameters outside the known paths."""
+    for name, child in module.named_children():
+        at = f"{path}.{name}" if path else name
+        if any(other.startswith(f"{at}.") for other in known):
+            yield from _rest(child, at, known)
+        elif at not in known and any(True for _ in child.parameters()):
+            yield at
+    for name, _ in module.named_parameters(recurse=False):
+        yield f"{path}.{name}" if path else name
+
+
+def _outline(model: nn.Module) -> str:
+    """The upper modules of a model, by its parameters."""
+    names = [name.split(".") for name, _ in model.named_parameters(remove_duplicate=False)]
+    return ", ".join(dict.fromkeys(".".join(name[:2] if name[0] == "model" else name[:1]) for name in names))
 
 
 def _unwrapped(name: str) -> str:

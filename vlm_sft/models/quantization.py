@@ -1,14 +1,15 @@
-"""4-bit and 8-bit configs that quantize the language model alone, and the check of what came out quantized.
+"""A 4-bit config that quantizes the language model alone, and the check of what came out quantized.
 
 bitsandbytes skips a module by its path from the root, and any skip list of one's own replaces the one that protects
 `lm_head` (transformers 5.23): `["vision_tower", "lm_head"]` leaves no tower in 16 bit. So: full paths, and a look at
-the loaded model.
+the loaded model. `check_quantized` judges a BitsAndBytesConfig written by hand as well, also an 8-bit one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_bitsandbytes_available
 
-from vlm_sft.models.parts import PARTS, ModelParts, listed, part_of, parts_of
-from vlm_sft.models.sharding import is_sharded
+from vlm_sft.common import listed
+from vlm_sft.models.hardware import best_dtype
+from vlm_sft.models.loading import read_config
+from vlm_sft.models.parts import PARTS, part_of, parts_of
+from vlm_sft.upstream import is_sharded
 
 _PACKED = ("Linear4bit", "Linear8bitLt")
 
@@ -40,53 +44,43 @@ class QuantizationReport:
 
 
 def nf4_config(
-    model_or_type: PreTrainedModel | PreTrainedConfig | str,
+    model_or_config_or_name: PreTrainedModel | PreTrainedConfig | str | Path,
     *,
-    compute_dtype: torch.dtype,
-    storage_dtype: torch.dtype | None = None,
-    double_quant: bool = True,
-    model_parts: ModelParts | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    compute_dtype: torch.dtype | None = None,
 ) -> BitsAndBytesConfig:
     """4-bit NormalFloat for the language model's linear layers; tower, projector and head stay as loaded.
 
-    NF4 with double quantization takes 4.13 bits a weight (QLoRA, arXiv 2305.14314). `storage_dtype` is the type of
-    the packed tensors: None is uint8, or the compute dtype in a run launched with FSDP, which shards no integers.
+    A Hub id or folder will do: its config is read, at `revision`. NF4 with double quantization takes 4.13 bits a
+    weight (QLoRA, arXiv 2305.14314). The default of `compute_dtype` is `best_dtype()`. The packed tensors are stored
+    as uint8, or in the compute dtype in a run launched with FSDP, which shards no integers.
 
-    Raises ImportError without bitsandbytes, ValueError for an unknown family or a compute dtype that is no float.
+    Raises ImportError without bitsandbytes, ValueError for a model that is not there or whose parts cannot be told,
+    and for a compute dtype that is not a float.
     """
-    return _four_bit("nf4", model_or_type, compute_dtype, storage_dtype, double_quant, model_parts)
-
-
-def fp4_config(
-    model_or_type: PreTrainedModel | PreTrainedConfig | str,
-    *,
-    compute_dtype: torch.dtype,
-    storage_dtype: torch.dtype | None = None,
-    double_quant: bool = True,
-    model_parts: ModelParts | None = None,
-) -> BitsAndBytesConfig:
-    """As `nf4_config`, with 4-bit floats: NF4 fits normally distributed weights better."""
-    return _four_bit("fp4", model_or_type, compute_dtype, storage_dtype, double_quant, model_parts)
-
-
-def int8_config(
-    model_or_type: PreTrainedModel | PreTrainedConfig | str,
-    *,
-    threshold: float = 6.0,
-    model_parts: ModelParts | None = None,
-) -> BitsAndBytesConfig:
-    """8-bit integers for the language model's linear layers; tower, projector and head stay as loaded.
-
-    Input features with a value beyond `threshold` are multiplied in 16 bit (LLM.int8(), arXiv 2208.07339).
-
-    Raises ImportError without bitsandbytes, ValueError for an unknown family.
-    """
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            "4-bit loading needs bitsandbytes 0.46.1 or newer: pip install bitsandbytes. Or load in 16 bit."
+        )
+    dtype = best_dtype() if compute_dtype is None else compute_dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"compute_dtype={compute_dtype!r}: a float dtype such as torch.bfloat16")
+    subject = model_or_config_or_name
+    if isinstance(subject, (str, Path)):
+        subject = read_config(subject, revision=revision, trust_remote_code=trust_remote_code)
+    parts = parts_of(subject)
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=_kept(model_or_type, model_parts)
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if is_sharded() else None,
+        llm_int8_skip_modules=[*parts.vision, *parts.projector, *parts.head],
     )
 
 
-def check_quantized(model: nn.Module, *, model_parts: ModelParts | None = None) -> QuantizationReport:
+def check_quantized(model: nn.Module) -> QuantizationReport:
     """What is quantized in this loaded model, once that is the language model's linear layers and nothing else.
 
     Also looks into each packed layer for the type, double quantization, compute and storage dtype that the model's
@@ -94,7 +88,7 @@ def check_quantized(model: nn.Module, *, model_parts: ModelParts | None = None) 
 
     Raises ValueError for a model without a bitsandbytes config, and with the difference otherwise.
     """
-    parts = parts_of(model, model_parts=model_parts)
+    parts = parts_of(model)
     config: Any = getattr(model.config, "quantization_config", None)
     if not isinstance(config, BitsAndBytesConfig):
         raise ValueError(
@@ -115,54 +109,23 @@ def check_quantized(model: nn.Module, *, model_parts: ModelParts | None = None) 
     differences = {
         "language layers left unquantized": asked - packed,
         "quantized outside the language model": packed - asked,
-        "packed otherwise than the config says": {f"{name} ({fault})" for name, fault in unlike.items()},
-        "norms, embeddings or kept layers that are no floats": {
+        "packed differently from the config": {f"{name} ({fault})" for name, fault in unlike.items()},
+        "norms, embeddings or kept layers that are not floats": {
             name for name, parameter in others.items() if not parameter.is_floating_point()
         },
     }
     if found := [f"{len(names)} {what}: {listed(names)}" for what, names in differences.items() if names]:
         raise ValueError(
             f"Quantization differs from what was asked. {'; '.join(found)}. The skip list was "
-            f"{config.llm_int8_skip_modules}; build it with nf4_config, fp4_config or int8_config, and load the "
-            "original 16-bit checkpoint."
+            f"{config.llm_int8_skip_modules}; build it with nf4_config, and load the original 16-bit checkpoint."
         )
     kept = Counter(part_of(name, parts) for name in linears.keys() - packed)
     return QuantizationReport(
         kind=_kind(config),
         quantized=tuple(sorted(packed)),
         kept={part: kept[part] for part in PARTS if part in kept},
-        kept_dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in others.values()})),
+        kept_dtypes=tuple(sorted({_short(parameter.dtype) for parameter in others.values()})),
     )
-
-
-def _four_bit(
-    kind: str,
-    model_or_type: PreTrainedModel | PreTrainedConfig | str,
-    compute_dtype: torch.dtype,
-    storage_dtype: torch.dtype | None,
-    double_quant: bool,
-    model_parts: ModelParts | None,
-) -> BitsAndBytesConfig:
-    if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
-        raise ValueError(f"compute_dtype={compute_dtype!r}: a float dtype such as torch.bfloat16")
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=storage_dtype or (compute_dtype if is_sharded() else None),
-        llm_int8_skip_modules=_kept(model_or_type, model_parts),
-    )
-
-
-def _kept(model_or_type: PreTrainedModel | PreTrainedConfig | str, model_parts: ModelParts | None) -> list[str]:
-    """Full paths of everything that is not the language model."""
-    if not is_bitsandbytes_available():
-        raise ImportError(
-            "4-bit and 8-bit loading need bitsandbytes 0.46.1 or newer: pip install bitsandbytes. Or load in 16 bit."
-        )
-    parts = parts_of(model_or_type, model_parts=model_parts)
-    return [*parts.vision, *parts.projector, *parts.head]
 
 
 def _unlike(layer: Any, config: BitsAndBytesConfig) -> str:
@@ -183,8 +146,10 @@ def _unlike(layer: Any, config: BitsAndBytesConfig) -> str:
 def _kind(config: BitsAndBytesConfig) -> str:
     if config.load_in_8bit:
         return "int8"
-    names = [
-        str(dtype).removeprefix("torch.") for dtype in (config.bnb_4bit_compute_dtype, config.bnb_4bit_quant_storage)
-    ]
+    compute, storage = _short(config.bnb_4bit_compute_dtype), _short(config.bnb_4bit_quant_storage)
     double = "with" if config.bnb_4bit_use_double_quant else "without"
-    return f"{config.bnb_4bit_quant_type} {double} double quantization (compute {names[0]}, storage {names[1]})"
+    return f"{config.bnb_4bit_quant_type} {double} double quantization (compute {compute}, storage {storage})"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

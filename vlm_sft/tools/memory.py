@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, PreTrainedConfig, Qwen2VLConfig
+from transformers import AutoConfig, LlavaConfig, PreTrainedConfig, Qwen2VLConfig
 
+from vlm_sft.common import on_meta
 from vlm_sft.models.parts import PARTS, part_of, parts_of
 
 Method = Literal["qlora", "lora", "full"]
@@ -27,7 +28,7 @@ Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 
 GIB = 2**30
 # NF4 with double quantization: 4 bits, one 8-bit scale for 64 weights, one 32-bit scale for 256 of these (QLoRA,
-# arXiv 2305.14314). A bfloat16 weight takes 2 bytes, a trained one 4: `upcast_trainable`.
+# arXiv 2305.14314). A bfloat16 weight takes 2 bytes, a trained one 4: `cast_trainable_to_fp32`.
 _NF4, _FROZEN, _TRAINED = (4 + 8 / 64 + 32 / (64 * 256)) / 8, 2, 4
 _ADAM = {"adamw": 8, "adamw_8bit": 2}
 _FITS = 0.9
@@ -53,12 +54,6 @@ class Estimate:
     def __str__(self) -> str:
         rows = [*vars(self).items(), ("total", self.total)]
         return "\n".join(f"{name:12}{value / GIB:9.2f} GiB" for name, value in rows)
-
-
-def on_meta(config: PreTrainedConfig) -> Any:
-    """The model without its weights."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
 
 
 def estimate(

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_sft.models.fingerprints import read_training_base
-from vlm_sft.models.weights import ADAPTER_WEIGHTS, read_adapted
+from vlm_sft.models.loading import ADAPTER_WEIGHTS, load_model
 
 Base = Literal["as-trained", "original"]
 
@@ -80,8 +80,9 @@ def merge(
     quantization = recorded.get("quantization_config") if base == "as-trained" else None
     source = str(base_model or recorded["base_model_name_or_path"])
     load = partial(
-        read_adapted,
-        str(adapter),
+        load_model,
+        adapter,
+        attn_implementation=None,
         base_model=base_model,
         quantization_config="auto" if quantization else None,
         device_map="auto" if torch.accelerator.is_available() else None,

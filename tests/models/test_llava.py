@@ -22,11 +22,12 @@ from transformers import (
     GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
+    set_seed,
 )
 
 from vlm_sft.chat.audit import audit
 from vlm_sft.chat.collator import ChatCollator
-from vlm_sft.models.freezing import freeze
+from vlm_sft.models.adapters import lora_config
 from vlm_sft.models.llava import assemble_llava, check_tower, plain_template
 from vlm_sft.models.loading import load_model, load_processor
 
@@ -49,8 +50,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def assembled(parts: tuple[Path, Path]) -> tuple[Any, Any]:
-    torch.manual_seed(0)
-    return assemble_llava(*parts)
+    return assemble_llava(*parts, seed=0)
 
 
 def qwen(folder: Path, tokenizer: Any) -> Path:
@@ -113,7 +113,7 @@ def test_a_qwen_keeps_its_size_its_shared_head_and_its_ends(
     parts: tuple[Path, Path], tiny_processor: Callable[..., Any], tmp_path: Path
 ) -> None:
     tokenizer = tiny_processor("internvl").tokenizer
-    model, processor = assemble_llava(parts[0], qwen(tmp_path, tokenizer))
+    model, processor = assemble_llava(parts[0], qwen(tmp_path, tokenizer), seed=0)
     assert model.get_input_embeddings().num_embeddings == 1024
     assert model.lm_head.weight is model.get_input_embeddings().weight
     ends = tokenizer.convert_tokens_to_ids(ENDS)
@@ -127,23 +127,39 @@ def test_a_qwen_keeps_its_size_its_shared_head_and_its_ends(
 
 
 def test_every_part_has_the_asked_dtype(parts: tuple[Path, Path]) -> None:
-    model, _ = assemble_llava(*parts, dtype=torch.bfloat16)
+    model, _ = assemble_llava(*parts, seed=0, dtype=torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
-def test_the_seed_decides_the_projector(parts: tuple[Path, Path]) -> None:
-    def projector(seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return assemble_llava(*parts)[0].model.multi_modal_projector.linear_1.weight
+def test_the_seed_decides_what_is_drawn_and_nothing_else_does(parts: tuple[Path, Path]) -> None:
+    def drawn(seed: int, before: int) -> list[torch.Tensor]:
+        """The projector, and the rows by which embedding and head grew."""
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        model = assemble_llava(*parts, seed=seed)[0]
+        assert torch.equal(torch.get_rng_state(), state)
+        rows = (model.get_input_embeddings().weight, model.lm_head.weight)
+        return [*model.model.multi_modal_projector.parameters(), *(weight[-64:] for weight in rows)]
 
-    assert torch.equal(projector(1), projector(1))
-    assert not torch.equal(projector(1), projector(2))
+    first, again, other = drawn(1, before=5), drawn(1, before=6), drawn(2, before=5)
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(first, other, strict=True))
+
+
+def test_the_projector_is_the_one_that_torch_draws_from_this_seed(assembled: tuple[Any, Any]) -> None:
+    """As before `seed` was an argument: `transformers.set_seed(seed)`, then the first draw."""
+    projector = assembled[0].model.multi_modal_projector
+    set_seed(0)
+    for layer in (projector.linear_1, projector.linear_2):
+        drawn = torch.nn.Linear(layer.in_features, layer.out_features)
+        assert torch.equal(drawn.weight, layer.weight)
+        assert torch.equal(drawn.bias, layer.bias)
 
 
 def test_its_frozen_tower_stays_out_of_autograd(assembled: tuple[Any, Any]) -> None:
     model, processor = assembled
     pixels = processor.image_processor(noise(1), return_tensors="pt")["pixel_values"]
-    freeze(model, train=("projector",))
+    lora_config(model, {"projector": "full"})
     model.enable_input_require_grads()
     assert not model.model.vision_tower(pixels).last_hidden_state.requires_grad
     model.disable_input_require_grads()
@@ -185,7 +201,7 @@ def test_a_clip_with_its_text_half_serves(parts: tuple[Path, Path], tmp_path: Pa
     whole = CLIPModel(CLIPConfig(text_config=text | {"num_attention_heads": 4}, vision_config=tower.config.to_dict()))
     whole.save_pretrained(tmp_path)
     shutil.copy(parts[0] / "preprocessor_config.json", tmp_path)
-    model, _ = assemble_llava(tmp_path, parts[1])
+    model, _ = assemble_llava(tmp_path, parts[1], seed=0)
     held = dict(model.model.vision_tower.named_parameters())
     saved = {name.removeprefix("vision_model."): weight for name, weight in whole.state_dict().items()}
     assert held
@@ -195,9 +211,9 @@ def test_a_clip_with_its_text_half_serves(parts: tuple[Path, Path], tmp_path: Pa
 def test_all_wrong_parts_are_named_at_once(parts: tuple[Path, Path]) -> None:
     tower, text = parts
     with pytest.raises(ValueError, match=r"'llama' model: the tower must be a CLIP; .*: the text model must be one of"):
-        assemble_llava(text, tower)
+        assemble_llava(text, tower, seed=0)
     with pytest.raises(ValueError, match=r"no model in '/nowhere'.*the text model must be one of llama"):
-        assemble_llava("/nowhere", tower)
+        assemble_llava("/nowhere", tower, seed=0)
 
 
 def test_missing_weights_are_refused(parts: tuple[Path, Path], tmp_path: Path) -> None:
@@ -206,8 +222,8 @@ def test_missing_weights_are_refused(parts: tuple[Path, Path], tmp_path: Path) -
     weights = load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights of a LlamaForCausalLM \(model.norm.weight\)"):
-        assemble_llava(tower, folder)
+    with pytest.raises(ValueError, match=r"do not fit LlamaForCausalLM: 1 missing_keys \(model.norm.weight\)"):
+        assemble_llava(tower, folder, seed=0)
 
 
 def test_another_tower_is_refused(

@@ -1,0 +1,118 @@
+"""Every private or fragile name of our dependencies that we touch, with its version and why.
+
+Each function here works round one fault, or reads one thing that has no public name. tests/test_upstream.py shows each
+fault on a small case and goes red when the name is gone, or when the fault is, so that the function can go too.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+
+def is_sharded() -> bool:
+    """Whether this process was launched with FSDP: by accelerate 1.15's own variable, which no function reads."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def shard_on_cpu(args: TrainingArguments) -> None:
+    """Makes a run that was launched with FSDP shard on CPUs too; leaves any other as it is.
+
+    accelerate 1.15 turns FSDP on only where it takes its processes for those of GPUs: on CPUs each would keep a whole
+    copy of the model, without a word.
+    """
+    if args.use_cpu and is_sharded():
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+        args.accelerator_config = {"use_configured_state": True}
+
+
+def name_own_layers(model: PreTrainedModel) -> None:
+    """Leaves in the model's `_no_split_modules` the layers that it has.
+
+    accelerate 1.15 splits a model for FSDP2 by these names and refuses those that are not there: CLIP's and SigLIP's
+    text layers, which no vision-language model has (transformers 5.23).
+    """
+    own = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = {name for name in model._no_split_modules or () if name in own}
+
+
+def gather_head(model: PreTrainedModel) -> None:
+    """Gathers an FSDP2 head as FSDP does it, before TRL reads its weight.
+
+    TRL 1.16 reads it past FSDP, by `full_tensor()`, whose backward takes the gradient of this process for that of all:
+    each shard of an untied head would train on the rows of one process.
+    """
+    model.base_model.register_forward_hook(partial(_gather_head, model))
+
+
+def _gather_head(model: Any, *_: Any) -> None:
+    head = model.get_output_embeddings()
+    if isinstance(head, FSDPModule) and torch.is_grad_enabled():
+        head.unshard()
+
+
+def leave_out_scales(model: nn.Module) -> None:
+    """Keeps the scales of 4-bit weights out of the model's state.
+
+    bitsandbytes 0.50.2 lists them there beside each weight, although they are not parameters: torch 2.13 saves them
+    with a sharded model's adapters, and does not find their place when it loads.
+    """
+    for module in model.modules():
+        if hasattr(module, "quant_state"):
+            module.register_state_dict_post_hook(_drop_scales)  # type: ignore[no-untyped-call]
+
+
+def _drop_scales(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}weight.")]:
+        del state[key]
+
+
+def fit_to_shards(model: PreTrainedModel) -> None:
+    """All that FSDP2 needs of a model, so that a sharded run is the same run."""
+    name_own_layers(model)
+    if is_sharded():
+        gather_head(model)
+        leave_out_scales(model)
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Leaves the 4-bit weights of a model on a CPU as they were loaded.
+
+    Where a CPU has AVX512-BF16, bitsandbytes 0.50.2 packs them anew at the first forward in eval mode, for a kernel
+    that rounds to bfloat16 and passes no gradient: after an evaluation, training would fail or skip whole layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def set_commit(config: PreTrainedConfig, revision: str | None) -> None:
+    """Keeps the commit that a model was read at in its config, which never writes it to config.json.
+
+    transformers kept it there itself until 5.23, whose `resolve_revision` now returns it as an attribute of the
+    revision that was asked for.
+    """
+    config._commit_hash = getattr(revision, "resolved", revision)
+
+
+def commit_of(config: PreTrainedConfig) -> str | None:
+    """What `set_commit` kept."""
+    return getattr(config, "_commit_hash", None)
+
+
+def save_with_own_names(model: PreTrainedModel, folder: str | os.PathLike[str], **options: Any) -> None:
+    """Saves a model under the names of its parameters.
+
+    By default transformers 5.23 writes the Hub's older names. Its Trainer finds none of them when it resumes from such
+    a checkpoint or loads the best one, and continues with the weights it has. No argument of the Trainer reaches
+    `save_original_format`.
+    """
+    type(model).save_pretrained(model, folder, save_original_format=False, **options)
