@@ -517,7 +517,7 @@ def test_fingerprint_tells_what_changes_a_row(tiny_processor, example):
         of(stop_token=None),
         of(reserved_tokens="escape"),
         of(chat_template_kwargs={"a": 1}),
-        of(lambda processor: setattr(processor, "chat_template", processor.chat_template.replace("USER", "User"))),
+        of(lambda processor: setattr(processor, "chat_template", processor.chat_template + "\n")),
         of(lambda processor: setattr(processor, "patch_size", 16)),
         of(lambda processor: setattr(processor.image_processor, "do_normalize", False)),
         of(lambda processor: processor.tokenizer.add_tokens(["<new>"])),
@@ -533,7 +533,7 @@ def test_fingerprint_is_the_same_in_every_process(tiny_dir):
     source = (
         "import sys; from transformers import AutoProcessor; from vlm_sft import ChatCollator\n"
         "processor = AutoProcessor.from_pretrained(sys.argv[1])\n"
-        "collator = ChatCollator(processor, chat_template_kwargs={'tools': {'b', 'a', 'c', 'd'}})\n"
+        "collator = ChatCollator(processor, chat_template_kwargs={'notes': {'b', 'a', 'c', 'd'}})\n"
         "print(collator.fingerprint(), collator.template.reserved.pattern, collator.template.added.pattern)"
     )
     printed = {

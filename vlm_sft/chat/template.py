@@ -68,7 +68,7 @@ class ChatTemplate:
         processor, kind = self.processor, type(self.processor).__name__
         if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_token", None) is None:
             raise ValueError(f"{kind} is not an image-text processor; pass load_processor(...) of a VLM")
-        if processor.chat_template is None:
+        if processor.chat_template is None and "chat_template" not in (self.kwargs or {}):
             raise ValueError(
                 f"{kind} has no chat template. Prefix and suffix without a chat (PaliGemma) are not trained by "
                 "ChatCollator: call processor(text=..., images=..., suffix=...) in a collator of your own. For a base "
