@@ -23,8 +23,8 @@ from peft import PeftModel
 from trl import TrlParser
 
 import vlm_sft
-from vlm_sft.chat.messages import text_of
 from vlm_sft.evaluation import metrics
+from vlm_sft.evaluation.pages import make_samples
 
 METRICS = {
     metric.__name__: metric
@@ -70,23 +70,10 @@ def table(scores: Mapping[str, Mapping[str, float]], *, rows: int) -> str:
 
 def samples(rows: Any, references: list[str], answers: Mapping[str, list[str]], metric: str) -> list[vlm_sft.Sample]:
     """Rows for the page, spread evenly over all, each answer scored from 0 (wrong) to 1."""
-
-    def score(name: str, n: int) -> float | None:
-        return metrics.row_score(METRICS[metric], answers[name][n], references[n]) if name in answers else None
-
-    questions = {n: vlm_sft.split_reference(rows[n]) for n in range(0, len(rows), -(-len(rows) // PAGE_ROWS))}
-    return [
-        vlm_sft.Sample(
-            images=question.images,
-            question=text_of(question.messages[-1]),
-            reference=references[n],
-            before=answers["base"][n] if "base" in answers else None,
-            after=answers["tuned"][n],
-            score_before=score("base", n),
-            score=score("tuned", n),
-        )
-        for n, question in questions.items()
-    ]
+    some = slice(0, None, -(-len(rows) // PAGE_ROWS))
+    shown = {name: predictions[some] for name, predictions in answers.items()}
+    chosen = [rows[n] for n in range(len(rows))[some]]
+    return make_samples(chosen, references[some], METRICS[metric], shown["tuned"], shown.get("base"))
 
 
 def main(args: RecipeArguments) -> dict[str, dict[str, float]]:

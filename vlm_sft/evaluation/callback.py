@@ -9,6 +9,8 @@ import importlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +20,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from vlm_sft.chat.collator import ChatCollator
-from vlm_sft.chat.messages import text_of
 from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.generate import Rows, generate, split_reference
-from vlm_sft.evaluation.metrics import Metric, Reference, row_score
-from vlm_sft.evaluation.pages import Sample, small_image, write_samples_html
+from vlm_sft.evaluation.metrics import Metric, Reference
+from vlm_sft.evaluation.pages import Sample, make_samples, small_image, write_samples_html
 
 TRACKED_IMAGES, TRACKED_PX = 8, 384
 """What an evaluation sends to a tracker at most, and their longer side, so that a tracker's files stay small."""
@@ -53,53 +54,48 @@ def evaluate_answers(
 
     Raises `ValueError` naming all rows that have no reference.
     """
-    settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    evaluation = AnswerEvaluation(trainer, rows, metrics, references=references, num_rows=num_rows, settings=settings)
+    if not isinstance(trainer.data_collator, ChatCollator):
+        kind = type(trainer.data_collator).__name__
+        raise ValueError(f"data_collator is a {kind}; expected the ChatCollator that made the training's prompts")
+    if len(rows) == 0 or num_rows < 1 or not metrics:
+        raise ValueError(f"{len(rows)} rows, num_rows={num_rows}, {len(metrics)} metrics; each must be at least 1")
+    if references is not None and len(references) != len(rows):
+        raise ValueError(f"{len(references)} references for {len(rows)} rows; give one entry per row")
+    count = min(num_rows, len(rows))
+    numbers = [i * len(rows) // count for i in range(count)]
+    found = {i: split_reference(rows[i]).reference if references is None else references[i] for i in numbers}
+    if missing := [str(i) for i, reference in found.items() if reference is None]:
+        raise ValueError(
+            f"rows {', '.join(missing)} do not end with an assistant message, so there is nothing to compare an answer "
+            "with; leave them out or pass references=..."
+        )
+    asked = {i: reference for i, reference in found.items() if reference is not None}
+    evaluation = AnswerEvaluation(trainer, rows, asked, dict(metrics), batch_size, max_new_tokens)
     trainer.callback_handler.callbacks.insert(0, evaluation)
 
 
+@dataclass
 class AnswerEvaluation(TrainerCallback):
-    """What `evaluate_answers` adds. `settings` are those of `generate`, which is given the trainer's collator."""
+    """What `evaluate_answers` adds. `references` are those of the rows to answer, by their place in `rows`."""
 
-    def __init__(
-        self,
-        trainer: Any,
-        rows: Rows,
-        metrics: Mapping[str, Metric],
-        *,
-        references: Sequence[Reference] | None,
-        num_rows: int,
-        settings: Mapping[str, int],
-    ) -> None:
-        if len(rows) == 0 or num_rows < 1 or not metrics:
-            raise ValueError(f"{len(rows)} rows, num_rows={num_rows}, {len(metrics)} metrics; each must be at least 1")
-        if not isinstance(trainer.data_collator, ChatCollator):
-            kind = type(trainer.data_collator).__name__
-            raise ValueError(f"data_collator is a {kind}; expected the ChatCollator that made the training's prompts")
-        if references is not None and len(references) != len(rows):
-            raise ValueError(f"{len(references)} references for {len(rows)} rows; give one entry per row")
-        count = min(num_rows, len(rows))
-        self.numbers = [i * len(rows) // count for i in range(count)]
-        found = [split_reference(rows[i]).reference if references is None else references[i] for i in self.numbers]
-        if missing := [str(i) for i, reference in zip(self.numbers, found, strict=True) if reference is None]:
-            raise ValueError(
-                f"rows {', '.join(missing)} do not end with an assistant message, so there is nothing to compare an "
-                "answer with; leave them out or pass references=..."
-            )
-        self.trainer = trainer
-        self.rows = rows
-        self.metrics = dict(metrics)
-        self.references = [reference for reference in found if reference is not None]
-        self.settings: dict[str, Any] = dict(settings)
-        self.samples_file = Path(trainer.args.output_dir, "samples.jsonl")
-        self.warned = False
+    trainer: Any
+    rows: Rows
+    references: Mapping[int, Reference]
+    metrics: Mapping[str, Metric]
+    batch_size: int
+    max_new_tokens: int
+    warned: bool = False
+
+    @property
+    def samples_file(self) -> Path:
+        return Path(self.trainer.args.output_dir, "samples.jsonl")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         print_main(
-            f"Each evaluation generates answers to {len(self.numbers)} of {len(self.rows)} rows, up to "
-            f"{self.settings['max_new_tokens']} tokens each."
+            f"Each evaluation generates answers to {len(self.references)} of {len(self.rows)} rows, up to "
+            f"{self.max_new_tokens} tokens each."
         )
 
     def on_evaluate(
@@ -112,10 +108,11 @@ class AnswerEvaluation(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        started = time.perf_counter()
-        asked, collator = Subset(cast(Any, self.rows), self.numbers), self.trainer.data_collator
-        predictions = generate(model, collator, asked, progress=not args.disable_tqdm, **self.settings)
-        scores = {f"eval_{name}": metric(predictions, self.references) for name, metric in self.metrics.items()}
+        started, references = time.perf_counter(), [*self.references.values()]
+        asked = Subset(cast(Any, self.rows), [*self.references])
+        settings = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
+        predictions = generate(model, self.trainer.data_collator, asked, progress=not args.disable_tqdm, **settings)
+        scores = {f"eval_{name}": metric(predictions, references) for name, metric in self.metrics.items()}
         scores["eval_generation_s"] = round(time.perf_counter() - started, 3)
         if metrics is not None:
             if taken := scores.keys() & metrics.keys():
@@ -124,9 +121,14 @@ class AnswerEvaluation(TrainerCallback):
         self.trainer.log(scores)
         if state.is_world_process_zero:
             self._append(state.global_step, predictions)
-            samples, steps = self._samples(predictions)
-            page = self.samples_file.with_suffix(".html")
-            write_samples_html(samples, page, title=f"Answers of {page.parent.name}", subtitle=steps)
+            steps, last = self._read_steps(), state.global_step
+            # The oldest to all of the same rows, maybe of an earlier run.
+            first = min((n for n in steps if n < last and steps[n].keys() >= self.references.keys()), default=None)
+            before = None if first is None else [steps[first][number] for number in self.references]
+            samples = make_samples(asked, references, next(iter(self.metrics.values())), predictions, before)
+            page, shown = self.samples_file.with_suffix(".html"), f"before: step {first}, after: step {last}"
+            title = f"Answers of {page.parent.name}"
+            write_samples_html(samples, page, title=title, subtitle=f"step {last}" if first is None else shown)
             log_samples(self.trainer, samples)
 
     def _append(self, step: int, predictions: Sequence[str]) -> None:
@@ -134,52 +136,22 @@ class AnswerEvaluation(TrainerCallback):
         torn = self.samples_file.exists() and not self.samples_file.read_bytes().endswith(b"\n")
         with self.samples_file.open("a", encoding="utf-8") as file:
             file.write("\n" * torn)
-            for number, prediction, reference in zip(self.numbers, predictions, self.references, strict=True):
-                sample = {
-                    "step": step,
-                    "row": number,
-                    "prediction": prediction,
-                    "reference": reference,
-                    "scores": {name: metric([prediction], [reference]) for name, metric in self.metrics.items()},
-                }
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-
-    def _samples(self, predictions: Sequence[str]) -> tuple[list[Sample], str]:
-        """The answers next to the oldest to all of the same rows, maybe of an earlier run; and their steps."""
-        steps = self._read_steps()
-        last = self.trainer.state.global_step
-        first = min((step for step in steps if step < last and steps[step].keys() >= {*self.numbers}), default=None)
-        metric = next(iter(self.metrics.values()))
-        samples = []
-        for number, after, reference in zip(self.numbers, predictions, self.references, strict=True):
-            question = split_reference(self.rows[number])
-            before = None if first is None else steps[first][number]
-            samples.append(
-                Sample(
-                    images=question.images,
-                    question=text_of(question.messages[-1]),
-                    reference=reference if isinstance(reference, str) else " | ".join(reference),
-                    before=before,
-                    after=after,
-                    score_before=None if before is None else row_score(metric, before, reference),
-                    score=row_score(metric, after, reference),
-                )
-            )
-        return samples, f"step {last}" if first is None else f"before: step {first}, after: step {last}"
+            for (number, reference), prediction in zip(self.references.items(), predictions, strict=True):
+                scores = {name: metric([prediction], [reference]) for name, metric in self.metrics.items()}
+                sample = {"step": step, "row": number, "prediction": prediction, "reference": reference}
+                file.write(json.dumps({**sample, "scores": scores}, ensure_ascii=False) + "\n")
 
     def _read_steps(self) -> dict[int, dict[int, str]]:
         """Predictions by step and row. Lines that a killed run left torn, or that are not ours, are left out."""
         steps: dict[int, dict[int, str]] = {}
         skipped = 0
-        for line in self.samples_file.read_bytes().split(b"\n"):
-            try:
-                match json.loads(line) if line.strip() else None:
+        for line in filter(bytes.strip, self.samples_file.read_bytes().split(b"\n")):
+            with suppress(ValueError):
+                match json.loads(line):
                     case {"step": int(step), "row": int(row), "prediction": str(prediction)}:
                         steps.setdefault(step, {})[row] = prediction
-                    case _:
-                        skipped += bool(line.strip())
-            except ValueError:
-                skipped += 1
+                        continue
+            skipped += 1
         if skipped and not self.warned:
             self.warned = True
             print_main(f"{self.samples_file}: {skipped} lines are not samples of an evaluation and were left out.")
@@ -193,14 +165,10 @@ def log_samples(trainer: Any, samples: Sequence[Sample]) -> None:
     Question, prediction and reference are each image's caption, in TensorBoard the text of the same name. Call it after
     `trainer.log`, which opens a tracker's run, on the main process; a tracker that is not in `report_to` is left alone.
     """
-    shown = [sample for sample in samples if sample.images][:TRACKED_IMAGES]
-    captioned = {
-        f"samples/{number}": (
-            small_image(sample.images[0], TRACKED_PX),
-            f"{sample.question}\n\nprediction: {sample.after}\n\nreference: {sample.reference}",
-        )
-        for number, sample in enumerate(shown)
-    }
+    captioned = {}
+    for number, sample in enumerate([sample for sample in samples if sample.images][:TRACKED_IMAGES]):
+        caption = f"{sample.question}\n\nprediction: {sample.after}\n\nreference: {sample.reference}"
+        captioned[f"samples/{number}"] = small_image(sample.images[0], TRACKED_PX), caption
     step = trainer.state.global_step
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and (writer := callback.tb_writer) is not None:

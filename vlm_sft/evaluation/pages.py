@@ -10,21 +10,21 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment
 from PIL import Image
 
 from vlm_sft.chat.audit import AuditReport, kinds_of
 from vlm_sft.chat.collator import EncodedRow, tokens_in
 from vlm_sft.chat.images import to_rgb
-
-SMALL_PX = 64
-"""Images up to this size are kept exactly, and shown with sharp pixels."""
+from vlm_sft.chat.messages import text_of
+from vlm_sft.evaluation.generate import Rows, split_reference
+from vlm_sft.evaluation.metrics import Metric, Reference, row_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,27 @@ class Sample:
         return ["all", "right" if right else "wrong", *changed]
 
 
+def make_samples(
+    rows: Rows,
+    references: Sequence[Reference],
+    metric: Metric,
+    after: Sequence[str],
+    before: Sequence[str] | None = None,
+) -> list[Sample]:
+    """The rows' answers and, where there are, those before training, each scored by the metric (`row_score`)."""
+    samples = []
+    for n, reference in enumerate(references):
+        messages, images, _ = split_reference(rows[n])
+        told = {} if before is None else {"before": before[n], "score_before": row_score(metric, before[n], reference)}
+        right = reference if isinstance(reference, str) else " | ".join(reference)
+        score = row_score(metric, after[n], reference)
+        question = text_of(messages[-1])
+        samples.append(
+            Sample(images=images, question=question, reference=right, after=after[n], score=score, **told)  # type: ignore[arg-type]
+        )
+    return samples
+
+
 def write_samples_html(
     samples: Sequence[Sample], path: str | Path, *, title: str = "Samples", subtitle: str = "", image_px: int = 480
 ) -> None:
@@ -61,22 +82,14 @@ def write_samples_html(
     if len(compared) != 1:
         found = "some have it" if samples else "no samples"
         raise ValueError(f"expected samples that all have `before` and `score_before`, or none of them; found: {found}")
-    scores = {"mean score after training": [sample.score for sample in samples]}
-    if before := compared.pop():
-        scores["before"] = [sample.score_before or 0.0 for sample in samples]
-    values = {
-        "title": title,
-        "subtitle": subtitle,
-        "before": before,
-        "figures": {name: f"{sum(found) / len(found):.1%}" for name, found in scores.items()},
-        "counts": Counter(kind for sample in samples for kind in sample.kinds),
-    }
-    _write("samples.html", path, samples=samples, image_px=image_px, **values)
+    counts = Counter(kind for sample in samples for kind in sample.kinds)
+    texts = {"title": title, "subtitle": subtitle}
+    _write("samples.html", path, samples=samples, before=compared.pop(), counts=counts, image_px=image_px, **texts)
 
 
 def write_audit_html(report: AuditReport, path: str | Path) -> None:
     """Writes what `audit` found as one page: the images, and each token with its id, trained ones coloured."""
-    rows = [(row, _blocks(row, report.collator.processor.tokenizer)) for row in report.rows]
+    rows = [(row, [*_pieces(row, report.collator.processor.tokenizer)]) for row in report.rows]
     counts = {kind: count for kind, count in report.tokens.items() if count}
     facts = {subject: sentence for subject, sentence in report.facts().items() if subject != "tokens"}
     _write("audit.html", path, rows=rows, counts=counts, facts=facts, image_px=400)
@@ -89,22 +102,23 @@ def small_image(image: Any, image_px: int) -> Image.Image:
     return rgb
 
 
-def data_uri(image: Any, image_px: int) -> str:
-    """The image inside an address: exact if it is tiny, else a small WebP."""
+def _thumbnail(image: Any, image_px: int) -> tuple[str, bool]:
+    """The image as an address that holds it, and whether it is tiny: then it is exact, else a small WebP."""
     small, data = small_image(image, image_px), BytesIO()
-    small.save(data, "WEBP", lossless=max(small.size) <= SMALL_PX, quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+    is_tiny = max(small.size) <= 64 < image_px
+    small.save(data, "WEBP", lossless=is_tiny, quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}", is_tiny
 
 
 def _write(name: str, path: str | Path, **values: Any) -> None:
     if not PartialState().is_main_process:
         return
-    pages = Environment(loader=PackageLoader("vlm_sft.evaluation", "."), autoescape=True, trim_blocks=True)
-    source, _, _ = pages.loader.get_source(pages, name)  # type: ignore[union-attr]
-    pages.globals |= {"data_uri": data_uri, "tiny": lambda image: max(to_rgb(image).size) <= SMALL_PX}
+    folder = resources.files("vlm_sft.evaluation")
+    source = folder.joinpath(name).read_text("utf-8")
     hashes = {f"{element}_hash": _csp_hash(source, element) for element in ("style", "script")}
+    page = Environment(autoescape=True).from_string(source).render(thumbnail=_thumbnail, **hashes, **values)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(pages.get_template(name).render(**hashes, **values), encoding="utf-8")
+    Path(path).write_text(page, encoding="utf-8")
 
 
 def _csp_hash(source: str, element: str) -> str:
@@ -113,46 +127,33 @@ def _csp_hash(source: str, element: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
 
 
-def _blocks(row: EncodedRow, tokenizer: Any) -> list[tuple[str, list[dict[str, str]]]]:
-    """The row's tokens in one block for each answer and each prompt: ("answer" or "question", pieces)."""
-    blocks: list[tuple[str, list[dict[str, str]]]] = []
-    last = -1
-    for turn, piece in _pieces(row, tokenizer):
-        if turn != last:
-            blocks.append(("answer" if turn else "question", []))
-        blocks[-1][1].append(piece)
-        last = turn
-    return blocks
-
-
-def _pieces(row: EncodedRow, tokenizer: Any) -> Iterator[tuple[int, dict[str, str]]]:
-    """(number of the answer or 0, what is shown as one: a token, all tokens of an image, or those of one character)."""
-    kinds = kinds_of(row)
-    turns = torch.zeros(len(row), dtype=torch.long)
+def _pieces(row: EncodedRow, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """What is shown as one: a token, all tokens of an image, or those of one character; `turn` is the number of the
+    answer that it belongs to, or 0."""
+    kinds, turns = kinds_of(row), [0] * len(row)
     for number, turn in enumerate(row.turns, 1):
-        turns[tokens_in(row.offsets, [(turn.start, turn.end)])] = number
-    start, end = row.offsets.unbind(-1)
-    joined = row.image[1:] | ((start[1:] < end[:-1]) & (start[1:] < end[1:]))
-    cuts = [
-        n + 1
-        for n, join in enumerate(joined.tolist())
-        if not join or kinds[n] != kinds[n + 1] or turns[n] != turns[n + 1]
-    ]
-    shown = 0
-    for first, after in zip([0, *cuts], [*cuts, len(row)], strict=True):
-        last, begin, stop = after - 1, int(start[first]), int(end[after - 1])
-        counts = Counter(row.tokens["input_ids"][first:after].tolist())
+        for place in tokens_in(row.offsets, [(turn.start, turn.end)]).nonzero().flatten().tolist():
+            turns[place] = number
+    start, end = row.offsets.T.tolist()
+    shown = last = 0
+    while last < len(row):
+        first, last = last, last + 1
+        while (
+            last < len(row)
+            and (kinds[last], turns[last]) == (kinds[first], turns[first])
+            and (kinds[first] == "image" or (start[last] < end[last - 1] and start[last] < end[last]))
+        ):
+            last += 1
+        counts = Counter(row.tokens["input_ids"][first:last].tolist())
         [(most, count)] = counts.most_common(1)
-        name, kind = tokenizer.convert_ids_to_tokens(most), kinds[first]
-        text = f"{name} x {count}" if kind == "image" else row.text[begin:stop] or name
+        name = tokenizer.convert_ids_to_tokens(most)
+        text = f"{name} x {count}" if kinds[first] == "image" else row.text[start[first] : end[last - 1]] or name
         ids = ", ".join(f"{i}" if n == 1 else f"{n} x {i}" for i, n in counts.items())
-        yield (
-            int(turns[first]),
-            {
-                "before": row.text[shown:begin],
-                "look": kind + " special" * (most in tokenizer.added_tokens_decoder),
-                "hint": f"id {ids} · position {first}" + f" to {last}" * (last > first),
-                "text": text.replace("\n", "↵\n"),
-            },
-        )
-        shown = max(shown, stop)
+        yield {
+            "turn": turns[first],
+            "before": row.text[shown : start[first]],
+            "look": kinds[first] + " special" * (most in tokenizer.added_tokens_decoder),
+            "hint": f"id {ids} · position {first}" + f" to {last - 1}" * (last - first > 1),
+            "text": text.replace("\n", "↵\n"),
+        }
+        shown = max(shown, end[last - 1])
