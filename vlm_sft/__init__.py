@@ -3,18 +3,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlm_sft.chat.collator import ChatCollator
-from vlm_sft.chat.labels import IGNORE_INDEX
-from vlm_sft.chat.packing import CheckFlatRows, accept_flat_rows, pack
+from vlm_sft.chat.audit import audit
+from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
+from vlm_sft.chat.packing import enable_padding_free, pack
+from vlm_sft.chat.template import ChatTemplate
 from vlm_sft.data.datasets import load_conversations, mix
 from vlm_sft.data.lengths import with_lengths
 from vlm_sft.distributed import print_main
-from vlm_sft.evaluation.callback import GenerationEvaluation
-from vlm_sft.evaluation.generate import generate, question_of
-from vlm_sft.evaluation.pages import Sample, write_samples_html
-from vlm_sft.models.adapters import check_trains, lora_config
-from vlm_sft.models.freezing import cast_trainable_to_fp32, check_precision, detach_frozen_tower, parameter_table
-from vlm_sft.models.hardware import best_dtype, best_worker_count, set_hardware_defaults
+from vlm_sft.evaluation.callback import evaluate_answers
+from vlm_sft.evaluation.generate import generate, split_reference
+from vlm_sft.evaluation.pages import Sample, write_audit_html, write_samples_html
+from vlm_sft.models.adapters import check_adapters, lora_config
+from vlm_sft.models.freezing import check_precision, check_trainable, freeze, parameter_table, upcast_trainable
+from vlm_sft.models.hardware import best_dtype, best_optimizer, best_worker_count, fit_to_hardware
 from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor
 from vlm_sft.models.parts import register_parts
 from vlm_sft.models.quantization import check_quantized, nf4_config
@@ -37,21 +38,21 @@ __all__ = [
     "IGNORE_INDEX",
     "AutoModelForVision2Seq",
     "ChatCollator",
-    "CheckFlatRows",
-    "GenerationEvaluation",
+    "ChatTemplate",
     "KeepGeneration",
     "OrderByLength",
     "SafeCheckpoints",
     "Sample",
     "StopOnNaN",
-    "accept_flat_rows",
+    "audit",
     "best_dtype",
     "best_worker_count",
     "cast_trainable_to_fp32",
     "check_precision",
     "check_quantized",
-    "check_trains",
-    "detach_frozen_tower",
+    "check_trainable",
+    "enable_padding_free",
+    "evaluate_answers",
     "explain_out_of_memory",
     "generate",
     "latest_checkpoint",
@@ -67,13 +68,15 @@ __all__ = [
     "parameter_table",
     "plot_loss",
     "print_main",
-    "question_of",
     "rates_by_part",
     "register_parts",
     "set_hardware_defaults",
     "sound_rows",
+    "split_reference",
+    "upcast_trainable",
     "verify_checkpoint",
     "with_lengths",
+    "write_audit_html",
     "write_reports",
     "write_run_json",
     "write_samples_html",
