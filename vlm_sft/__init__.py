@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.chat.labels import IGNORE_INDEX
 from vlm_sft.chat.packing import CheckFlatRows, accept_flat_rows, pack
-from vlm_sft.data.datasets import load_conversations, mix
-from vlm_sft.data.lengths import with_lengths
+from vlm_sft.data.check_rows import check_rows, rows_checked
+from vlm_sft.data.datasets import load_conversations
 from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import GenerationEvaluation
 from vlm_sft.evaluation.generate import generate, question_of
@@ -29,11 +29,10 @@ from vlm_sft.training.plots import plot_loss
 from vlm_sft.training.reports import write_reports, write_run_json
 
 if TYPE_CHECKING:
-    from vlm_sft.data.scan import sound_rows
     from vlm_sft.tools.merging import merge
 
 # Modules that are commands as well: imported here, `python -m` would warn of them.
-_IN_COMMANDS = {"merge": "tools.merging", "sound_rows": "data.scan"}
+_IN_COMMANDS = {"merge": "tools.merging"}
 
 __all__ = [
     "IGNORE_INDEX",
@@ -54,6 +53,7 @@ __all__ = [
     "check_adapters",
     "check_precision",
     "check_quantized",
+    "check_rows",
     "check_trainable",
     "explain_out_of_memory",
     "fit_to_hardware",
@@ -68,7 +68,6 @@ __all__ = [
     "load_processor",
     "lora_config",
     "merge",
-    "mix",
     "nf4_config",
     "pack",
     "parameter_table",
@@ -76,10 +75,9 @@ __all__ = [
     "print_main",
     "question_of",
     "rates_by_part",
-    "sound_rows",
+    "rows_checked",
     "upcast_trainable",
     "verify_checkpoint",
-    "with_lengths",
     "write_reports",
     "write_run_json",
     "write_samples_html",

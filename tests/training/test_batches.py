@@ -16,9 +16,9 @@ from runs import rows as picture_rows
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
+from vlm_sft.data.lengths import with_lengths
 
 from vlm_sft import ChatCollator, lora_config
-from vlm_sft.data.lengths import with_lengths
 from vlm_sft.training.batches import OrderByLength
 
 STRATEGIES = {"group_by_length": LengthGroupedSampler, "batch_rebalance": BatchRebalanceSampler}
