@@ -22,9 +22,9 @@ from PIL import Image
 from training import note_collate
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+from vlm_sft.data.lengths import measure_lengths
 
 from vlm_sft import ChatCollator, load_conversations
-from vlm_sft.data.lengths import measure_lengths
 from vlm_sft.tools import tiny
 
 ROWS, BATCH = 64, 8

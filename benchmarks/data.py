@@ -60,10 +60,10 @@ def measure(count: int) -> None:
         import datasets
         import psutil
         from torch.utils.data import DataLoader
+        from vlm_sft.data.lengths import measure_lengths
 
         from vlm_sft import ChatCollator, load_conversations
         from vlm_sft.chat.images import to_rgb
-        from vlm_sft.data.lengths import measure_lengths
         from vlm_sft.tools import tiny
 
         datasets.disable_progress_bars()

@@ -17,6 +17,7 @@ from runs import rows as picture_rows
 from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
+from vlm_sft.data.lengths import with_lengths
 
 from vlm_sft import ChatCollator, lora_config
 from vlm_sft.data.lengths import with_lengths
