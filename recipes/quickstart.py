@@ -45,7 +45,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     per_device_train_batch_size: int = 32
     learning_rate: float = 1e-3  # random weights; at 3e-3 this model diverges
     lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 50
+    warmup_steps: float = 0.175  # below 1, a share of all steps
     eval_strategy: str = "no"  # but before training and after it
     save_strategy: str = "no"  # two minutes: nothing to resume
     activation_checkpointing: bool | None = False  # memory is no concern here

@@ -7,7 +7,7 @@ from typing import Any
 from vlm_sft.chat.audit import AuditReport
 from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.data.check_rows import Checked, rows_checked
-from vlm_sft.data.datasets import drawn_seed
+from vlm_sft.data.rows import drawn_seed
 from vlm_sft.distributed import print_main
 from vlm_sft.models.loading import loaded_from
 from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
@@ -26,7 +26,7 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
     if not isinstance(trainer.args, RecipeDefaults):
         raise ValueError(
             f"the trainer's args are a {type(trainer.args).__name__} and not the recipe's RecipeConfig (a dataclass "
-            "derived from vlm_sft.RecipeDefaults), so its flags would have no effect: pass args=training_args to SFTTrainer"
+            "derived from vlm_sft.RecipeDefaults), whose flags would have no effect: pass args=training_args to SFTTrainer"
         )
     if unread := unread_flags(args):
         raise ValueError(
@@ -45,8 +45,8 @@ def check_pieces(trainer: Any, collator: Any) -> None:
         )
     if trainer.processing_class is not collator.processor:
         raise ValueError(
-            "the trainer's processing_class is another processor than the collator's, and would be saved with the model; "
-            "pass processing_class=processor to SFTTrainer"
+            "the trainer's processing_class is another processor than the collator's, and it is saved with the model; pass "
+            "processing_class=processor to SFTTrainer"
         )
     if collator.settings.max_length != trainer.args.max_length:
         raise ValueError(
@@ -70,7 +70,7 @@ def check_pass(trainer: Any, collator: Any, rows: Any) -> Checked:
                 f"the rows of {name} were not checked: data = vlm_sft.check_rows(data, collator, "
                 "on_bad_rows=args.on_bad_rows), and give its result to SFTTrainer as it is"
             )
-        if checked.fingerprint != collator.fingerprint():
+        if checked.collator != collator.fingerprint():
             raise ValueError(
                 f"the rows of {name} were checked with a collator of other settings than the trainer's; make one "
                 "collator, and give it to check_rows and to SFTTrainer"
@@ -105,15 +105,14 @@ def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, 
         )
         if not any(images):
             raise ValueError(
-                "no training row has an image, so the vision tower would see nothing: name the column that holds them, as "
-                "in --columns images=image_path, or return them from to_conversation"
+                "no training row has an image, so the vision tower would see nothing: name the column that holds them, "
+                "as in --columns images=image_path, or return them from to_conversation"
             )
         total, ordered = sum(lengths), sorted(lengths)
         kinds = {"trained": sum(trained), "image": sum(images), "prompt": total - sum(trained) - sum(images)}
         facts["tokens"] = f"{total:,}: " + ", ".join(f"{kind} {count / total:.1%}" for kind, count in kinds.items())
-        facts["lengths"] = (
-            f"{ordered[0]:,} to {ordered[-1]:,}, median {ordered[len(ordered) // 2]:,}; at most {trainer.args.max_length}"
-        )
+        median = ordered[len(ordered) // 2]
+        facts["lengths"] = f"{ordered[0]:,} to {ordered[-1]:,}, median {median:,}; max_length {trainer.args.max_length}"
     else:
         facts |= {name: audited[name] for name in ("tokens", "lengths")}
     return facts | {name: audited[name] for name in ("answers", "prompts")}

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from vlm_sft.chat.audit import AuditReport, audit, check_forward, check_stops, draw_mask
+from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops, draw_mask
 from vlm_sft.chat.packing import check_padding_free
 from vlm_sft.checks import check_flags, check_pass, check_pieces, row_facts
 from vlm_sft.common import base_of, listed, restore_rng, rng_state
@@ -30,7 +31,7 @@ from vlm_sft.models.adapters import check_trains
 from vlm_sft.models.freezing import cast_trainable_to_fp32, check_precision
 from vlm_sft.models.quantization import check_quantized
 from vlm_sft.training.batches import GroupByLength
-from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
+from vlm_sft.training.callbacks import RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
 from vlm_sft.training.checkpoints import SafeCheckpoints
 from vlm_sft.training.plan import Plan, plan_of
 from vlm_sft.training.reports import write_reports
@@ -47,14 +48,13 @@ def guards(model: Any) -> list[TrainerCallback]:
         SafeCheckpoints(),
         StopOnNaN(),
         Gate(),
-        KeepRandomState(),  # last, since it captures what the others have left
     ]
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What `prove` found: `facts` for the run record (subject -> sentence), `report` of the audited rows, `changes` that
-    the library made to model and trainer. `results` fills when training has ended."""
+    """What `prove` found: `facts` for the run record (subject -> sentence), `report` of the audited rows, `changes`
+    that the library made to model and trainer. `results` fills when training has ended."""
 
     facts: dict[str, Any]
     report: AuditReport
@@ -90,8 +90,8 @@ class Gate(TrainerCallback):
         trainer, proof, size = self.trainer, self.proof, state.train_batch_size
         if self.ended or (self.batch_size is not None and (not args.auto_find_batch_size or size == self.batch_size)):
             raise ValueError(
-                "train() was called a second time, and what prove() saw has been trained: make a new model and trainer, "
-                "or run the recipe again, which resumes from the newest checkpoint"
+                "train() was called a second time, and what prove() saw has been trained: make a new model and trainer, or "
+                "run the recipe again, which resumes from the newest checkpoint"
             )
         self.batch_size = size
         random = rng_state()  # nothing below may change a trained number
@@ -129,8 +129,8 @@ class Gate(TrainerCallback):
     def _require_proof(self, what: str) -> None:
         if self.proof is None:
             raise ValueError(
-                f"{what} before prove(): nothing has been proven of this run. Call vlm_sft.prove(trainer, TRAINS, args) "
-                "after the trainer is made, and trainer.train() after that"
+                f"{what} before prove(): nothing has been proven of this run. Call vlm_sft.prove(trainer, TRAINS, args) after "
+                "the trainer is made, and trainer.train() after that"
             )
 
 
@@ -169,8 +169,10 @@ def prove(
     checked = check_pass(trainer, collator, rows)
     changes = list(getattr(trainer.args, "hardware_changes", ()))
     model = trainer.model
-    if cast := cast_trainable_to_fp32(model):
-        changes.append(f"{cast} trainable tensors cast to float32")
+    narrow = [weight for weight in model.parameters() if weight.requires_grad and weight.dtype != torch.float32]
+    cast_trainable_to_fp32(model)
+    if narrow:
+        changes.append(f"{len(narrow)} trainable tensors cast to float32")
     check_precision(model, fp16=trainer.args.fp16)
     parts = check_trains(model, trains)
     if getattr(base_of(model).config, "quantization_config", None) is not None:
@@ -183,6 +185,7 @@ def prove(
             "vlm_sft.evaluate_answers(trainer, data['test'], METRICS) before prove, or pass require_answers=False"
         )
     report = audit(collator, rows, num_rows, require_stop_token=require_stop_token)
+    check_embedding(report.rows, model)
     check_stops(collator, report.rows, base_of(model).generation_config)
     random = rng_state()
     plan = plan_of(trainer, _answer_metrics(trainer))
@@ -227,11 +230,11 @@ def finish(trainer: Any, proof: Proof) -> dict[str, float]:
 def _gate_of(trainer: Any, what: str) -> Gate:
     """The trainer's gate. Raises unless all guards are among its callbacks."""
     there = {type(callback) for callback in trainer.callback_handler.callbacks}
-    needed = (RestoreGenerationConfig, GroupByLength, SafeCheckpoints, StopOnNaN, Gate, KeepRandomState)
+    needed = (RestoreGenerationConfig, GroupByLength, SafeCheckpoints, StopOnNaN, Gate)
     if missing := [kind.__name__ for kind in needed if kind not in there]:
         raise ValueError(
-            f"{what}: {', '.join(missing)} missing among the trainer's callbacks; pass callbacks=vlm_sft.guards(model) to "
-            "SFTTrainer (your own may follow: [*vlm_sft.guards(model), EarlyStoppingCallback()])"
+            f"{what}: {', '.join(missing)} missing among the trainer's callbacks; pass callbacks=vlm_sft.guards(model) "
+            "to SFTTrainer (your own may follow: [*vlm_sft.guards(model), EarlyStoppingCallback()])"
         )
     return next(callback for callback in trainer.callback_handler.callbacks if type(callback) is Gate)
 
@@ -302,8 +305,8 @@ def _refuse_exchanged(trainer: Any, proof: Proof, state: TrainerState) -> None:
     trainable = _trainable(trainer.model)
     if trainable != held["trainable"]:
         faults.append(
-            f"other weights train: {listed(trainable - held['trainable'])} now, {listed(held['trainable'] - trainable)} "
-            "no longer"
+            f"other weights train: {listed(trainable - held['trainable'])} now, "
+            f"{listed(held['trainable'] - trainable)} no longer"
         )
     if trainer.data_collator is not held["collator"]:
         faults.append("trainer.data_collator is another collator")

@@ -16,13 +16,12 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedConfig,
 )
 from transformers.utils.hub import resolve_revision
 
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.loading import check_weights, first_line, place, record_source
+from vlm_sft.models.loading import check_weights, first_line, place, read_config, record_source
 
 # Models whose decoder takes embeddings as they are; Gemma, for one, would scale the features of an image.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -125,8 +124,12 @@ def assemble_llava(
     return model.eval(), processor
 
 
-def check_tower(config: PreTrainedConfig, vision_tower: str | Path) -> None:
-    """Raises ValueError unless the model was assembled on this tower, by the name that `assemble_llava` was given."""
+def check_tower(name_or_path: str | Path, vision_tower: str | Path | None, *, revision: str | None = None) -> None:
+    """Raises ValueError unless the model was assembled on this tower, by the name that `assemble_llava` was given; with
+    None any tower is right. Reads the config alone."""
+    if vision_tower is None:
+        return
+    config = read_config(name_or_path, revision=revision)
     recorded = getattr(config, "assembled_from", {}).get("vision_tower")
     if recorded != _short(vision_tower):
         vision: Any = config.vision_config

@@ -103,6 +103,7 @@ def load_processor(
 def load_model(
     name_or_path: str | Path,
     *,
+    load_in_4bit: bool = False,
     quantization_config: BitsAndBytesConfig | str | None = "auto",
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = "auto",
@@ -117,7 +118,8 @@ def load_model(
 
     - `dtype="auto"` is `best_dtype()`, or for an adapter the dtype its base had in training (where nothing
       records it, the base's own).
-    - `quantization_config="auto"` is none, or for an adapter the one its base had in training.
+    - `load_in_4bit=True` quantizes the language model by `nf4_config`; `quantization_config` takes any other config.
+      "auto" is none, or for an adapter the one its base had in training.
     - `attn_implementation="auto"` is FlashAttention 2 where it is installed, the GPU (Ampere or newer) and the model
       take it; else, and with None, what transformers chooses: PyTorch's SDPA.
     - A quantized model goes to the GPU of this process (LOCAL_RANK); any other stays on the CPU for the Trainer.
@@ -139,6 +141,12 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         "device_map": device_map,
     }
+    if load_in_4bit:
+        if quantization_config != "auto":
+            raise ValueError("load_in_4bit=True and a quantization_config: give one of them")
+        from vlm_sft.models.quantization import nf4_config
+
+        quantization_config = nf4_config(read_config(name, revision=revision, trust_remote_code=trust_remote_code))
     if find_adapter_config_file(name, revision=revision) is None:
         quantization = None if quantization_config == "auto" else quantization_config
         dtype = best_dtype() if dtype == "auto" else dtype

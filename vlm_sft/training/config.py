@@ -71,7 +71,8 @@ def refuse_inert_settings(args: Any) -> None:
     and `check_rows` reads the rows."""
     inherited = {f.name for f in fields(TrainingArguments)}
     defaults = {f.name: _default(f) for f in fields(SFTConfig) if f.name not in inherited | _ACTING}
-    found = {name: value for name, default in defaults.items() if (value := getattr(args, name, default)) != default}
+    # None stands for a default as well: SFTConfig itself puts it in the place of some.
+    found = {n: value for n, default in defaults.items() if (value := getattr(args, n, None)) not in (default, None)}
     if found:
         flags = ", ".join(f"--{name} {value}" for name, value in found.items())
         them = "it" if len(found) == 1 else "them"
