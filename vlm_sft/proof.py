@@ -31,7 +31,7 @@ from vlm_sft.models.adapters import check_trains
 from vlm_sft.models.freezing import cast_trainable_to_fp32, check_precision
 from vlm_sft.models.quantization import check_quantized
 from vlm_sft.training.batches import GroupByLength
-from vlm_sft.training.callbacks import RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
+from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
 from vlm_sft.training.checkpoints import SafeCheckpoints
 from vlm_sft.training.plan import Plan, plan_of
 from vlm_sft.training.reports import write_reports
@@ -48,6 +48,7 @@ def guards(model: Any) -> list[TrainerCallback]:
         SafeCheckpoints(),
         StopOnNaN(),
         Gate(),
+        KeepRandomState(),  # last, since it captures what the others have left
     ]
 
 
@@ -230,7 +231,7 @@ def finish(trainer: Any, proof: Proof) -> dict[str, float]:
 def _gate_of(trainer: Any, what: str) -> Gate:
     """The trainer's gate. Raises unless all guards are among its callbacks."""
     there = {type(callback) for callback in trainer.callback_handler.callbacks}
-    needed = (RestoreGenerationConfig, GroupByLength, SafeCheckpoints, StopOnNaN, Gate)
+    needed = (RestoreGenerationConfig, GroupByLength, SafeCheckpoints, StopOnNaN, Gate, KeepRandomState)
     if missing := [kind.__name__ for kind in needed if kind not in there]:
         raise ValueError(
             f"{what}: {', '.join(missing)} missing among the trainer's callbacks; pass callbacks=vlm_sft.guards(model) "
