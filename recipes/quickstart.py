@@ -11,7 +11,6 @@ Edit `DIGITS` and `to_conversation` for another question, the size of the model 
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -58,7 +57,7 @@ def to_conversation(row: dict) -> dict:
     return {"messages": messages, "images": [image.convert("RGB")]}
 
 
-def write_digits(folder: Path, args: RecipeArguments, *, seed: int) -> None:
+def write_digits(folder: str, args: RecipeArguments, *, seed: int) -> None:
     digits = load_digits()
     pairs = zip(digits.images, digits.target, strict=True)
     rows = Dataset.from_list([to_conversation({"image": image, "digit": digit}) for image, digit in pairs])
@@ -71,7 +70,7 @@ def tiny_llava(args: RecipeArguments) -> tuple[Any, Any]:
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
-    folder = Path(training_args.output_dir, "data")
+    folder = f"{training_args.output_dir}/data"
     write_digits(folder, args, seed=training_args.seed)
     model, processor = tiny_llava(args)
     peft_config = vlm_sft.lora_config(model, TRAINS)  # None: no part takes adapters

@@ -47,7 +47,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     metric_for_best_model: str | None = "eval_anls"  # what the loss only stands for
 
 
-def write_tables(folder: Path, *, count: int, seed: int) -> None:
+def write_tables(folder: str, *, count: int, seed: int) -> None:
     chance, fonts, rows = random.Random(seed), [*map(ImageFont.load_default, (12, 16, 22))], []
     for _ in range(count):
         columns = chance.randint(2, 6)
@@ -70,9 +70,9 @@ def to_conversation(row: dict) -> dict:
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
-    drawn = Path(training_args.output_dir, f"tables-{args.num_tables}-{training_args.seed}")
+    drawn = f"{training_args.output_dir}/tables-{args.num_tables}-{training_args.seed}"
     with training_args.main_process_first():
-        if not (args.dataset_name or drawn.exists()):
+        if not (args.dataset_name or Path(drawn).exists()):
             write_tables(drawn, count=args.num_tables, seed=training_args.seed)
     processor = vlm_sft.load_processor(args.model_name_or_path)
     model = vlm_sft.load_model(args.model_name_or_path)

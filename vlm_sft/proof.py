@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,11 +66,11 @@ class Proof:
     results: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{subject:<11}{line}" if n == 0 else f"{'':<11}{line}"
-            for subject, sentence in self.facts.items()
-            for n, line in enumerate(str(sentence).splitlines())
-        )
+        lines = []
+        for subject, sentence in self.facts.items():
+            text = [part for line in str(sentence).splitlines() for part in textwrap.wrap(line, 108) or [""]]
+            lines += [f"{subject if n == 0 else '':<11}{line}" for n, line in enumerate(text)]
+        return "\n".join(lines)
 
 
 class Gate(TrainerCallback):
@@ -185,6 +186,8 @@ def prove(
             "no held-out row is answered, so samples.html and the metrics of answers would be missing: call "
             "vlm_sft.evaluate_answers(trainer, data['test'], METRICS) before prove, or pass require_answers=False"
         )
+    if _answer_evaluations(trainer) and trainer.eval_dataset is None:
+        raise ValueError("held-out rows are to be answered, but none are evaluated: pass eval_dataset=data['test']")
     report = audit(collator, rows, num_rows, require_stop_token=require_stop_token)
     check_embedding(report.rows, model)
     check_stops(collator, report.rows, base_of(model).generation_config)

@@ -220,7 +220,9 @@ def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
         )
     if not os.path.isfile(target):
         what = "is a directory" if os.path.isdir(target) else "does not exist"
-        raise ValueError(f"{name} {what} in the image folder; mend the path or add the file")
+        raise ValueError(
+            f"{name} {what} in the image folder {root!r}; fix the path, or name the folder by --image_folder"
+        )
     return target
 
 

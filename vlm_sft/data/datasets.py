@@ -66,8 +66,9 @@ def load_conversations(
     - `to_conversation`: a function of your own from a stored row to a dict of `messages` and `images`, used where
       no `columns` are given.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
-      none, `eval_fraction` of the rows does, drawn with `seed`; 0 makes none.
-    - `max_rows`: only the first rows of each split. `max_eval_rows`: of "test", which then must be there.
+      none, `max_eval_rows` rows do, drawn with `seed`, but at most a fifth of all; without a number `eval_fraction` of
+      them, where 0 makes none.
+    - `max_rows`: only the first rows of each split. `max_eval_rows`: at most so many in "test", which must be there.
     - `streaming`: "train" is an `IterableDataset` in the order of the source; "test" a `Dataset` in memory of
       `max_eval_rows` rows, the first ones where the source has no split for it.
     - `image_folder`: what file names in rows are relative to; the folder of the data unless given. Files outside it
@@ -107,7 +108,7 @@ def load_conversations(
             _check_first_rows(stored[key], readers[key])
     if "test" not in stored and eval_fraction:
         rows = stored["train"]
-        stored = _held_out(rows, max_eval_rows) if streaming else _drawn(rows, eval_fraction, seed)
+        stored = _held_out(rows, max_eval_rows) if streaming else _drawn(rows, eval_fraction, max_eval_rows, seed)
         drawn_by = seed if "test" in stored and not streaming else None
         readers["test"] = readers["train"] = replace(readers["train"], seed=drawn_by)
     if max_eval_rows is not None and "test" not in stored:
@@ -221,11 +222,12 @@ def _undecode(feature: Any) -> Any:
     return feature
 
 
-def _drawn(rows: Dataset, fraction: float, seed: int) -> dict[str, Dataset]:
+def _drawn(rows: Dataset, fraction: float, most: int | None, seed: int) -> dict[str, Dataset]:
     """Training and test rows, both in the order of the source."""
     if len(rows) < 2:
         return {"train": rows}
-    test = set(random.Random(seed).sample(range(len(rows)), max(1, round(fraction * len(rows)))))
+    count = round(fraction * len(rows)) if most is None else min(most, len(rows) // 5)
+    test = set(random.Random(seed).sample(range(len(rows)), max(1, count)))
     return {
         "train": rows.select([n for n in range(len(rows)) if n not in test]),
         "test": rows.select(sorted(test)),

@@ -1,0 +1,438 @@
+"""The gate: what `prove` refuses, what it prints, and that nothing is exchanged between it and the training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from proven import TRAINS, Pieces, RecipeArguments, RecipeConfig, pieces
+from recipe_data import chats
+from transformers import EarlyStoppingCallback, TrainingArguments
+from trl import SFTConfig
+
+import vlm_sft
+from vlm_sft.models.adapters import check_trains
+
+
+@pytest.fixture
+def make(tiny_dir: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pieces]:
+    return lambda **options: pieces(tiny_dir("llava15"), tmp_path, **options)
+
+
+def test_a_proven_run_trains_and_leaves_all_it_promises(make, tmp_path, capsys):
+    run = make()
+    proof = run.prove()
+    table = capsys.readouterr().err
+    run.trainer.train()
+    assert vlm_sft.finish(run.trainer, proof)["eval_loss"] > 0
+    left = {path.name for path in (tmp_path / "output").iterdir()}
+    assert {"adapter_model.safetensors", "audit.html", "samples.html", "loss.png", "run.json", "README.md"} <= left
+    recorded = json.loads((tmp_path / "output" / "run.json").read_text("utf-8"))
+    assert "lora r 4" in recorded["proof"]["trains"]
+    assert recorded["settings"]["recipe"] == {"lora_r": 4}
+    assert "its 16 image tokens match the features" in recorded["proof"]["forward"]
+    assert "language   lora r 4" in table
+
+
+def test_the_table_fits_a_screen_and_shows_the_mask_of_a_row(make, capsys, record_property):
+    run = make(lora={"use_dora": True}, load={"load_in_4bit": True})
+    capsys.readouterr()
+    run.prove()
+    table = capsys.readouterr().err
+    assert len(table.splitlines()) <= 28
+    assert max(map(len, table.splitlines())) <= 120
+    for subject in (
+        "vision",
+        "DoRA",
+        "nf4",
+        "8 to train on, 2 held out",
+        "trained ",
+        "lengths",
+        "warm-up",
+        "evaluations",
+    ):
+        assert subject in table
+    assert "the frozen tower stays out of autograd" in table
+    assert "ASSISTANT:[ It is" in table
+    record_property("shown", table)
+
+
+# Left out, doubled or in the wrong order
+
+
+def test_training_without_proof(make):
+    with pytest.raises(
+        ValueError, match=r"train\(\) before prove\(\): .* call|Call vlm_sft\.prove\(trainer, TRAINS, args\)"
+    ):
+        make().trainer.train()
+
+
+def test_evaluation_without_proof(make):
+    with pytest.raises(ValueError, match=r"evaluate\(\) before prove\(\)"):
+        make().trainer.evaluate()
+
+
+@pytest.mark.parametrize("missing", range(6))
+def test_proof_without_each_guard(missing, make, tiny_dir):
+    model = vlm_sft.load_model(tiny_dir("llava15"))
+    guards = vlm_sft.guards(model)
+    name = type(guards.pop(missing)).__name__
+    with pytest.raises(ValueError, match=rf"{name} missing .* pass callbacks=vlm_sft\.guards\(model\)"):
+        make(given={"callbacks": guards}).prove()
+
+
+def test_callbacks_of_ones_own_may_follow(make, tiny_dir):
+    own = [*vlm_sft.guards(vlm_sft.load_model(tiny_dir("llava15"))), EarlyStoppingCallback(1)]
+    run = make(given={"callbacks": own})
+    run.prove()
+    run.trainer.train()
+
+
+def test_proof_twice_and_after_training(make):
+    run = make()
+    run.prove()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"prove\(\) was called already"):
+            run.prove()
+        if run.trainer.state.global_step == 0:
+            run.trainer.train()
+
+
+def test_a_second_training(make):
+    run = make(save_strategy="no", load_best_model_at_end=False)
+    run.prove()
+    run.trainer.train()
+    with pytest.raises(ValueError, match=r"train\(\) was called a second time"):
+        run.trainer.train()
+
+
+def test_a_second_training_where_the_first_left_checkpoints(make):
+    run = make()
+    run.prove()
+    run.trainer.train()
+    with pytest.raises(ValueError, match=r"would overwrite it: train with resume_from_checkpoint"):
+        run.trainer.train()
+    with pytest.raises(ValueError, match=r"train\(\) was called a second time"):
+        run.trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(run.trainer))
+
+
+def test_a_training_that_failed_does_not_begin_again(make, monkeypatch):
+    run = make()
+    run.prove()
+    compute = run.trainer.compute_loss
+    monkeypatch.setattr(run.trainer, "compute_loss", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.trainer.train()
+    monkeypatch.setattr(run.trainer, "compute_loss", compute)
+    with pytest.raises(ValueError, match=r"train\(\) was called a second time"):
+        run.trainer.train()
+
+
+def test_finish_without_training_or_with_another_proof(make, tmp_path, tiny_dir):
+    run = make()
+    proof = run.prove()
+    with pytest.raises(ValueError, match=r"finish\(\) before the training has ended"):
+        vlm_sft.finish(run.trainer, proof)
+    (tmp_path / "other").mkdir()
+    other = pieces(tiny_dir("llava15"), tmp_path / "other")
+    other.prove()
+    with pytest.raises(ValueError, match="the proof is of another trainer"):
+        vlm_sft.finish(other.trainer, proof)
+
+
+def test_a_run_without_finish_loses_nothing(make, tmp_path):
+    run = make()
+    run.prove()
+    run.trainer.train()
+    assert {"adapter_model.safetensors", "run.json", "README.md"} <= {p.name for p in (tmp_path / "output").iterdir()}
+
+
+# Exchanged after the proof
+
+
+def other_collator(run: Pieces) -> None:
+    run.trainer.data_collator = vlm_sft.ChatCollator(run.processor, max_length=512)
+
+
+def other_setting_of_the_collator(run: Pieces) -> None:
+    run.trainer.data_collator = run.collator.with_settings(train_on="all")
+
+
+def other_chat_template(run: Pieces) -> None:
+    run.processor.chat_template += " "
+
+
+def other_rows(run: Pieces) -> None:
+    run.trainer.train_dataset = run.data["train"].select(range(4))
+
+
+def other_held_out_rows(run: Pieces) -> None:
+    run.trainer.eval_dataset = run.data["train"]
+
+
+def other_model(run: Pieces) -> None:
+    run.trainer.model = run.trainer.model_wrapped = run.trainer.model.get_base_model()
+
+
+def unfrozen_head(run: Pieces) -> None:
+    run.model.lm_head.weight.requires_grad_(True)
+
+
+def frozen_adapter(run: Pieces) -> None:
+    next(w for n, w in run.trainer.model.named_parameters() if "lora_A" in n).requires_grad_(False)
+
+
+def other_rate(run: Pieces) -> None:
+    run.trainer.args.learning_rate = 1e-4
+
+
+def other_steps(run: Pieces) -> None:
+    run.trainer.args.max_steps = 3
+
+
+def own_optimizer(run: Pieces) -> None:
+    weights = [weight for weight in run.trainer.model.parameters() if weight.requires_grad]
+    run.trainer.optimizer = torch.optim.SGD(weights[1:], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "told"),
+    [
+        (other_collator, "data_collator is another collator"),
+        (other_setting_of_the_collator, "data_collator is another collator"),
+        (other_chat_template, "the collator or its processor has other settings"),
+        (other_rows, "train_dataset is another dataset"),
+        (other_held_out_rows, "eval_dataset is another dataset"),
+        (other_model, "trainer.model is another model"),
+        (unfrozen_head, r"other weights train: .*lm_head\.weight now"),
+        (frozen_adapter, "lora_A.* no longer"),
+        (other_rate, r"--learning_rate is 0\.0001 and was 0\.01"),
+        (other_steps, "--max_steps is 3 and was 4"),
+        (own_optimizer, r"lacks 1 that should .*lora_"),
+    ],
+)
+def test_what_is_exchanged_after_the_proof(exchange, told, make):
+    run = make()
+    run.prove()
+    exchange(run)
+    with pytest.raises(ValueError, match=told):
+        run.trainer.train()
+
+
+def test_the_settings_of_a_collator_cannot_be_set(make):
+    run = make()
+    with pytest.raises(AttributeError):
+        run.collator.settings = run.collator.with_settings(train_on="all").settings
+    with pytest.raises(AttributeError):
+        run.collator.settings.train_on = "all"
+
+
+def test_an_evaluation_with_another_collator(make):
+    run = make()
+    run.prove()
+    other_setting_of_the_collator(run)
+    with pytest.raises(ValueError, match="data_collator was exchanged"):
+        run.trainer.evaluate()
+
+
+# Pieces that do not belong together
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"given": {"data_collator": None}}, "pass data_collator=collator"),
+        ({"given": {"peft_config": None}}, r"pass peft_config=lora_config\(model, TRAINS\)"),
+        ({"collator": {"max_length": 100}}, "pass max_length=training_args.max_length to ChatCollator"),
+        ({"checked": False}, r"were not checked: data = vlm_sft.check_rows\(data, collator"),
+        ({"answers": False}, r"call vlm_sft.evaluate_answers\(trainer, data\['test'\], METRICS\)"),
+    ],
+)
+def test_pieces_left_out(options, told, make):
+    with pytest.raises(ValueError, match=told):
+        make(**options).prove()
+
+
+def test_another_processor(make, tiny_dir):
+    run = make(given={"processing_class": vlm_sft.load_processor(tiny_dir("llava15"))})
+    with pytest.raises(ValueError, match="pass processing_class=processor"):
+        run.prove()
+
+
+def test_rows_checked_with_another_collator(make):
+    run = make()
+    other = vlm_sft.ChatCollator(run.processor, max_length=512, train_on="last_assistant")
+    data = vlm_sft.check_rows(run.data, other)
+    with pytest.raises(ValueError, match="checked with a collator of other settings"):
+        make(data=data, checked=False).prove()
+
+
+def test_rows_drawn_by_another_seed(make, tmp_path):
+    chats(tmp_path / "halves", train=10, test=2)
+    data = vlm_sft.load_conversations(tmp_path / "halves" / "train", seed=3, max_eval_rows=2)
+    with pytest.raises(ValueError, match=r"drawn with seed=3, and the run has --seed 42: pass seed=training_args.seed"):
+        make(data=data).prove()
+
+
+@pytest.mark.parametrize(
+    ("trains", "told"),
+    [
+        ({}, "TRAINS"),
+        ({"projektor": "full"}, "projektor.*projector"),
+        ({"language": "Lora"}, "Lora"),
+        ({"language": "lora", "vision": "full"}, "vision"),
+        ({"head": "lora"}, "head"),
+        ({"language": ["nothing"]}, "nothing"),
+        ({"language": "lora", "projector": "full"}, "projector"),
+        ({"language": ["q_proj"]}, "adapted and not asked for"),
+    ],
+)
+def test_another_sentence_than_what_trains(trains, told, make):
+    with pytest.raises(ValueError, match=told):
+        make().prove(trains)
+
+
+def test_full_on_a_quantized_part(make):
+    with pytest.raises(ValueError, match="quantized"):
+        make(load={"load_in_4bit": True}).prove({"language": "full"})
+
+
+# Flags and settings
+
+
+def test_a_flag_that_nothing_reads(make):
+    @dataclass
+    class More(RecipeArguments):
+        forgotten: int = 1
+
+    run = make()
+    run.args = More()
+    run.args.lora_r  # noqa: B018
+    with pytest.raises(ValueError, match=r"nothing has read --forgotten.*args\.forgotten"):
+        run.prove()
+
+
+def test_arguments_that_are_none_of_ours(make):
+    run = make()
+    run.args = {"lora_r": 4}
+    with pytest.raises(ValueError, match=r"args is a dict; expected the recipe's RecipeArguments"):
+        run.prove()
+    run.args = None
+    run.prove()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_config_that_sfttrainer_made_itself(make, tmp_path):
+    plain = SFTConfig(
+        str(tmp_path), max_length=512, eval_strategy="no", remove_unused_columns=False, max_steps=2, bf16=False
+    )
+    with pytest.raises(ValueError, match="pass args=training_args to SFTTrainer"):
+        make(given={"args": plain}).prove()
+
+
+ACTING = {"max_length": 64, "loss_type": "dft", "activation_offloading": True, "router_aux_loss_coef": 0.1}
+OTHERS = {bool: True, int: 8, float: 0.5, str: "another"}
+OWN = [f for f in fields(SFTConfig) if f.name not in {g.name for g in fields(TrainingArguments)}]
+
+
+@pytest.mark.parametrize("setting", [f for f in OWN if f.name not in ACTING], ids=lambda f: f.name)
+def test_every_setting_of_sftconfig_without_effect_is_refused(setting, tmp_path):
+    given = {"dataset_kwargs": {"skip_prepare_dataset": False}, "model_init_kwargs": {"dtype": "auto"}}
+    kinds = {"truncation_mode": "keep_end", "packing_strategy": "wrapped", "pad_to_multiple_of": 8}
+    value = (given | kinds).get(setting.name, not setting.default if isinstance(setting.default, bool) else "another")
+    value = {"dataset_num_proc": 2, "eval_packing": True, "completion_only_loss": True}.get(setting.name, value)
+    with pytest.raises((ValueError, FutureWarning), match=f"without effect here: --{setting.name} |deprecated"):
+        RecipeConfig(str(tmp_path), **{setting.name: value})
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_settings_of_sftconfig_that_act_are_taken(name, tmp_path):
+    RecipeConfig(str(tmp_path), **{name: ACTING[name]})
+
+
+# Plans that cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"warmup_steps": 4}, "the warm-up takes 4 of the run's 4 steps.*--warmup_steps 0"),
+        ({"metric_for_best_model": "eval_bleu"}, "eval_bleu is reported by nothing; reported are eval_loss, eval_anls"),
+        ({"metric_for_best_model": "eval_cer"}, "--greater_is_better False"),
+        ({"metric_for_best_model": "eval_anls", "greater_is_better": False}, "--greater_is_better True"),
+    ],
+)
+def test_plans_that_cannot_be_meant(settings, told, make):
+    with pytest.raises(ValueError, match=told):
+        make(**settings).prove()
+
+
+def test_one_held_out_row_to_choose_by(make, tmp_path):
+    data = vlm_sft.load_conversations(chats(tmp_path / "few", test=1))
+    with pytest.raises(ValueError, match="one held-out row would choose the best weights"):
+        make(data=data).prove()
+
+
+def test_no_image_in_any_row(make, tmp_path):
+    rows = [{"prompt": f"How many are {n}?", "response": f"{n}."} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = vlm_sft.load_conversations(tmp_path / "rows.jsonl", max_eval_rows=2, seed=42)
+    with pytest.raises(ValueError, match=r"no training row has an image.*--columns images="):
+        make(data=data).prove()
+
+
+def test_a_plan_changes_no_number(make, tmp_path, tiny_dir):
+    torch.manual_seed(1)
+    run = make()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    run.prove()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# As runs are launched
+
+
+def test_another_batch_size_found_in_the_same_training(make, monkeypatch):
+    run = make(auto_find_batch_size=True, per_device_train_batch_size=4)
+    run.prove()
+    step, tried = run.trainer.training_step, []
+
+    def out_of_memory_at_4(model: Any, inputs: Any, *rest: Any) -> Any:
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(model, inputs, *rest)
+
+    monkeypatch.setattr(run.trainer, "training_step", out_of_memory_at_4)
+    run.trainer.train()
+    assert tried[0] == 4
+    assert set(tried[-4:]) == {2}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13 on TRL's head
+def test_torch_compile(make):
+    run = make(torch_compile=True, torch_compile_backend="eager")
+    run.prove()
+    run.trainer.train()
+    assert run.trainer.state.global_step == 4
+
+
+def test_rows_that_are_not_checked_before_come_in_random_order(make, capsys):
+    run = make(on_bad_rows="ignore")
+    run.prove()
+    assert "rows come in random order" in capsys.readouterr().err
+    run.trainer.train()
+    assert run.trainer.state.global_step == 4
+
+
+def test_the_sentence_is_judged_on_what_the_trainer_holds(make):
+    run = make()
+    report = check_trains(run.trainer.model, TRAINS)
+    assert report.parts["language"].share == 1
+    assert report.parts["vision"].trainable == 0
