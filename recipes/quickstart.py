@@ -127,8 +127,8 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
 NEXT = """
 Look at {output}/samples.html and {output}/loss.png. Then:
   python recipes/evaluate.py                         measure it again, from the folder
-  python -m vlm_sft.chat.audit --help                     what a collator would train on, for your model and data
-  python -m vlm_sft.tools.tiny llava15 outputs/tiny        a tiny twin to try a recipe on
+  python -m vlm_sft audit --help                     what a collator would train on, for your model and data
+  python -m vlm_sft tiny llava15 outputs/tiny        a tiny twin to try a recipe on
   python recipes/llava15_sft.py --help               the recipe for a real model
 """
 

@@ -19,7 +19,6 @@ from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_proc
 from vlm_sft.models.parts import ModelParts
 from vlm_sft.models.quantization import check_quantized, fp4_config, int8_config, nf4_config
 from vlm_sft.models.towers import keep_frozen_out_of_autograd
-from vlm_sft.tools.merging import merge
 from vlm_sft.training.batches import GroupByLength
 from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
 from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint, verify_checkpoint
@@ -29,9 +28,10 @@ from vlm_sft.training.reports import write_reports, write_run_json
 
 if TYPE_CHECKING:
     from vlm_sft.data.scan import sound_rows
+    from vlm_sft.tools.merging import merge
 
 # Modules that are commands as well: imported here, `python -m` would warn of them.
-_IN_COMMANDS = {"sound_rows": "data.scan"}
+_IN_COMMANDS = {"merge": "tools.merging", "sound_rows": "data.scan"}
 
 __all__ = [
     "IGNORE_INDEX",
