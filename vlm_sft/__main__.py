@@ -1,7 +1,4 @@
-"""`python -m vlm_sft audit | check | merge | memory | tiny`, also as the command `vlm-sft`.
-
-Each returns 0, or 1 where it found a fault; an error is one line on stderr.
-"""
+"""`python -m vlm_sft audit | check | merge | memory | tiny`, also as `vlm-sft`: 0 is good, an error is one line."""
 
 from __future__ import annotations
 
@@ -12,19 +9,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def audit(options: argparse.Namespace) -> int:
+def audit(options: argparse.Namespace) -> None:
     """What would be trained: each token of some rows, as the model's processor has them."""
     from vlm_sft.chat.audit import audit
     from vlm_sft.chat.collator import ChatCollator
+    from vlm_sft.data.datasets import load_conversations
     from vlm_sft.evaluation.pages import write_audit_html
     from vlm_sft.models.loading import load_processor
 
-    rows = _rows(options)
+    where = {"columns": options.columns, "image_folder": options.image_folder}
+    rows = load_conversations(options.dataset, eval_fraction=0, **where)["train"]
     collator = ChatCollator(load_processor(options.model), train_on=options.train_on)
     report = audit(collator, rows, num_rows=options.num_rows)
     if options.html:
         write_audit_html(report, options.html)
-    return 0
 
 
 def check(options: argparse.Namespace) -> int:
@@ -33,10 +31,12 @@ def check(options: argparse.Namespace) -> int:
         raise ValueError("--max_length counts tokens, so it needs --model")
     from vlm_sft.chat.collator import ChatCollator
     from vlm_sft.data.check_rows import check_report
+    from vlm_sft.data.datasets import load_conversations
     from vlm_sft.models.loading import load_processor
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or the tokenizer warns in each process
-    rows = _rows(options, split=options.split, allow_outside=options.allow_outside, max_rows=options.max_rows)
+    where = {name: getattr(options, name) for name in ("split", "columns", "image_folder", "allow_outside", "max_rows")}
+    rows = load_conversations(options.dataset, eval_fraction=0, **where)["train"]
     collator = ChatCollator(load_processor(options.model), max_length=options.max_length) if options.model else None
     report = check_report(rows, collator, num_proc=options.num_proc)
     print(report)
@@ -45,65 +45,47 @@ def check(options: argparse.Namespace) -> int:
     return 1 if report.faults else 0
 
 
-def merge(options: argparse.Namespace) -> int:
+def merge(options: argparse.Namespace) -> None:
     """An adapter merged into its base, written only if it answers as adapter on base does."""
-    import torch
-
     from vlm_sft.tools.merging import merge
 
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    print(merge(**_given(options) | {"dtype": dtype}))
-    return 0
+    print(merge(**vars(options)))
 
 
 def memory(options: argparse.Namespace) -> int:
     """Does a run fit? Estimated from the model's config; 1 if it does not."""
     from vlm_sft.tools import memory
 
-    if options.table:
-        print(memory.table())
-        return 0
-    given = _given(options)
-    if not given["model"]:
+    model, table = (vars(options).pop(name) for name in ("model", "table"))
+    if not (model or table):
         raise ValueError("--model or --table")
-    text, fits = memory.report(given.pop("model"), **given)
+    text, fits = (memory.table(), True) if table else memory.report(model, **vars(options))
     print(text)
     return 0 if fits else 1
 
 
-def tiny(options: argparse.Namespace) -> int:
+def tiny(options: argparse.Namespace) -> None:
     """A small random twin of a model family, to try a recipe on."""
     from vlm_sft.tools.tiny import save
 
     print(save(options.family, options.folder))
-    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int | None] = vars(options).pop("command")
     try:
-        return int(options.command(options))
+        return command(options) or 0
     except (ValueError, ImportError, OSError) as error:
-        print(f"{options.command.__name__}: {error}", file=sys.stderr)
+        print(f"{command.__name__}: {error}", file=sys.stderr)
         return 1
-
-
-def _rows(options: argparse.Namespace, **reading: Any) -> Any:
-    from vlm_sft.data.datasets import load_conversations
-
-    where = {"columns": options.columns, "image_folder": options.image_folder, "eval_fraction": 0}
-    return load_conversations(options.dataset, **where, **reading)["train"]
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(options).items() if name not in ("command", "table")}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vlm_sft", description="Commands around a run of vlm_sft.")
     commands = parser.add_subparsers(required=True, metavar="audit|check|merge|memory|tiny")
 
-    def flags_of(command: Callable[[argparse.Namespace], int]) -> Callable[..., Any]:
+    def flags_of(command: Callable[[argparse.Namespace], int | None]) -> Callable[..., Any]:
         added = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         added.set_defaults(command=command)
         return added.add_argument

@@ -67,7 +67,7 @@ def merge(
     *,
     base: Base = "as-trained",
     base_model: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     tolerance: float | None = None,
     trust_remote_code: bool = False,
 ) -> Merged:
@@ -76,7 +76,7 @@ def merge(
     - `base`: `"as-trained"` merges into the weights that training saw; those of a 4-bit or 8-bit base are dequantized
       and kept in 16 bit, since the adapter learnt to correct their errors. `"original"`: the weights before that.
     - `base_model`: where the base is now, if not where training found it. Its weights must be the same.
-    - `dtype`: of the result; that of the base by default.
+    - `dtype`: of the result, by its name too; that of the base by default.
 
     Raises `ValueError` where `out` exists, the base is missing or another one, a key is missing or left over, or the
     result, read again, differs from adapter on base: by more than `tolerance` (relative error of the logits; 1e-4 in
@@ -106,7 +106,7 @@ def merge(
     with model.disable_adapter():
         bare = _answers(model, _questions(processor), new_tokens=0)
     reference_dtype = model.dtype
-    dtype = dtype or reference_dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or reference_dtype
     if tolerance is None:
         eight_bit = quantization and quantization.get("load_in_8bit")
         tolerance = max(_TOLERANCES[dtype], _TOLERANCES[reference_dtype], _TOLERANCE_8BIT if eight_bit else 0.0)
