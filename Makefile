@@ -2,6 +2,7 @@
 # make test         the test suite, offline, on the CPU
 # make test-faults  runs are killed, starved and misled: the tests that docs/faults.md lists
 # make test-browser the page, the trackers and the server, in a headless Chromium (Debian: apt-get install chromium)
+# make test-latest  the test suite on the newest releases of our dependencies: what would break?
 # make check        lint, format and types
 # make bench        training, collation and single switches beside TRL's own path, into benchmarks/README.md
 #
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-faults test-browser check bench
+.PHONY: help quickstart test test-faults test-browser test-latest check bench
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -29,11 +30,27 @@ test: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
 
 test-faults: $(VENV)/.dev $(VENV)/test-only/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile $$(grep -o 'tests/[a-z_]*\.py::[a-z0-9_]*' docs/faults.md | sort -u)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $$(grep -o 'tests/[a-z_/]*\.py::[a-z0-9_]*' docs/faults.md | sort -u)
 
 test-browser: $(VENV)/web/.installed
 	$(VENV)/web/bin/python -m pytest -m web \
-		tests/test_chat.py tests/test_samples.py tests/test_serving.py tests/test_trackers.py
+		tests/test_chat.py tests/evaluation/test_samples.py tests/test_serving.py tests/evaluation/test_trackers.py
+
+# In an environment of its own: these packages as new as they come, torch and all else as in .venv.
+LATEST := $(VENV)/latest
+NEWEST := transformers trl peft accelerate datasets bitsandbytes
+VERSIONS = -c 'import importlib.metadata as m, sys; print(*(f"{n} {m.version(n)}" for n in sys.argv[1:]), sep="\n")' $(NEWEST)
+test-latest: $(VENV)/.dev $(VENV)/test-only/.installed
+	$(call behind,$(LATEST))
+	ln -s $(abspath $(VENV))/test-only $(LATEST)/test-only
+	grep '^torch==' requirements.txt > $(LATEST)/constraint.txt
+	$(PIP) --python $(LATEST)/bin/python install --quiet --upgrade --constraint $(LATEST)/constraint.txt $(NEWEST)
+	$(BIN)/python $(VERSIONS) > $(LATEST)/before.txt
+	$(LATEST)/bin/python $(VERSIONS) > $(LATEST)/after.txt
+	@if cmp -s $(LATEST)/before.txt $(LATEST)/after.txt; then echo "No release is newer than those of $(VENV)."; exit 0; fi; \
+	$(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m "not faults"; broken=$$?; \
+	echo "What broke, if anything, is listed above. Versions of $(VENV), and those of this run:"; \
+	diff --side-by-side --suppress-common-lines --width 80 $(LATEST)/before.txt $(LATEST)/after.txt; exit $$broken
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -66,12 +83,16 @@ $(VENV)/test-only/.installed: Makefile $(VENV)/.dev
 	$(PIP) install --quiet --no-deps --target $(@D) torchvision==0.28.0
 	@touch $@
 
-# Gradio 6 and trackio want a Pillow older than the one in requirements.txt. So they lie in an environment of their own,
-# which sees the packages of .venv behind its own.
-$(VENV)/web/.installed: Makefile pyproject.toml | $(VENV)/.dev
-	rm -rf $(@D)
-	$(BIN)/python -m venv --without-pip $(@D)
+# A fresh environment that finds the packages of .venv after its own.
+define behind
+	rm -rf $(1)
+	$(BIN)/python -m venv --without-pip $(1)
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
-		> "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth"
+		> "$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth"
+endef
+
+# Gradio 6 and trackio want a Pillow older than the one in requirements.txt. So they lie in an environment of their own.
+$(VENV)/web/.installed: Makefile pyproject.toml | $(VENV)/.dev
+	$(call behind,$(@D))
 	$(PIP) --python $(@D)/bin/python install --quiet --editable ".[web,test-browser]"
 	@touch $@

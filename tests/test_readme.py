@@ -51,13 +51,14 @@ def test_command(document, command, tmp_path):
             assert (ROOT / source).is_file()
         case [".venv/bin/pre-commit", "install"]:
             assert (ROOT / ".pre-commit-config.yaml").is_file()
-        case ["python", "-m", module, *_]:
-            assert importlib.util.find_spec(module)
+        case ["python", "-m", "vlm_sft", verb, *_]:
             options = [word for word in words if word.startswith("--")]
-            shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+            shown = subprocess.run(
+                [sys.executable, "-m", "vlm_sft", verb, "--help"], capture_output=True, text=True, check=True
+            )
             assert all(option in shown.stdout for option in options)
         case ["transformers" | "vllm", "serve", folder, *_]:  # tests/test_serving.py runs the first one
-            assert any(other.startswith("python -m vlm_sft.tools.merging") and folder in other for _, other in COMMANDS)
+            assert any(other.startswith("python -m vlm_sft merge") and folder in other for _, other in COMMANDS)
         case ["accelerate", "launch", "--config_file", config, recipe, *flags]:
             assert (ROOT / config).is_file()
             parse(recipe, flags)

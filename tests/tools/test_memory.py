@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from together import together
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, TrainerCallback
 
+from vlm_sft.common import on_meta
 from vlm_sft.models.adapters import lora_config
 from vlm_sft.models.loading import load_model
 from vlm_sft.models.quantization import nf4_config
@@ -57,7 +56,7 @@ def held(base: Path, output: Path, method: str, options: dict[str, Any]) -> dict
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_parameters_are_counted_as_they_are(family: str, tiny_dir: Any, tiny_model: Any) -> None:
-    counted = memory.on_meta(AutoConfig.from_pretrained(tiny_dir(family)))
+    counted = on_meta(AutoConfig.from_pretrained(tiny_dir(family)))
     shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (counted, tiny_model(family))]
     assert shapes[0] == shapes[1]
 
@@ -66,7 +65,7 @@ def test_parameters_are_counted_as_they_are(family: str, tiny_dir: Any, tiny_mod
 def test_weights_gradients_and_optimizer_are_those_of_a_run(method: Any, tiny_dir: Any, tmp_path: Path) -> None:
     base = tiny_dir("llava15")
     found = held(base, tmp_path, method, {})
-    expected = memory.estimate(memory.on_meta(AutoConfig.from_pretrained(base)), method=method, frozen_bytes=4)
+    expected = memory.estimate(on_meta(AutoConfig.from_pretrained(base)), method=method, frozen_bytes=4)
     assert found == {name: getattr(expected, name) for name in found}
 
 
@@ -75,7 +74,7 @@ def test_weights_gradients_and_optimizer_are_those_of_a_run(method: Any, tiny_di
 def test_shares_are_those_of_a_run_by_two_processes(tiny_dir: Any, tmp_path: Path) -> None:
     base = tiny_dir("llava15")
     found = together(held, base, tmp_path, "full", {}, config="cpu_2proc_fsdp2")
-    model = memory.on_meta(AutoConfig.from_pretrained(base))
+    model = on_meta(AutoConfig.from_pretrained(base))
     expected = memory.estimate(model, method="full", gpus=2, strategy="fsdp2", frozen_bytes=4)
     for name in ("weights", "gradients", "optimizer"):
         assert [share[name] for share in found] == [pytest.approx(getattr(expected, name), rel=0.01)] * 2
@@ -90,7 +89,7 @@ def test_packed_weights_take_what_bitsandbytes_takes(tmp_path: Path) -> None:
     found = sum(nbytes(layer.weight) for layer in packed)
     found += sum(nbytes(value) for state in states for value in state if isinstance(value, torch.Tensor))
     config = AutoConfig.from_pretrained(base)
-    sizes = [memory.estimate(memory.on_meta(config), method=m, lora_r=0).weights for m in ("lora", "qlora")]
+    sizes = [memory.estimate(on_meta(config), method=m, lora_r=0).weights for m in ("lora", "qlora")]
     assert sizes[1] < sizes[0]
     weights = sum(layer.in_features * layer.out_features for layer in packed)
     assert sizes[0] - sizes[1] == pytest.approx(weights * 2 - found, rel=0.05)
@@ -100,27 +99,15 @@ def test_packed_weights_take_what_bitsandbytes_takes(tmp_path: Path) -> None:
     ("strategy", "parts"), [("fsdp2", ("weights", "gradients", "optimizer")), ("zero2", ("optimizer",))]
 )
 def test_more_gpus_share_more(strategy: Any, parts: tuple[str, ...], tiny_dir: Any) -> None:
-    model = memory.on_meta(AutoConfig.from_pretrained(tiny_dir("qwen2_5_vl")))
+    model = on_meta(AutoConfig.from_pretrained(tiny_dir("qwen2_5_vl")))
     one, eight = (memory.estimate(model, method="full", gpus=n, strategy=strategy) for n in (1, 8))
     assert all(getattr(eight, part) == getattr(one, part) / 8 for part in parts)
 
 
 def test_four_bit_weights_are_not_shared_out_by_deepspeed(tiny_dir: Any) -> None:
-    model = memory.on_meta(AutoConfig.from_pretrained(tiny_dir("llava15")))
+    model = on_meta(AutoConfig.from_pretrained(tiny_dir("llava15")))
     with pytest.raises(ValueError, match="take fsdp2"):
         memory.estimate(model, method="qlora", gpus=2, strategy="zero3")
-
-
-def test_a_config_is_enough_and_the_answer_is_the_exit_code(
-    tiny_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = json.loads((tiny_dir("llava15") / "config.json").read_text("utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    command = ["--model", str(tmp_path), "--method", "full", "--gpus", "2", "--strategy", "zero3"]
-    assert memory.main([*command, "--gpu_memory", "1"]) == 0
-    assert "fits on 2 x 1 GiB" in capsys.readouterr().out
-    assert memory.main([*command, "--gpu_memory", "0.001"]) == 1
-    assert "does not fit" in capsys.readouterr().out
 
 
 @pytest.mark.slow

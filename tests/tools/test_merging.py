@@ -273,10 +273,3 @@ def test_generation_may_part_at_a_near_tie_only() -> None:
         _compare(answers([0, 1, 2, 3], steps), answers([0, 1, 3, 0], steps[[0, 1, 3, 0]]), bare, 1e-3)
     with pytest.raises(ValueError, match=r"generates \[0, 1\], adapter on base \[0, 1, 2, 3\]"):
         _compare(answers([0, 1, 2, 3], steps), answers([0, 1], steps[:2]), bare, 1e-3)
-
-
-def test_the_command(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    merging.main([str(adapter), str(tmp_path / "out"), "--dtype", "bfloat16"])
-    assert "out (bfloat16): logits differ from adapter on base by" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"not merged: .*out exists already"):
-        merging.main([str(adapter), str(tmp_path / "out")])

@@ -245,24 +245,14 @@ def test_faulty_options_are_named_all_at_once() -> None:
         tiny.build("gemma3", hidden_size=100, num_layers=0, image_size=36, legacy_tokenizer=True)
 
 
-def test_command_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_written_once(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "twin"
-    tiny.main(["idefics3", str(folder)])
-    assert capsys.readouterr().out.strip() == str(folder)
+    assert tiny.save("idefics3", folder) == folder
     assert {"config.json", "generation_config.json", "model.safetensors"} <= set(os.listdir(folder))
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    with pytest.raises(SystemExit, match="2"):
-        tiny.main(["gemma3", str(folder)])
-    assert f"{folder} exists and is not an empty folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"{folder} exists and is not an empty folder"):
+        tiny.save("gemma3", folder)
     assert written == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-
-
-def test_command_lists_the_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        tiny.main(["paligemma", str(tmp_path)])
-    message = capsys.readouterr().err
-    assert "unknown family 'paligemma'" in message
-    assert all(family in message for family in tiny.FAMILIES)
 
 
 @pytest.mark.slow
@@ -271,15 +261,14 @@ def test_another_process_writes_the_same_twin_and_names_what_is_missing(
 ) -> None:
     """A fresh process without torchvision: one family does without it, the other says what to install."""
     script = f"""
-import runpy, sys
+import sys
 sys.modules["torchvision"] = None
-for family in ("llava15", "qwen3_vl"):
-    sys.argv[1:] = [family, {str(tmp_path)!r} + "/" + family]
-    runpy.run_module("vlm_sft.tools.tiny", run_name="__main__")
+from vlm_sft.__main__ import main
+sys.exit([main(["tiny", family, {str(tmp_path)!r} + "/" + family]) for family in ("llava15", "qwen3_vl")][-1])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout.strip()) == (2, str(tmp_path / "llava15"))
-    assert 'qwen3_vl needs what pip install "vlm_sft[torchvision]" brings' in done.stderr
+    assert (done.returncode, done.stdout.strip()) == (1, str(tmp_path / "llava15"))
+    assert 'tiny: qwen3_vl needs what pip install "vlm_sft[torchvision]" brings' in done.stderr
     assert os.listdir(tmp_path) == ["llava15"]
     for file in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "llava15" / file).read_bytes() == (tiny_dir("llava15") / file).read_bytes()

@@ -1,7 +1,7 @@
 """What a run takes of each GPU's memory, by arithmetic from the model's config: no weight is downloaded.
 
-    python -m vlm_sft.tools.memory --model llava-hf/llava-1.5-7b-hf --method qlora --gpus 1
-    python -m vlm_sft.tools.memory --table
+    python -m vlm_sft memory --model llava-hf/llava-1.5-7b-hf --method qlora --gpus 1
+    python -m vlm_sft memory --table
 
 Parameters are counted on PyTorch's meta device. What the CUDA context and fragmentation take is not in it: a run is
 said to fit where its estimate is at most nine tenths of the memory.
@@ -9,9 +9,6 @@ said to fit where its estimate is at most nine tenths of the memory.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, LlavaConfig, PreTrainedConfig, Qwen2VLConfig
 
 from vlm_sft.common import on_meta
-from vlm_sft.models.parts import PARTS, part_of, parts_of
+from vlm_sft.models.parts import PARTS, ModelParts, part_of, parts_of
 
 Method = Literal["qlora", "lora", "full"]
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
@@ -46,7 +43,7 @@ class Estimate:
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.gathered
+        return float(sum(vars(self).values()))
 
     def fits(self, gpu_gib: float) -> bool:
         return self.total <= _FITS * gpu_gib * GIB
@@ -57,7 +54,7 @@ class Estimate:
 
 
 def estimate(
-    model: nn.Module,
+    model: Any,
     *,
     method: Method,
     gpus: int = 1,
@@ -72,41 +69,38 @@ def estimate(
     """The bytes that one training step takes on each of the GPUs, `rows` of `tokens` at a time on each.
 
     Trained in full are projector, language model and head; adapters sit on the language model's linear layers. 4-bit
-    weights are shared out by FSDP2 alone.
+    weights are sharded by FSDP2 alone.
 
     Raises ValueError for settings that do not go together.
     """
     if method == "qlora" and strategy == "zero3":
-        raise ValueError("method='qlora' with strategy='zero3': DeepSpeed shares out no 4-bit weights; take fsdp2")
+        raise ValueError("method='qlora' with strategy='zero3': DeepSpeed shards no 4-bit weights; take fsdp2")
     parts = parts_of(model)
-    frozen = packed = trained = 0
+    sizes = _sizes_by_part(model, parts)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    language = {name: m for name, m in linears.items() if part_of(name, parts) == "language"}
-    packed_names = {f"{name}.weight" for name in language} if method == "qlora" else set()
-    for name, parameter in model.named_parameters():
-        if method == "full" and part_of(name, parts) != "vision":
-            trained += parameter.numel()
-        elif name in packed_names:
-            packed += parameter.numel()
-        else:
-            frozen += parameter.numel()
-    if method != "full":
-        trained += sum(lora_r * (m.in_features + m.out_features) for m in language.values())
+    language = [m for name, m in linears.items() if part_of(name, parts) == "language"]
+    packed = sum(m.weight.numel() for m in language) if method == "qlora" else 0
+    if method == "full":
+        frozen, trained = sizes["vision"], sum(sizes.values()) - sizes["vision"]
+    else:
+        frozen = sum(sizes.values()) - packed
+        trained = sum(lora_r * (m.in_features + m.out_features) for m in language)
 
     held: float = frozen * frozen_bytes + packed * _NF4 + trained * _TRAINED
     gradients, states = float(trained * _TRAINED), float(trained * _ADAM[optimizer])
-    layers = _layers(model, parts)
+    lists = [m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and part_of(n, parts) == "language"]
+    layers = [*max(lists, key=len)]
     in_use = torch.bfloat16.itemsize
     gathered = 0.0
     if strategy == "zero2":
-        held += trained * (in_use - _TRAINED + _TRAINED / gpus)  # 16-bit copies in each, 32-bit ones in shares
+        held += trained * (in_use - _TRAINED + _TRAINED / gpus)  # 16-bit copies in each, 32-bit ones sharded
         gradients, states = gradients / gpus, states / gpus
     elif strategy in ("fsdp2", "zero3"):
         held, gradients, states = held / gpus, gradients / gpus, states / gpus
         # One layer at work and the next one on its way, the embedding, and the head as it is trained.
         layer = sum(p.numel() * (_NF4 if method == "qlora" else in_use) for p in layers[0].parameters())
-        ends = {id(p): p.numel() for m in _ends(model) for p in m.parameters()}
-        gathered = 2 * layer + sum(ends.values()) * in_use if gpus > 1 else 0.0
+        ends = {*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()}
+        gathered = 2 * layer + sum(p.numel() for p in ends) * in_use if gpus > 1 else 0.0
     elif gpus > 1:
         gathered = gradients  # the buckets in which DDP sums gradients up
     if method == "full" and gpus == 1:
@@ -115,14 +109,12 @@ def estimate(
     return Estimate(held, gradients, states, _activations(model, layers, rows * tokens, checkpointing), gathered)
 
 
-def _layers(model: Any, parts: Any) -> list[nn.Module]:
-    """The language model's layers."""
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    return [*max((m for name, m in lists.items() if part_of(name, parts) == "language"), key=len)]
-
-
-def _ends(model: Any) -> list[nn.Module]:
-    return [model.get_input_embeddings(), model.get_output_embeddings()]
+def _sizes_by_part(model: nn.Module, parts: ModelParts) -> dict[str, int]:
+    """Part -> number of parameters."""
+    sizes: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        sizes[part_of(name, parts)] += parameter.numel()
+    return sizes
 
 
 def _activations(model: Any, layers: Sequence[nn.Module], tokens: int, checkpointing: bool) -> float:
@@ -138,8 +130,8 @@ def _activations(model: Any, layers: Sequence[nn.Module], tokens: int, checkpoin
     return 2.0 * tokens * (kept + 2 * hidden)
 
 
-def _sizes() -> dict[str, PreTrainedConfig]:
-    """The configs of the four sizes in docs/scaling.md, as published."""
+def _configs() -> dict[str, PreTrainedConfig]:
+    """The four models in docs/scaling.md, as published."""
 
     def qwen(hidden: int, layers: int, inner: int, heads: int, kv: int, vocab: int, tied: bool) -> PreTrainedConfig:
         text = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner, "vocab_size": vocab}
@@ -149,28 +141,27 @@ def _sizes() -> dict[str, PreTrainedConfig]:
 
     bigger = {"model_type": "llama", "hidden_size": 5120, "num_hidden_layers": 40, "intermediate_size": 13824}
     bigger |= {"num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32064}
-    smaller = {"model_type": "llama", "vocab_size": 32064}
     return {
         "Qwen2-VL-2B": qwen(1536, 28, 8960, 12, 2, 151936, True),
-        "LLaVA-1.5-7B": LlavaConfig(text_config=smaller),
+        "LLaVA-1.5-7B": LlavaConfig(text_config={"model_type": "llama", "vocab_size": 32064}),
         "LLaVA-1.5-13B": LlavaConfig(text_config=bigger),
         "Qwen2-VL-72B": qwen(8192, 80, 29568, 64, 8, 152064, False),
     }
 
 
-def table(gpus: int = 8) -> str:
-    """Markdown: GiB on each GPU, 4 rows of 2,048 tokens at a time on each."""
+def table() -> str:
+    """The table of docs/scaling.md: GiB on each GPU, 4 rows of 2,048 tokens at a time on each."""
     ways: list[tuple[str, Method, int, Strategy]] = [
         ("QLoRA, 1 GPU", "qlora", 1, "ddp"),
-        (f"QLoRA, {gpus} FSDP2", "qlora", gpus, "fsdp2"),
+        ("QLoRA, 8 FSDP2", "qlora", 8, "fsdp2"),
         ("LoRA, 1 GPU", "lora", 1, "ddp"),
-        (f"LoRA, {gpus} FSDP2", "lora", gpus, "fsdp2"),
+        ("LoRA, 8 FSDP2", "lora", 8, "fsdp2"),
         ("full, 1 GPU", "full", 1, "ddp"),
-        (f"full, {gpus} DDP", "full", gpus, "ddp"),
-        (f"full, {gpus} FSDP2 or ZeRO-3", "full", gpus, "fsdp2"),
+        ("full, 8 DDP", "full", 8, "ddp"),
+        ("full, 8 FSDP2 or ZeRO-3", "full", 8, "fsdp2"),
     ]
     lines = [f"| model | parameters | {' | '.join(name for name, *_ in ways)} |", "|---" * (len(ways) + 2) + "|"]
-    for name, config in _sizes().items():
+    for name, config in _configs().items():
         model = on_meta(config)
         count = sum(parameter.numel() for parameter in model.parameters())
         found = [estimate(model, method=m, gpus=n, strategy=s).total / GIB for _, m, n, s in ways]
@@ -178,55 +169,16 @@ def table(gpus: int = 8) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the estimate and whether it fits; 0 if it does, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m vlm_sft.tools.memory", description=main.__doc__)
-    parser.add_argument("--model", help="Hub id or folder; only its config is read")
-    parser.add_argument("--method", choices=["qlora", "lora", "full"], default="qlora")
-    parser.add_argument("--gpus", type=int, default=1, help="on all machines together")
-    parser.add_argument("--strategy", choices=["ddp", "fsdp2", "zero2", "zero3"], default="ddp")
-    parser.add_argument("--rows", type=int, default=4, help="per_device_train_batch_size")
-    parser.add_argument("--tokens", type=int, default=2048, help="of the longest row, images included")
-    parser.add_argument("--lora_r", type=int, default=16)
-    parser.add_argument("--optimizer", choices=sorted(_ADAM), default="adamw")
-    parser.add_argument("--no_checkpointing", action="store_true", help="without activation checkpointing")
-    parser.add_argument("--gpu_memory", type=float, default=_this_gpu(), help="GiB of each GPU")
-    parser.add_argument("--table", action="store_true", help="the table of docs/scaling.md")
-    options = parser.parse_args(arguments)
-    if options.table:
-        print(table())
-        return 0
-    if not options.model:
-        parser.error("--model or --table")
-    model = on_meta(AutoConfig.from_pretrained(options.model))
-    try:
-        found = estimate(
-            model,
-            method=options.method,
-            gpus=options.gpus,
-            strategy=options.strategy,
-            rows=options.rows,
-            tokens=options.tokens,
-            lora_r=options.lora_r,
-            optimizer=options.optimizer,
-            checkpointing=not options.no_checkpointing,
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    parts = parts_of(model)
-    counts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        counts[part_of(name, parts)] += parameter.numel()
-    print("parameters  " + ", ".join(f"{part} {counts[part]:,}" for part in PARTS if counts[part]))
-    print(found)
-    fits = found.fits(options.gpu_memory)
-    print(f"{'fits' if fits else 'does not fit'} on {options.gpus} x {options.gpu_memory:g} GiB (a tenth kept free)")
-    return 0 if fits else 1
+def report(model_name_or_path: str, *, gpu_memory: float | None, gpus: int, **options: Any) -> tuple[str, bool]:
+    """The estimate for the model of this name as text, and whether it fits a GPU of so many GiB (None: this one).
 
-
-def _this_gpu() -> float:
-    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80.0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    `options` are those of `estimate`.
+    """
+    model = on_meta(AutoConfig.from_pretrained(model_name_or_path))
+    found = estimate(model, gpus=gpus, **options)
+    if gpu_memory is None:
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80.0
+    fits = found.fits(gpu_memory)
+    sizes = ", ".join(f"{part} {size:,}" for part, size in _sizes_by_part(model, parts_of(model)).items() if size)
+    verdict = f"{'fits' if fits else 'does not fit'} on {gpus} x {gpu_memory:g} GiB (a tenth kept free)"
+    return f"parameters  {sizes}\n{found}\n{verdict}", fits

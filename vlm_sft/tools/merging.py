@@ -1,11 +1,10 @@
 """An adapter merged into its base: a standalone model, kept only if it answers as adapter on base does.
 
-`python -m vlm_sft.tools.merging ADAPTER OUT` reads the `training_base.json` that `SafeCheckpoints` writes beside it.
+`python -m vlm_sft merge ADAPTER OUT` reads the `training_base.json` that `SafeCheckpoints` writes beside the adapter.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Sequence
@@ -21,11 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_sft.models.fingerprints import read_training_base
-from vlm_sft.models.loading import ADAPTER_WEIGHTS, load_model
+from vlm_sft.models.loading import ADAPTER_WEIGHTS, load_model, load_processor
 
 Base = Literal["as-trained", "original"]
 
 _NEW_TOKENS = 16
+_GREEDY = {"do_sample": False, "num_beams": 1, "output_logits": True, "return_dict_in_generate": True}
 # A 16-bit model rounds weights and activations to 8 or 11 bits; LLM.int8 activations to 8 bits of their row's maximum.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.02}
 _TOLERANCE_8BIT = 0.05
@@ -45,9 +45,16 @@ class Merged:
     effect: float
     same_tokens: tuple[int, int]
 
+    def __str__(self) -> str:
+        agreed, total = self.same_tokens
+        return (
+            f"{self.folder} ({self.dtype}): logits differ from adapter on base by {self.error:.1e} (relative; the "
+            f"adapter's effect is {self.effect:.1e}), {agreed} of {total} tokens agree"
+        )
+
 
 class _Answers(NamedTuple):
-    """To a question with a picture and one without: logits of the prompt, greedy tokens, logits of each of these."""
+    """To a question with an image and one without: logits of the prompt, greedy tokens, logits of each of these."""
 
     prompt: list[Tensor]
     tokens: list[Tensor]
@@ -60,7 +67,7 @@ def merge(
     *,
     base: Base = "as-trained",
     base_model: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     tolerance: float | None = None,
     trust_remote_code: bool = False,
 ) -> Merged:
@@ -69,7 +76,7 @@ def merge(
     - `base`: `"as-trained"` merges into the weights that training saw; those of a 4-bit or 8-bit base are dequantized
       and kept in 16 bit, since the adapter learnt to correct their errors. `"original"`: the weights before that.
     - `base_model`: where the base is now, if not where training found it. Its weights must be the same.
-    - `dtype`: of the result; that of the base by default.
+    - `dtype`: of the result, by its name too; that of the base by default.
 
     Raises `ValueError` where `out` exists, the base is missing or another one, a key is missing or left over, or the
     result, read again, differs from adapter on base: by more than `tolerance` (relative error of the logits; 1e-4 in
@@ -78,24 +85,28 @@ def merge(
     adapter, out = Path(adapter), Path(out)
     recorded = _check(adapter, out, base)
     quantization = recorded.get("quantization_config") if base == "as-trained" else None
-    source = str(base_model or recorded["base_model_name_or_path"])
     load = partial(
         load_model,
         adapter,
-        attn_implementation=None,
         base_model=base_model,
+        attn_implementation=None,
         quantization_config="auto" if quantization else None,
         device_map="auto" if torch.accelerator.is_available() else None,
         trust_remote_code=trust_remote_code,
     )
 
     model = load().eval()
-    processor = _load_processor(adapter, source, None if base_model else recorded.get("revision"), trust_remote_code)
+    own = (adapter / "processor_config.json").is_file()
+    source = adapter if own else base_model or recorded["base_model_name_or_path"]
+    revision = None if own or base_model else recorded.get("revision")
+    processor = load_processor(source, revision=revision, trust_remote_code=trust_remote_code and not own)
+    if processor.chat_template is None:
+        raise ValueError(f"the processor in {source} has no chat template to ask with; save it with one")
     expected = _answers(model, _questions(processor))
     with model.disable_adapter():
         bare = _answers(model, _questions(processor), new_tokens=0)
     reference_dtype = model.dtype
-    dtype = dtype or reference_dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or reference_dtype
     if tolerance is None:
         eight_bit = quantization and quantization.get("load_in_8bit")
         tolerance = max(_TOLERANCES[dtype], _TOLERANCES[reference_dtype], _TOLERANCE_8BIT if eight_bit else 0.0)
@@ -114,8 +125,12 @@ def merge(
         del model
         found = _answers(*_reloaded(folder, trust_remote_code))
         error, effect = _compare(expected, found, bare, tolerance)
-        written = str(dtype).removeprefix("torch.")
-        card = _card(recorded["base_model_name_or_path"], bool(quantization), written, error)
+        written, name = str(dtype).removeprefix("torch."), recorded["base_model_name_or_path"]
+        into = "its dequantized base, as it was in training" if quantization else "its base"
+        local = Path(name).is_absolute() or Path(name).exists()  # of no use to others
+        known = "" if local else f"base_model: {name}\n"
+        card = f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{known}---\n\nAn adapter merged "
+        card += f"into {into}, in {written}. Logits differ from adapter on base by {error:.1e} (relative).\n"
         Path(folder, "README.md").write_text(card, encoding="utf-8")
         os.rename(folder, out)
     same = sum(int((a[: len(b)] == b[: len(a)]).sum()) for a, b in zip(expected.tokens, found.tokens, strict=True))
@@ -147,21 +162,12 @@ def _check(adapter: Path, out: Path, base: str) -> dict[str, Any]:
     return {**known, **place, "revision": config.revision or known.get("revision")}
 
 
-def _load_processor(adapter: Path, source: str, revision: str | None, trust_remote_code: bool) -> Any:
-    own = (adapter / "processor_config.json").is_file()
-    place, options = (adapter, {}) if own else (source, {"revision": revision, "trust_remote_code": trust_remote_code})
-    processor: Any = AutoProcessor.from_pretrained(place, **options)  # type: ignore[no-untyped-call]
-    if processor.chat_template is None:
-        raise ValueError(f"the processor in {place} has no chat template to ask with")
-    return processor
-
-
 def _questions(processor: Any) -> list[Any]:
-    """Model inputs of a question with a picture, and of one without."""
-    picture = Image.linear_gradient("L").resize((96, 72)).convert("RGB")
+    """Model inputs of a question with an image, and of one without."""
+    image = Image.linear_gradient("L").resize((96, 72)).convert("RGB")
     content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     inputs = []
-    for parts, images in ((content, [picture]), (content[1:], None)):
+    for parts, images in ((content, [image]), (content[1:], None)):
         text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
         inputs.append(processor(text=[text], images=images, return_tensors="pt"))
     return inputs
@@ -174,14 +180,7 @@ def _answers(model: Any, questions: list[Any], *, new_tokens: int = _NEW_TOKENS)
         inputs = question.to(model.device, model.dtype)
         answers.prompt.append(model(**inputs, use_cache=False).logits[0].float().cpu())
         if new_tokens:
-            generated = model.generate(
-                **inputs,
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=new_tokens,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
+            generated = model.generate(**inputs, **_GREEDY, max_new_tokens=new_tokens)
             answers.steps.append(torch.cat(generated.logits).float().cpu())
             answers.tokens.append(generated.sequences[0, -len(generated.logits) :].cpu())
     return answers
@@ -227,39 +226,3 @@ def _distance(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Norm of the difference, relative to that of the reference."""
     difference = torch.cat([(a - b).flatten() for a, b in zip(reference, other, strict=True)])
     return float(difference.norm() / torch.cat([a.flatten() for a in reference]).norm())
-
-
-def _card(name: str, quantized: bool, dtype: str, error: float) -> str:
-    """A model card. A path of this machine is nobody else's business."""
-    base_model = "" if Path(name).exists() else f"base_model: {name}\n"
-    into = "its dequantized base, as it was in training" if quantized else "its base"
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{base_model}---\n\n"
-        f"An adapter merged into {into}, in {dtype}. Logits differ from adapter on base by {error:.1e} (relative).\n"
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlm_sft.tools.merging", description=__doc__)
-    parser.add_argument("adapter", metavar="ADAPTER", help="the folder that training saved the adapter in")
-    parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
-    parser.add_argument("--base", choices=get_args(Base), default="as-trained", help="the weights to merge into")
-    parser.add_argument("--base_model", help="where the base is now, if it has moved")
-    names = [str(dtype).removeprefix("torch.") for dtype in _TOLERANCES]
-    parser.add_argument("--dtype", choices=names, help="of the result; that of the base in training by default")
-    parser.add_argument("--tolerance", type=float, help="relative error of the logits that is allowed")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code from the base's repository")
-    options = vars(parser.parse_args(argv))
-    options["dtype"] = getattr(torch, options["dtype"] or "", None)
-    try:
-        merged = merge(options.pop("adapter"), options.pop("out"), **options)
-    except ValueError as error:
-        raise SystemExit(f"not merged: {error}") from error
-    print(
-        f"{merged.folder} ({merged.dtype}): logits differ from adapter on base by {merged.error:.1e} (relative; the "
-        f"adapter's effect is {merged.effect:.1e}), {merged.same_tokens[0]} of {merged.same_tokens[1]} tokens agree"
-    )
-
-
-if __name__ == "__main__":
-    main()

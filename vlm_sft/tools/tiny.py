@@ -1,13 +1,12 @@
 """A small random twin of each model family, built offline: for trying a recipe, and for tests.
 
 Processor, image processor, tokenizer and model are the real classes; only the sizes, the weights and the
-vocabulary, which is trained on the spot, are small. `python -m vlm_sft.tools.tiny llava15 twins/llava15` writes a
-folder that `from_pretrained` reads.
+vocabulary, which is trained on the spot, are small. `python -m vlm_sft tiny llava15 twins/llava15` writes a folder
+that `from_pretrained` reads.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 _hf: Any = transformers  # partly typed
 
-# Words of the templates and of ordinary talk, runs of line breaks, and scripts beyond ASCII.
+# Words of the templates and of ordinary messages, runs of line breaks, and scripts beyond ASCII.
 _TEXTS = (
     "USER: What is in this picture? ASSISTANT: The digit is seven. Hello world, a cat and a dog.",
     "User: Describe the image. Assistant: It shows 12 red cars; and <b>bold</b> text\n\n\n",
@@ -29,46 +28,6 @@ _TEXTS = (
     "How many are there? There are two. yes no left right above below 0 1 2 3 4 5 6 7 8 9\n",
     "élan naïve 日本語 テスト 🙂 привет мир",
 )
-
-# trl ships the other families' templates. These render what the Hub's do, {% generation %} marks included.
-_TEMPLATES = {
-    "llava15": r"""
-{%- for turn in messages -%}
-    {%- if turn['role'] != 'system' -%}{{ turn['role'] | upper ~ ': ' }}{%- endif -%}
-    {%- for part in turn['content'] if part['type'] == 'image' -%}{{ '<image>\n' }}{%- endfor -%}
-    {%- for part in turn['content'] if part['type'] == 'text' -%}
-        {%- if turn['role'] == 'assistant' -%}{% generation %}{{ part['text'] ~ ' ' }}{% endgeneration %}
-        {%- else -%}{{ part['text'] ~ ' ' }}{%- endif -%}
-    {%- endfor -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}""",
-    "llava_onevision": r"""
-{%- for turn in messages -%}
-    {{- '<|im_start|>' ~ turn['role'] ~ ' ' -}}
-    {%- for part in turn['content'] if part['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}
-    {%- for part in turn['content'] if part['type'] == 'video' -%}{{ '<video>' }}{%- endfor -%}
-    {%- for part in turn['content'] if part['type'] == 'text' -%}
-        {%- if turn['role'] == 'assistant' -%}{% generation %}{{ '\n' ~ part['text'] }}{% endgeneration %}
-        {%- else -%}{{ '\n' ~ part['text'] }}{%- endif -%}
-    {%- endfor -%}
-    {{- '<|im_end|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}""",
-    "internvl": r"""
-{%- for turn in messages -%}
-    {{- '<|im_start|>' ~ turn['role'] ~ '\n' -}}
-    {%- if turn['content'] is string -%}{{ turn['content'] }}
-    {%- else -%}
-        {%- for part in turn['content'] -%}
-            {%- if part['type'] == 'image' -%}{{ '<IMG_CONTEXT>\n' }}
-            {%- elif part['type'] == 'video' -%}{{ '<video>\n' }}
-            {%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}""",
-}
 
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -170,27 +129,19 @@ class _Size:
         return self.blocks(image_size=self.image, patch_size=self.patch) | others
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """Arguments of the image processor, the video processor, the processor, and the three configurations."""
-
-    image: dict[str, Any]
-    vision: dict[str, Any]
-    processor: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    text: dict[str, Any] = field(default_factory=dict)
-    video: dict[str, Any] = field(default_factory=dict)
+# Arguments by what takes them: image, video (processors), processor, and the configurations: vision, text, config.
+_Settings = dict[str, dict[str, Any]]
 
 
 def _clip(size: _Size, **tilings: Any) -> _Settings:
     select = {"vision_feature_select_strategy": "default"}
-    return _Settings(
-        image={"size": {"shortest_edge": size.image}, "crop_size": size.square, **tilings},
+    return {
+        "image": {"size": {"shortest_edge": size.image}, "crop_size": size.square, **tilings},
         # One layer more than asked for: features are taken before the last, which never gets a gradient.
-        vision=size.vision(model_type="clip_vision_model", num_hidden_layers=size.layers + 1),
-        processor=select | {"patch_size": size.patch, "num_additional_image_tokens": 1},
-        config=select | {"vision_feature_layer": -2, **tilings},
-    )
+        "vision": size.vision(model_type="clip_vision_model", num_hidden_layers=size.layers + 1),
+        "processor": select | {"patch_size": size.patch, "num_additional_image_tokens": 1},
+        "config": select | {"vision_feature_layer": -2, **tilings},
+    }
 
 
 def _clip_tiles(size: _Size) -> _Settings:
@@ -200,23 +151,22 @@ def _clip_tiles(size: _Size) -> _Settings:
 def _siglip_tiles(size: _Size) -> _Settings:
     select = {"vision_feature_select_strategy": "full"}
     tilings = {"image_grid_pinpoints": [[size.image, size.image], *size.tilings]}
-    return _Settings(
-        image={"size": size.square, **tilings},
-        video={"size": size.square},
-        vision=size.vision(model_type="siglip_vision_model", vision_use_head=False),
-        processor=select | {"num_image_tokens": (size.image // size.patch) ** 2},
-        config=select | {"vision_feature_layer": -1, **tilings},
-    )
+    return {
+        "image": {"size": size.square, **tilings},
+        "video": {"size": size.square},
+        "vision": size.vision(model_type="siglip_vision_model", vision_use_head=False),
+        "processor": select | {"num_image_tokens": (size.image // size.patch) ** 2},
+        "config": select | {"vision_feature_layer": -1, **tilings},
+    }
 
 
 def _any_size(size: _Size, rope: dict[str, Any], **vision: Any) -> _Settings:
-    pixels = {"min_pixels": size.image**2 // 2, "max_pixels": (2 * size.image) ** 2}
-    return _Settings(
-        image={"patch_size": size.patch, **pixels},
-        video={"patch_size": size.patch},
-        vision=size.vision(**vision),
-        text={"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **rope}},
-    )
+    return {
+        "image": {"patch_size": size.patch, "min_pixels": size.image**2 // 2, "max_pixels": (2 * size.image) ** 2},
+        "video": {"patch_size": size.patch},
+        "vision": size.vision(**vision),
+        "text": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **rope}},
+    }
 
 
 def _qwen2_vl(size: _Size) -> _Settings:
@@ -230,40 +180,42 @@ def _qwen2_5_vl(size: _Size) -> _Settings:
 
 def _qwen3_vl(size: _Size) -> _Settings:
     rope = {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
-    taps = {"deepstack_visual_indexes": list(range(size.layers)), "num_position_embeddings": 256}
+    taps = {"deepstack_visual_indexes": [*range(size.layers)], "num_position_embeddings": 256}
     return _any_size(size, rope, out_hidden_size=size.hidden, **taps)
 
 
 def _idefics3(size: _Size) -> _Settings:
-    tiles = {"size": {"longest_edge": 2 * size.image}, "max_image_size": {"longest_edge": size.image}}
-    counts = {"image_seq_len": size.pooled}
-    return _Settings(image=tiles, vision=size.vision(), processor=counts, config={"scale_factor": 2})
+    return {
+        "image": {"size": {"longest_edge": 2 * size.image}, "max_image_size": {"longest_edge": size.image}},
+        "vision": size.vision(),
+        "processor": {"image_seq_len": size.pooled},
+        "config": {"scale_factor": 2},
+    }
 
 
 def _smolvlm(size: _Size) -> _Settings:
-    tile = {"longest_edge": size.image}
-    return replace(_idefics3(size), video={"size": tile, "max_image_size": tile})
+    return _idefics3(size) | {"video": {key: {"longest_edge": size.image} for key in ("size", "max_image_size")}}
 
 
 def _gemma3(size: _Size) -> _Settings:
     layers = ["sliding_attention"] * (size.layers - 1) + ["full_attention"]
-    return _Settings(
-        image={"size": size.square},
-        vision=size.vision(model_type="siglip_vision_model", vision_use_head=False),
-        processor={"image_seq_length": size.pooled},
-        config={"mm_tokens_per_image": size.pooled},
-        text={"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "layer_types": layers},
-    )
+    return {
+        "image": {"size": size.square},
+        "vision": size.vision(model_type="siglip_vision_model", vision_use_head=False),
+        "processor": {"image_seq_length": size.pooled},
+        "config": {"mm_tokens_per_image": size.pooled},
+        "text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "layer_types": layers},
+    }
 
 
 def _internvl(size: _Size) -> _Settings:
-    return _Settings(
-        image={"size": size.square, "crop_to_patches": True, "min_patches": 1, "max_patches": 4},
-        video={"size": size.square},
-        vision=size.vision(image_size=[size.image] * 2, patch_size=[size.patch] * 2),
-        processor={"image_seq_length": size.pooled},
-        config={"image_seq_length": size.pooled, "downsample_ratio": 0.5},
-    )
+    return {
+        "image": {"size": size.square, "crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+        "video": {"size": size.square},
+        "vision": size.vision(image_size=[size.image] * 2, patch_size=[size.patch] * 2),
+        "processor": {"image_seq_length": size.pooled},
+        "config": {"image_seq_length": size.pooled, "downsample_ratio": 0.5},
+    }
 
 
 @dataclass(frozen=True)
@@ -282,22 +234,13 @@ _TILES = " ".join(f"<row_{row}_col_{column}>" for row in range(1, 7) for column 
 _GEMMA_NAMES = {"image": "<image_soft_token>", "boi": "<start_of_image>", "eoi": "<end_of_image>"}
 
 _LLAMA = _Tokens(_llama, "</s>", _IMAGE)
-_QWEN = _Tokens(
-    _qwen,
-    "<|im_end|> <|endoftext|>",
-    {f"{kind}_token_id": f"<|{kind}_pad|>" for kind in ("image", "video")}
-    | {f"vision_{end}_token_id": f"<|vision_{end}|>" for end in ("start", "end")},
-    others="<|im_start|> <|vision_pad|>",
-)
+_QWEN_IDS = {f"{kind}_token_id": f"<|{kind}_pad|>" for kind in ("image", "video")}
+_QWEN_IDS |= {f"vision_{end}_token_id": f"<|vision_{end}|>" for end in ("start", "end")}
+_QWEN = _Tokens(_qwen, "<|im_end|> <|endoftext|>", _QWEN_IDS, others="<|im_start|> <|vision_pad|>")
 _ONEVISION = replace(_QWEN, ids=_IMAGE | {"video_token_id": "<video>"}, others="<|im_start|>")
-_INTERNVL = _Tokens(
-    _qwen,
-    "<|im_end|>",
-    {"image_token_id": "<IMG_CONTEXT>"},
-    {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
-    | {"start_image_token": "<img>", "end_image_token": "</img>"},
-    "<|im_start|>",
-)
+_INTERNVL_NAMES = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+_INTERNVL_NAMES |= {"start_image_token": "<img>", "end_image_token": "</img>"}
+_INTERNVL = _Tokens(_qwen, "<|im_end|>", {"image_token_id": "<IMG_CONTEXT>"}, _INTERNVL_NAMES, "<|im_start|>")
 _SMOLVLM = _Tokens(
     _smollm,
     "<end_of_utterance>",
@@ -329,7 +272,7 @@ class _Family:
     language: str  # model_type of the language model
     settings: Callable[[_Size], _Settings]
     tokens: _Tokens
-    template: str  # file in trl/chat_templates, or one of the templates above
+    template: str  # file in templates, or in trl/chat_templates
     image: str = ""  # the name of the image (video) processor begins with this, where not with `classes`
     video: str = ""
 
@@ -375,21 +318,21 @@ def build(
         raise ValueError(f"unknown family {family!r}; the known ones are {', '.join(FAMILIES)}.")
     spec = _FAMILIES[family]
     size = _Size(hidden_size, num_layers, image_size, patch_size)
+    odd_patches = patch_size < 1 or image_size < 1 or image_size % (2 * patch_size)
+    no_llama = legacy_tokenizer is not None and spec.tokens is not _LLAMA
     faults = {
         f"hidden_size={hidden_size}: expected a multiple of 64": hidden_size < 1 or hidden_size % 64,
         f"num_layers={num_layers}: expected 1 or more": num_layers < 1,
-        f"image_size={image_size}, patch_size={patch_size}: expected an even number of patches": (
-            patch_size < 1 or image_size < 1 or image_size % (2 * patch_size)
-        ),
-        f"legacy_tokenizer={legacy_tokenizer}: {family} has no Llama tokenizer, leave it out": (
-            legacy_tokenizer is not None and spec.tokens is not _LLAMA
-        ),
+        f"image_size={image_size}, patch_size={patch_size}: expected an even number of patches": odd_patches,
+        f"legacy_tokenizer={legacy_tokenizer}: {family} has no Llama tokenizer, leave it out": no_llama,
     }
     if any(faults.values()):
         raise ValueError("; ".join(text for text, wrong in faults.items() if wrong))
-    options = {} if legacy_tokenizer is None else {"legacy": legacy_tokenizer}
-    tokenizer = _tokenizer(spec.tokens, [*_TEXTS, *corpus], **options)
-    settings = spec.settings(size)
+    tokens, settings = spec.tokens, spec.settings(size)
+    unnamed = [token for token in tokens.ids.values() if token not in tokens.names.values()]
+    options: dict[str, Any] = {"extra_special_tokens": [*unnamed, *tokens.others.split()], **tokens.names}
+    options |= {} if legacy_tokenizer is None else {"legacy": legacy_tokenizer}
+    tokenizer = tokens.make([*_TEXTS, *corpus], **options)
     try:
         processor = _processor(spec, settings, tokenizer)
     except ImportError as error:
@@ -397,20 +340,16 @@ def build(
     return _model(spec, settings, tokenizer, size, seed), processor
 
 
-def _tokenizer(tokens: _Tokens, texts: Sequence[str], **options: Any) -> Any:
-    unnamed = [token for token in tokens.ids.values() if token not in tokens.names.values()]
-    return tokens.make(texts, **tokens.names, extra_special_tokens=[*unnamed, *tokens.others.split()], **options)
-
-
 def _processor(spec: _Family, settings: _Settings, tokenizer: Any) -> Any:
     image_processor = getattr(_hf, f"{spec.image or spec.classes}ImageProcessor")
-    parts = {"image_processor": image_processor(**settings.image), "tokenizer": tokenizer}
-    if settings.video:
-        video_processor = getattr(_hf, f"{spec.video or spec.classes}VideoProcessor")
-        parts["video_processor"] = video_processor(**settings.video)
-    shipped = files("trl").joinpath("chat_templates", f"{spec.template}.jinja")
-    template = _TEMPLATES.get(spec.template) or shipped.read_text("utf-8")
-    return getattr(_hf, f"{spec.classes}Processor")(**parts, chat_template=template, **settings.processor)
+    parts = {"image_processor": image_processor(**settings["image"]), "tokenizer": tokenizer}
+    if "video" in settings:
+        parts["video_processor"] = getattr(_hf, f"{spec.video or spec.classes}VideoProcessor")(**settings["video"])
+    # trl ships the other families' templates. Ours render what the Hub's do, {% generation %} marks included.
+    folders = files("vlm_sft.tools") / "templates", files("trl") / "chat_templates"
+    template = next(file for folder in folders if (file := folder / f"{spec.template}.jinja").is_file())
+    options = {"chat_template": template.read_text("utf-8"), **settings.get("processor", {})}
+    return getattr(_hf, f"{spec.classes}Processor")(**parts, **options)
 
 
 def _model(spec: _Family, settings: _Settings, tokenizer: Any, size: _Size, seed: int) -> Any:
@@ -429,10 +368,10 @@ def _model(spec: _Family, settings: _Settings, tokenizer: Any, size: _Size, seed
         max_position_embeddings=4096,
     )
     config = getattr(_hf, f"{spec.classes}Config")(
-        text_config=text | ends | settings.text,
-        vision_config=settings.vision,
+        text_config=text | ends | settings.get("text", {}),
+        vision_config=settings["vision"],
         **{name: id_of(token) for name, token in spec.tokens.ids.items()},
-        **settings.config,
+        **settings.get("config", {}),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -452,23 +391,7 @@ def save(family: str, folder: str | Path, **options: Any) -> Path:
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; name another one or empty it.")
-    model, processor = build(family, **options)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+        raise ValueError(f"{folder} exists and is not an empty folder; name another one or empty it")
+    for part in build(family, **options):
+        part.save_pretrained(folder)
     return folder
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlm_sft.tools.tiny", description=__doc__)
-    parser.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(FAMILIES)}")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
-    given = parser.parse_args(arguments)
-    try:
-        print(save(given.family, given.folder))
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -70,7 +70,7 @@ class SafeCheckpoints(TrainerCallback):
         self._base = training_base(kwargs["model"]) if hasattr(kwargs["model"], "peft_config") else None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        output_dir, model = _output_dir(args), extract_model_from_parallel(kwargs["model"])
+        output_dir, model = Path(str(args.output_dir)), extract_model_from_parallel(kwargs["model"])
         on_main(lambda: self._lock(output_dir))
         rates = getattr(kwargs["optimizer"], "defaults", {}).get(RATES)
         self._settings = self.settings(args, kwargs["train_dataloader"].dataset, rates)
@@ -100,10 +100,10 @@ class SafeCheckpoints(TrainerCallback):
         if state.global_step > state.max_steps:
             control.should_save = control.should_evaluate = False
         if control.should_save:
-            on_main(lambda: _check_room(_output_dir(args), state.global_step))
+            on_main(lambda: _check_room(Path(str(args.output_dir)), state.global_step))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        folder = _output_dir(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         PartialState().wait_for_everyone()
         if args.should_save:
             _write_base(folder, self._base)
@@ -117,7 +117,7 @@ class SafeCheckpoints(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         vars(extract_model_from_parallel(kwargs["model"])).pop("save_pretrained", None)
         if args.should_save:
-            _write_base(_output_dir(args), self._base)
+            _write_base(Path(str(args.output_dir)), self._base)
         if self._locked is not None:
             self._locked.close()
         if self._former_handler is not None:
@@ -193,7 +193,7 @@ def latest_checkpoint(trainer: Any) -> str | None:
     rates = dict((trainer.optimizer_cls_and_kwargs or (None, {}))[1]).get(RATES)
 
     def find() -> str | None:
-        for folder in reversed(_checkpoints(_output_dir(args)).values()):
+        for folder in reversed(_checkpoints(Path(str(args.output_dir))).values()):
             if faults := verify_checkpoint(folder):
                 print_main(f"{folder} is skipped: {'; '.join(faults)}")
                 continue
@@ -280,10 +280,6 @@ def _sharding(args: TrainingArguments) -> str | None:
     if (kind := PartialState().distributed_type) == DistributedType.DEEPSPEED:
         return f"DeepSpeed on {args.world_size} processes"
     return "FSDP" if kind == DistributedType.FSDP else None
-
-
-def _output_dir(args: TrainingArguments) -> Path:
-    return Path(str(args.output_dir))
 
 
 def _checkpoints(output_dir: Path) -> dict[int, Path]:

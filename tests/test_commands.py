@@ -1,0 +1,145 @@
+"""The commands of `python -m vlm_sft`: what they print, what they return, and one line for an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from digits import adapter
+
+from vlm_sft.__main__ import _parser, main
+from vlm_sft.tools import memory, merging, tiny
+
+COMMANDS = ("audit", "check", "merge", "memory", "tiny")
+
+
+def parsed(*arguments: str) -> dict[str, Any]:
+    options = vars(_parser().parse_args(arguments))
+    options["command"] = options["command"].__name__
+    return options
+
+
+def test_audit_takes_what_it_took() -> None:
+    rows = {"model": "m", "dataset": "d", "columns": ["prompt=a", "response=b"], "image_folder": "images"}
+    given = ["--model", "m", "--dataset", "d", "--image_folder", "images", "--columns", "prompt=a", "response=b"]
+    defaults = {"train_on": "assistant", "num_rows": 64, "html": None}
+    assert parsed("audit", *given) == {"command": "audit", **rows, **defaults}
+    given += ["--train_on", "all", "--num_rows", "2", "--html", "page.html"]
+    changed = {"train_on": "all", "num_rows": 2, "html": "page.html"}
+    assert parsed("audit", *given) == {"command": "audit", **rows, **changed}
+
+
+def test_check_takes_what_it_took() -> None:
+    given = ["--dataset", "d", "--split", "s", "--allow_outside", "--max_rows", "3", "--model", "m"]
+    given += ["--max_length", "99", "--num_proc", "2", "--to_jsonl", "faults.jsonl"]
+    assert parsed("check", *given) == {
+        "command": "check",
+        "model": "m",
+        "dataset": "d",
+        "columns": None,
+        "image_folder": None,
+        "split": "s",
+        "allow_outside": True,
+        "max_rows": 3,
+        "max_length": 99,
+        "num_proc": 2,
+        "to_jsonl": "faults.jsonl",
+    }
+    assert parsed("check", "--dataset", "d")["split"] == "train"
+
+
+def test_choices_are_the_functions_own() -> None:
+    def choices(command: str, flag: str, values: Any) -> None:
+        needed = {"merge": ["a", "b"], "memory": []}[command]
+        for value in values:
+            assert parsed(command, *needed, f"--{flag}", value)[flag] == value
+        with pytest.raises(SystemExit):
+            parsed(command, *needed, f"--{flag}", "another")
+
+    choices("merge", "base", get_args(merging.Base))
+    choices("merge", "dtype", [str(dtype).removeprefix("torch.") for dtype in merging._TOLERANCES])
+    choices("memory", "method", get_args(memory.Method))
+    choices("memory", "strategy", get_args(memory.Strategy))
+    choices("memory", "optimizer", memory._ADAM)
+
+
+@pytest.mark.parametrize("arguments", [[], ["scan"], ["audit", "--dataset", "d"], ["check"], ["tiny", "llava15"]])
+def test_a_wrong_use_is_told_with_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert capsys.readouterr().err.startswith("usage: python -m vlm_sft")
+
+
+def test_tiny_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "twin"
+    assert main(["tiny", "llava15", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder)
+    assert (folder / "config.json").is_file()
+    assert main(["tiny", "gemma3", str(folder)]) == 1
+    assert capsys.readouterr().err.startswith(f"tiny: {folder} exists and is not an empty folder")
+
+
+def test_tiny_lists_the_families(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tiny", "paligemma", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tiny: unknown family 'paligemma'")
+    assert all(family in line for family in tiny.FAMILIES)
+
+
+def test_memory_needs_a_config_alone_and_its_answer_is_the_exit_code(
+    tiny_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((tiny_dir("llava15") / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    command = ["memory", "--model", str(tmp_path), "--method", "full", "--gpus", "2", "--strategy", "zero3"]
+    assert main([*command, "--gpu_memory", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("parameters  vision ")
+    assert "fits on 2 x 1 GiB" in printed
+    assert main([*command, "--gpu_memory", "0.001"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["memory"], "memory: --model or --table"),
+        (["check", "--dataset", "rows.jsonl", "--max_length", "9"], "check: --max_length counts tokens, so it needs"),
+        (["merge", "none", "out"], "merge: none holds no adapter_config.json"),
+        (["memory", "--model", "no/such-model"], "memory: "),
+    ],
+)
+def test_an_error_is_one_line(
+    arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(line)
+
+
+def test_merge(tiny_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = adapter(tmp_path / "adapter", tiny_dir("llava15"), std=0.05)
+    command = ["merge", str(folder), str(tmp_path / "out"), "--base", "original", "--dtype", "bfloat16"]
+    assert main(command) == 0
+    assert "out (bfloat16): logits differ from adapter on base by" in capsys.readouterr().out
+    assert main(command) == 1
+    assert "out exists already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_as_a_program() -> None:
+    """`python -m` and the installed command are one; help lists all commands."""
+    done = subprocess.run([sys.executable, "-m", "vlm_sft", "--help"], capture_output=True, text=True, check=True)
+    assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    script = EntryPoint("vlm-sft", project["scripts"]["vlm-sft"], "console_scripts")
+    assert script.load() is main
