@@ -10,19 +10,19 @@ import hashlib
 import json
 import logging
 import os
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import BatchFeature
 
 from vlm_sft.chat.images import to_rgb
-from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, guard_reserved, normalise
+from vlm_sft.chat.messages import Conversation, Message, check_turns, guard_reserved, normalise, split_turns
 from vlm_sft.chat.template import ChatTemplate, Rendered, Turn
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,9 @@ class CollatorSettings:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{name}={value!r} (one of {', '.join(map(repr, known))})"
-            for name, value, known in (
-                ("train_on", self.train_on, ("assistant", "last_assistant", "all")),
-                ("truncation", self.truncation, ("error", "trim", "drop")),
-                ("reserved_tokens", self.reserved_tokens, ("error", "escape")),
-            )
-            if value not in known
+            f"{name}={getattr(self, name)!r} (one of {', '.join(map(repr, get_args(hint)))})"
+            for name, hint in get_type_hints(type(self)).items()
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint)
         ]
         if self.max_length is not None and self.max_length < 1:
             wrong.append(f"max_length={self.max_length} (None or at least 1)")
@@ -81,10 +77,9 @@ class CollatorSettings:
 class EncodedRow:
     """One conversation on its trip, without padding: what the audit looks at.
 
-    `rendered` has the image placeholders not yet expanded; `text` is what the tokenizer saw. `tokens` holds the
-    per-token model inputs, each [T]; `offsets` [T, 2] are characters of `text`; `image` [T] marks the tokens that
-    images bring; `turns` are all answers as characters of `text`, stop token included, and `trained` those of them that
-    are trained on.
+    `rendered` has the image placeholders not yet expanded; `text` is what the tokenizer saw, and `offsets` [T, 2] and
+    `turns`, all answers with their stop tokens, are characters of it; `trained` are the turns that are trained on.
+    `tokens` holds the per-token model inputs, each [T]; `image` [T] marks the tokens that images bring.
     """
 
     name: str
@@ -101,6 +96,12 @@ class EncodedRow:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def cut(self, length: int) -> EncodedRow:
+        """The row with its first `length` tokens."""
+        tokens = {key: value[:length] for key, value in self.tokens.items()}
+        per_token = {name: getattr(self, name)[:length] for name in ("offsets", "labels", "image")}
+        return replace(self, tokens=tokens, **per_token)
 
 
 class ChatCollator:
@@ -158,18 +159,14 @@ class ChatCollator:
 
     def fingerprint(self) -> str:
         """A sha256 of all that decides a row's tokens and labels, the same in every process; padding, naming and
-        `max_length` aside. What two processors with equal files and settings make has one fingerprint."""
-        tokenizer = self.processor.tokenizer
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        of_last_call = {"padding", "truncation"}  # tokenizers 0.22 writes them out as well
-        names = ("train_on", "chat_template_kwargs", "stop_token", "reserved_tokens")
+        `max_length` aside."""
+        tokenizer, chosen = self.processor.tokenizer, self.settings
+        # As the last call padded, which tokenizers 0.22 writes out as well, says nothing.
+        backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
         described = [
-            f"{type(self).__module__}.{type(self).__qualname__}",
-            {key: value for key, value in backend.items() if key not in of_last_call},
-            tokenizer.special_tokens_map,
-            self.processor.to_dict(),
-            self.processor.chat_template,
-            {name: getattr(self.settings, name) for name in names},
+            *(type(self).__module__, type(self).__qualname__, backend, tokenizer.special_tokens_map),
+            *(self.processor.to_dict(), self.processor.chat_template),
+            *(chosen.train_on, chosen.chat_template_kwargs, chosen.stop_token, chosen.reserved_tokens),
         ]
         text = json.dumps(described, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else repr(v))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -208,7 +205,7 @@ class ChatCollator:
                 "raise it, or set truncation='trim'"
             )
         rows, inputs = self._process(fitted)
-        return [_cut(row, limit) for row in rows], inputs
+        return [row.cut(limit) for row in rows], inputs
 
     def _read(self, example: Mapping[str, Any], place: int) -> EncodedRow:
         number = example.get("row")
@@ -349,12 +346,8 @@ class ChatCollator:
         if self.settings.truncation == "drop":
             logger.warning("%s: dropped, %d tokens are more than max_length=%d", row.name, len(row), limit)
             return None
-        messages, images = row.conversation
-        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        for last in reversed(answers[:-1]):
+        for shorter in reversed(split_turns(row.conversation)[:-1]):
             # Rendered and processed again: a template or tiling may write a shorter conversation differently.
-            kept = messages[: last + 1]
-            shorter = Conversation(kept, images[: count_images(kept)])
             [row], _ = self._process([replace(row, conversation=shorter, rendered=self._render(shorter))])
             if len(row) <= limit:
                 return row
@@ -375,11 +368,12 @@ class ChatCollator:
         length = -(-max(map(len, rows)) // multiple) * multiple
         fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
         columns = [{**row.tokens, "labels": row.labels, "attention_mask": torch.ones_like(row.labels)} for row in rows]
-
-        def padded(values: Tensor, value: int) -> Tensor:
-            return torch.nn.functional.pad(values, (0, length - len(values)), value=value)
-
-        return {key: torch.stack([padded(column[key], fill.get(key, 0)) for column in columns]) for key in columns[0]}
+        return {
+            key: torch.stack(
+                [pad(column[key], (0, length - len(column[key])), value=fill.get(key, 0)) for column in columns]
+            )
+            for key in columns[0]
+        }
 
     def _join(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """All rows in one. The first token of each is not trained: the last one of the row before would predict it."""
@@ -411,18 +405,5 @@ def _expand(text: str, replacements: Replacements) -> str:
 
 def _shift(position: int, replacements: Replacements) -> int:
     """Where a character of the rendered text stands in the expanded one."""
-    before = bisect_right([replaced["span"][1] for replaced in replacements], position)
-    if not before:
-        return position
-    last = replacements[before - 1]
-    return position + int(last["new_span"][1]) - int(last["span"][1])
-
-
-def _cut(row: EncodedRow, length: int) -> EncodedRow:
-    return replace(
-        row,
-        tokens={key: value[:length] for key, value in row.tokens.items()},
-        offsets=row.offsets[:length],
-        labels=row.labels[:length],
-        image=row.image[:length],
-    )
+    before = [replaced for replaced in replacements if replaced["span"][1] <= position]
+    return position + int(before[-1]["new_span"][1] - before[-1]["span"][1]) if before else position
