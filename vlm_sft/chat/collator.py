@@ -1,7 +1,7 @@
 """Conversations in, a training batch out, with labels that hold only what the model has to learn.
 
 Pass a `ChatCollator` as `data_collator`. No model family is named here: the processor and its chat template are asked.
-Shapes: `B` rows, `T` tokens of the longest row. The methods stand in the order of a row's trip.
+Shapes: `B` rows, `T` tokens of the longest. The methods stand in the order of a row's trip.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ _EMPTY = torch.empty(0)
 _BLANK = {
     "row": -1,
     "images": [Image.new("RGB", (64, 64))],
-    "messages": [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "."}]},
-    ],
+    "messages": [{"role": role, "content": "."} for role in ("user", "assistant")],
 }
 
 
@@ -122,9 +119,9 @@ class ChatCollator:
       attention mask (see `vlm_sft.chat.packing`, whose packs it takes as well).
     - `name_rows`: adds `rows` [B], where every example has a number in the column `row`, for `StopOnNaN`, which names
       them and takes them out before the model sees them.
-    - `image_in_every_batch`: a batch without an image gets one more row, with a blank one, on which nothing is trained.
-      Processes that share a model wait for each other at each of its layers, also at those of the tower (FSDP, ZeRO-3;
-      DDP where tower or projector train). None is yes where several processes train.
+    - `image_in_every_batch`: a batch without an image gets one more row, with a blank one, on which nothing is trained:
+      processes that share a model wait for each other, also at the layers of the tower (FSDP, ZeRO-3; DDP where tower
+      or projector train). None is yes where several processes train.
 
     Raises `ValueError` at construction where this cannot be had from the processor, and for each bad row with its name
     (its `row` column where it has one, else its place in the batch).
@@ -133,11 +130,8 @@ class ChatCollator:
     def __init__(self, processor: Any, **settings: Any) -> None:
         self._settings = chosen = CollatorSettings(**settings)
         self._template = ChatTemplate(processor, chosen.chat_template_kwargs, chosen.stop_token)
-        tokenizer = processor.tokenizer
-        if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer")
-        if tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no pad token; set processor.tokenizer.pad_token (it is never trained)")
+        if not processor.tokenizer.is_fast:
+            raise ValueError(f"{type(processor.tokenizer).__name__} gives no character offsets; use a fast tokenizer")
         self._image_ids = torch.tensor(sorted(self._template.image_ids), dtype=torch.long)
         _ = self._template.stops  # raises where they cannot be had
 
@@ -168,7 +162,9 @@ class ChatCollator:
             *(self.processor.to_dict(), self.processor.chat_template),
             *(chosen.train_on, chosen.chat_template_kwargs, chosen.stop_token, chosen.reserved_tokens),
         ]
-        text = json.dumps(described, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else repr(v))
+        text = json.dumps(
+            described, sort_keys=True, default=lambda v: sorted(map(repr, v)) if isinstance(v, set) else repr(v)
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -245,23 +241,22 @@ class ChatCollator:
         inputs, offsets, replacements = self._call_processor(rows)
         attention_mask = inputs.pop("attention_mask").bool()
         per_token = {key: inputs.pop(key) for key in list(inputs) if inputs[key].shape == attention_mask.shape}
-        encoded = []
-        for b, row in enumerate(rows):
-            real = attention_mask[b]
-            tokens = {key: value[b][real] for key, value in per_token.items()}
-            encoded.append(self._label(row, tokens, offsets[b][real], replacements[b]))
+        encoded = [
+            self._label(row, {key: value[b][real] for key, value in per_token.items()}, offsets[b][real], replaced)
+            for b, (row, real, replaced) in enumerate(zip(rows, attention_mask, replacements, strict=True))
+        ]
         return encoded, inputs
 
     def _call_processor(self, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor, list[Replacements]]:
         """Model inputs, right-padded; character offsets [B, T, 2]; what took the place of each placeholder."""
         texts, images = [row.rendered.text for row in rows], [list(row.conversation.images) for row in rows]
-        add_special_tokens = {self.template.add_special_tokens(text) for text in texts}
-        if len(add_special_tokens) > 1:
+        add_special_tokens = self.template.add_special_tokens(texts[0])
+        if any(self.template.add_special_tokens(text) != add_special_tokens for text in texts):
             raise ValueError("the chat template writes BOS for some rows of the batch only; use another template")
         output = self.processor(
             text=texts,
             images=images if any(images) else None,
-            add_special_tokens=add_special_tokens.pop(),
+            add_special_tokens=add_special_tokens,
             padding=True,
             padding_side="right",
             # Tensors for pixels alone: the processors of Idefics3 and InternVL would try to make one of the
@@ -351,11 +346,8 @@ class ChatCollator:
             [row], _ = self._process([replace(row, conversation=shorter, rendered=self._render(shorter))])
             if len(row) <= limit:
                 return row
-        trained = (row.labels != IGNORE_INDEX).nonzero()
-        needed = max(
-            int(row.image.nonzero().max()) + 1 if row.image.any() else 0,
-            int(trained.min()) + 1 if len(trained) else len(row),
-        )
+        trained, image = (row.labels != IGNORE_INDEX).nonzero(), row.image.nonzero()
+        needed = max(int(image.max()) + 1 if len(image) else 0, int(trained.min()) + 1 if len(trained) else len(row))
         if needed > limit:
             raise ValueError(
                 f"{row.name}: its first question with its images takes {needed - 1} tokens, so max_length={limit} "
@@ -368,12 +360,11 @@ class ChatCollator:
         length = -(-max(map(len, rows)) // multiple) * multiple
         fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
         columns = [{**row.tokens, "labels": row.labels, "attention_mask": torch.ones_like(row.labels)} for row in rows]
-        return {
-            key: torch.stack(
-                [pad(column[key], (0, length - len(column[key])), value=fill.get(key, 0)) for column in columns]
-            )
-            for key in columns[0]
-        }
+
+        def padded(key: str) -> list[Tensor]:
+            return [pad(column[key], (0, length - len(column[key])), value=fill.get(key, 0)) for column in columns]
+
+        return {key: torch.stack(padded(key)) for key in columns[0]}
 
     def _join(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """All rows in one. The first token of each is not trained: the last one of the row before would predict it."""
@@ -395,12 +386,10 @@ def tokens_in(offsets: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
 
 def _expand(text: str, replacements: Replacements) -> str:
     """The text that the tokenizer saw: each placeholder replaced by what its image brings."""
-    pieces, copied = [], 0
-    for replaced in replacements:
+    for replaced in reversed(replacements):
         start, end = replaced["span"]
-        pieces += [text[copied:start], replaced["replacement"]]
-        copied = end
-    return "".join([*pieces, text[copied:]])
+        text = text[:start] + replaced["replacement"] + text[end:]
+    return text
 
 
 def _shift(position: int, replacements: Replacements) -> int:

@@ -57,7 +57,7 @@ class ChatTemplate:
     `stop_token`: `"auto"` keeps the one the template writes and inserts EOS after an answer where it writes none
     (LLaVA-1.5); a token to insert instead; `None` inserts nothing.
 
-    Raises `ValueError` for a processor without a chat, and for a stop token that is unknown.
+    Raises `ValueError` for a processor without a chat or a pad token, and for a stop token that is unknown.
     """
 
     processor: Any
@@ -74,6 +74,8 @@ class ChatTemplate:
                 "ChatCollator: call processor(text=..., images=..., suffix=...) in a collator of your own. For a base "
                 "model, set processor.chat_template"
             )
+        if processor.tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token; set processor.tokenizer.pad_token (it is never trained)")
         if self.stop_token not in ("auto", None) and self.stop_token not in processor.tokenizer.get_vocab():
             raise ValueError(f"stop_token={self.stop_token!r} is not a token of {type(processor.tokenizer).__name__}")
 
