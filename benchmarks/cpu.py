@@ -37,13 +37,12 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from vlm_sft import IGNORE_INDEX, ChatCollator, pack
 from vlm_sft.tools import tiny
 
-PATHS = ("trl", "note", "recipe", "packed", "cached")
+PATHS = ("trl", "note", "recipe", "packed")
 NAMES = {
     "trl": "TRL 1.16, `sft_vlm.py`",
     "note": "collate function of 2024",
     "recipe": "recipe",
     "packed": "recipe, packed (SDPA)",
-    "cached": "recipe, cached features, 2nd epoch",
 }
 README = Path(__file__).with_name("README.md")
 Table = list[list[str]]
@@ -84,8 +83,7 @@ def side_by_side(kind: str, rows: int, runs: int) -> Table:
         found: dict[str, list[training.Run]] = {path: [] for path in PATHS}
         for _ in range(runs):
             for path in PATHS:
-                epochs = 2 if path == "cached" else 1
-                found[path].append(in_a_process(run_of, path, kind, folder, epochs))
+                found[path].append(in_a_process(run_of, path, kind, folder))
                 print(kind, path, found[path][-1], flush=True)
     table = [["", "trained tokens/s", "x TRL", "computed per real token", "first step, s", "memory, MiB"]]
     speeds = {path: [answers / run.epochs[-1] for run in those] for path, those in found.items()}
@@ -104,8 +102,8 @@ def side_by_side(kind: str, rows: int, runs: int) -> Table:
     return table
 
 
-def run_of(path: str, kind: str, folder: Path, epochs: int) -> training.Run:
-    return training.run(path, partial(mix.llava, kind), folder, epochs=epochs)
+def run_of(path: str, kind: str, folder: Path) -> training.Run:
+    return training.run(path, partial(mix.llava, kind), folder)
 
 
 def padding(lengths: list[int], batch: int) -> Table:
@@ -181,16 +179,12 @@ def main() -> None:
         )
         for kind in ("vision-heavy", "LM-heavy")
     }
-    microseconds, in_memory, tokenizer, lengths = collation.length_pass()
+    lengths = collation.lengths()
     tables |= {
         f"Padding, {len(lengths):,} rows of the same mix": padding(lengths, training.BATCH),
         "Collation, CPU ms a row, pictures at LLaVA-1.5's own size, by Pillow": collated("pil"),
         "Collation, the same by torchvision": collated("torchvision"),
         "Collation, the text side alone (rendering, spans, labels), CPU ms a row": text_sides(),
-        "Length pass, CPU microseconds a row": [
-            ["rows on disk", "rows in memory, headers read", "of it the tokenizer"],
-            [f"{value:.0f}" for value in (microseconds, in_memory, tokenizer)],
-        ],
         "A frozen tower out of autograd, vision-heavy model, one step": parts.frozen_tower(),
         "DoRA beside LoRA, LM-heavy model, one step": parts.dora(),
     }

@@ -45,7 +45,7 @@ def mask_exact(collator: ChatCollator, model: Any) -> str:
     batch = collator(rows)
     for example, labels, attended in zip(rows, batch["labels"], batch["attention_mask"], strict=True):
         answers = [message["content"][0]["text"] for message in example["messages"][1::2]]
-        expected = "".join(answer + collator.stop_tokens[0] for answer in answers)
+        expected = "".join(answer + collator.template.stops[0] for answer in answers)
         found = collator.processor.tokenizer.decode(labels[labels != IGNORE_INDEX])
         # Without white space, which templates trim and tokenizers move when they decode.
         check("".join(found.split()) == "".join(expected.split()), f"{found!r} is trained, not {expected!r}")
@@ -54,11 +54,11 @@ def mask_exact(collator: ChatCollator, model: Any) -> str:
 
 
 def stop_token(collator: ChatCollator, model: Any) -> str:
-    [stop] = collator.stop_tokens
+    [stop] = collator.template.stops
     ends, stop_id = model.generation_config.eos_token_id, collator.processor.tokenizer.convert_tokens_to_ids(stop)
     check(stop_id in (ends if isinstance(ends, list) else [ends]), f"{stop} ({stop_id}) does not end generation")
     check(collator([ONE])["labels"][0].tolist().count(stop_id) == 1, f"{stop} is not trained once")
-    written = ChatCollator(collator.processor, stop_token=None).stop_tokens
+    written = ChatCollator(collator.processor, stop_token=None).template.stops
     return f"`{stop}`, {'from the template' if written else 'inserted'}"
 
 

@@ -8,7 +8,6 @@ GPU where there is one, in bfloat16.
   rows with several pictures or none.
 - `"recipe"`: as the recipes: lengths, grouped batches, `ChatCollator`, data workers, a frozen tower out of autograd.
 - `"packed"`: the recipe with packs of whole conversations in rows without padding.
-- `"cached"`: the recipe with the features of the frozen tower kept on disk.
 
 All have the same LoRA adapters on the language model, optimizer, seed, and rows (or tokens) of a batch.
 """
@@ -27,9 +26,9 @@ import torch
 from datasets import load_from_disk
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
-from vlm_sft.training.features import FeatureCache
 
 import vlm_sft
+from vlm_sft.chat.packing import check_padding_free
 from vlm_sft.models.loading import keep_frozen_out_of_autograd
 
 BATCH = 8
@@ -137,9 +136,9 @@ def stock_parts(path: str, model: Any, processor: Any, folder: Path, output: Pat
 def recipe_parts(path: str, model: Any, processor: Any, folder: Path, output: Path) -> tuple[dict[str, Any], Any]:
     data = vlm_sft.load_conversations(folder, eval_fraction=0)
     keep_frozen_out_of_autograd(model)  # as load_model does
-    flat, cached = path == "packed", path == "cached"
-    collator = vlm_sft.ChatCollator(processor, generation_config=model, padding_free=flat, key_pictures=cached)
-    data = vlm_sft.with_lengths(data, collator, num_proc=0)
+    flat = path == "packed"
+    collator = vlm_sft.ChatCollator(processor, padding_free=flat, name_rows=False)
+    data = vlm_sft.check_rows(data, collator, num_proc=0)
     workers = vlm_sft.best_worker_count()
     options = {
         "remove_unused_columns": False,
@@ -148,15 +147,14 @@ def recipe_parts(path: str, model: Any, processor: Any, folder: Path, output: Pa
         "dataloader_persistent_workers": workers > 0,
     }
     callbacks: list[Any] = [vlm_sft.OrderByLength()]
-    if cached:
-        callbacks.append(FeatureCache(output / "features", max_gb=1))
     if flat:
-        vlm_sft.accept_flat_rows(model)
+        vlm_sft.enable_padding_free(model)
         lengths = data["train"].with_format(None)["length"][:]
         budget = max(max(lengths), round(BATCH * sum(lengths) / len(lengths)))
         data["train"] = vlm_sft.pack(data["train"], max_length=budget)
         options |= {"per_device_train_batch_size": 1, "train_sampling_strategy": "random"}
-        callbacks = [vlm_sft.CheckFlatRows()]
+        check_padding_free(model, collator, [data["train"][0]])
+        callbacks = []
     return options, {"train_dataset": data["train"], "data_collator": collator, "callbacks": callbacks}
 
 

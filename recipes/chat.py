@@ -41,7 +41,7 @@ class RecipeArguments:
 class Speaker:
     name: str
     model: Any
-    processor: Any
+    template: vlm_sft.ChatTemplate
     max_new_tokens: int
     use_adapter: bool = True
     said: list[dict[str, Any]] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Speaker:
         rows, options = [{"messages": messages, "images": images}], {"max_new_tokens": self.max_new_tokens}
         try:
             with contextlib.nullcontext() if self.use_adapter else self.model.disable_adapter():
-                return vlm_sft.generate(self.model, self.processor, rows, progress=False, **options)[0]
+                return vlm_sft.generate(self.model, self.template, rows, progress=False, **options)[0]
         except (AttributeError, IndexError, TypeError, ValueError) as error:  # each processor refuses in its own way
             if images:
                 raise
@@ -60,14 +60,15 @@ class Speaker:
 def load(args: RecipeArguments) -> list[Speaker]:
     """The base, where there is one, and the tuned model."""
     device, options = PartialState().device, {"revision": args.model_revision}
-    processor = vlm_sft.load_processor(args.model_name_or_path, **options)
+    template = vlm_sft.ChatTemplate(vlm_sft.load_processor(args.model_name_or_path, **options))
     model = vlm_sft.load_model(args.model_name_or_path, base_model=args.base_model, **options).to(device)
-    tuned = Speaker("tuned", model, processor, args.max_new_tokens)
+    tuned = Speaker("tuned", model, template, args.max_new_tokens)
     if isinstance(model, PeftModel):
-        return [Speaker("base", model, processor, args.max_new_tokens, use_adapter=False), tuned]
+        return [Speaker("base", model, template, args.max_new_tokens, use_adapter=False), tuned]
     if args.base_model:
-        base, processor = vlm_sft.load_model(args.base_model).to(device), vlm_sft.load_processor(args.base_model)
-        return [Speaker("base", base, processor, args.max_new_tokens), tuned]
+        base = vlm_sft.load_model(args.base_model).to(device)
+        template = vlm_sft.ChatTemplate(vlm_sft.load_processor(args.base_model))
+        return [Speaker("base", base, template, args.max_new_tokens), tuned]
     return [tuned]
 
 

@@ -23,15 +23,14 @@ from peft import PeftModel
 from trl import TrlParser
 
 import vlm_sft
-from vlm_sft.chat.messages import text_of
-from vlm_sft.evaluation.callback import metrics
-from vlm_sft.evaluation.generate import question_of
+from vlm_sft.evaluation import metrics
+from vlm_sft.evaluation.pages import make_samples
 
 METRICS = {
     metric.__name__: metric
     for metric in (
         *(metrics.exact_match, metrics.vqa_accuracy, metrics.anls, metrics.cer, metrics.wer),
-        *(metrics.json_validity, metrics.json_field_f1, metrics.table_cell_match, metrics.table_structure_match),
+        *(metrics.json_validity, metrics.json_field_f1),
     )
 }
 PAGE_ROWS = 300  # a page holds its pictures, and a browser holds the page
@@ -71,23 +70,10 @@ def table(scores: Mapping[str, Mapping[str, float]], *, rows: int) -> str:
 
 def samples(rows: Any, references: list[str], answers: Mapping[str, list[str]], metric: str) -> list[vlm_sft.Sample]:
     """Rows for the page, spread evenly over all, each answer scored from 0 (wrong) to 1."""
-
-    def score(name: str, n: int) -> float | None:
-        return metrics.row_score(METRICS[metric], answers[name][n], references[n]) if name in answers else None
-
-    questions = {n: question_of(rows[n]) for n in range(0, len(rows), -(-len(rows) // PAGE_ROWS))}
-    return [
-        vlm_sft.Sample(
-            images=question.images,
-            question=text_of(question.messages[-1]),
-            reference=references[n],
-            before=answers["base"][n] if "base" in answers else None,
-            after=answers["tuned"][n],
-            score_before=score("base", n),
-            score=score("tuned", n),
-        )
-        for n, question in questions.items()
-    ]
+    some = slice(0, None, -(-len(rows) // PAGE_ROWS))
+    shown = {name: predictions[some] for name, predictions in answers.items()}
+    chosen = [rows[n] for n in range(len(rows))[some]]
+    return make_samples(chosen, references[some], METRICS[metric], shown["tuned"], shown.get("base"))
 
 
 def main(args: RecipeArguments) -> dict[str, dict[str, float]]:
@@ -96,16 +82,15 @@ def main(args: RecipeArguments) -> dict[str, dict[str, float]]:
     reading = {"columns": args.columns, "image_folder": args.image_folder, **options}
     rows = vlm_sft.load_conversations(args.dataset_name, **reading)["train" if args.split else "test"]
     rows = rows.select(range(min(args.num_rows or len(rows), len(rows))))
-    references = [question_of(row).reference for row in rows]
+    references = [vlm_sft.split_reference(row).reference for row in rows]
     if missing := [str(row) for row, reference in zip(rows["row"], references, strict=True) if reference is None]:
         raise ValueError(
             f"{len(missing)} rows ({', '.join(missing[:9])}) do not end with an assistant message, so there is nothing "
             "to compare an answer with; write the right answers there, or leave these rows out"
         )
 
-    processor = vlm_sft.load_processor(args.model_name_or_path, revision=args.model_revision)
-    settings = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
-    generate = partial(vlm_sft.generate, processor=processor, rows=rows, **settings)
+    template = vlm_sft.ChatTemplate(vlm_sft.load_processor(args.model_name_or_path, revision=args.model_revision))
+    generate = partial(vlm_sft.generate, rows=rows, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
     model = vlm_sft.load_model(args.model_name_or_path, revision=args.model_revision, base_model=args.base_model)
     is_adapter = isinstance(model, PeftModel)
     if args.base and not (is_adapter or args.base_model):
@@ -113,14 +98,14 @@ def main(args: RecipeArguments) -> dict[str, dict[str, float]]:
             f"--base: {args.model_name_or_path} is a full model, which does not know what it was before training; add "
             "--base_model and the folder or Hub id"
         )
-    answers = {"tuned": generate(model.to(process.device))}
+    answers = {"tuned": generate(model.to(process.device), template)}
     if is_adapter and args.base:
         with model.disable_adapter():
-            answers["base"] = generate(model)
+            answers["base"] = generate(model, template)
     elif args.base_model and not is_adapter:
         del model  # where one has room, two may not
         base = vlm_sft.load_model(args.base_model).to(process.device)
-        answers["base"] = generate(base, processor=vlm_sft.load_processor(args.base_model))
+        answers["base"] = generate(base, vlm_sft.ChatTemplate(vlm_sft.load_processor(args.base_model)))
 
     scores = {name: {key: METRICS[key](said, references) for key in args.metrics} for name, said in answers.items()}
     output = Path(args.output_dir)

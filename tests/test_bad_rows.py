@@ -523,7 +523,7 @@ def ending(case: Case, tmp_path: Path, collator: ChatCollator) -> tuple[str, str
     bad = BAD if len(rows) > 1 else 0
     report = check_report(rows, collator, num_proc=0)
     if not report.faults:
-        batch, expected = collator([rows[bad]]), collator([case.equals])
+        batch, expected = collator([rows[bad]]), collator([{**case.equals, "row": bad}])
         assert batch.keys() == expected.keys()
         for name, values in expected.items():
             torch.testing.assert_close(batch[name], values, rtol=0, atol=0.02, msg=f"{case.name}: {name}")

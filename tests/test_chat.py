@@ -40,7 +40,7 @@ def digit(quickstart, tmp_path) -> tuple[Path, str]:
     """A picture that the quickstart did not train on and reads, as a file, and what it shows."""
     model, processor = vlm_sft.load_model(quickstart.folder), vlm_sft.load_processor(quickstart.folder)
     rows = quickstart.rows.select(range(10))
-    said = vlm_sft.generate(model, processor, rows, max_new_tokens=8, progress=False)
+    said = vlm_sft.generate(model, vlm_sft.ChatTemplate(processor), rows, max_new_tokens=8, progress=False)
     shown = [row["messages"][-1]["content"][0]["text"] for row in rows]
     number = next(n for n in range(10) if said[n] == shown[n])
     rows[number]["images"][0].save(tmp_path / "digit.png")
@@ -76,7 +76,7 @@ def test_adapter_beside_the_same_model_without_it(adapter, tiny_dir, photo, caps
 
     def alone(folder: Path) -> str:
         model = vlm_sft.load_model(folder)
-        return vlm_sft.generate(model, processor, [row], max_new_tokens=6, progress=False)[0]
+        return vlm_sft.generate(model, vlm_sft.ChatTemplate(processor), [row], max_new_tokens=6, progress=False)[0]
 
     expected = {"base": alone(tiny_dir("llava15")), "tuned": alone(adapter)}
     assert expected["base"] != expected["tuned"]
@@ -86,7 +86,7 @@ def test_adapter_beside_the_same_model_without_it(adapter, tiny_dir, photo, caps
 
 def test_a_talk_goes_on_from_what_was_said_until_an_empty_line(tiny_dir, photo, capsys, monkeypatch):
     rows = []
-    monkeypatch.setattr(vlm_sft, "generate", lambda model, processor, asked, **options: rows.extend(asked) or ["yes"])
+    monkeypatch.setattr(vlm_sft, "generate", lambda model, template, asked, **options: rows.extend(asked) or ["yes"])
     for typed in ("What is it?\nReally?\n\nnever read", "What is it?\nReally?\n"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         run(capsys, model_name_or_path=tiny_dir("llava15"), image=photo)

@@ -228,7 +228,7 @@ def uneven(base: Path, output: Path, train: Sequence[str], count: int, options: 
     model = load_model(base)
     freeze(model, train=train)
     order = {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "max_steps": -1, "save_strategy": "no"}
-    given = {"model": model, "dataset": mixed(count), "collator": ChatCollator(load_processor(base), name_rows=True)}
+    given = {"model": model, "dataset": mixed(count), "collator": ChatCollator(load_processor(base))}
     trainer = runs.trainer(base, output, callbacks=[StopOnNaN()], **given, **order, **options)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -301,7 +301,7 @@ def spoiled(base: Path, output: Path, max_skipped: int) -> tuple[int, bool]:
     model, guard = load_model(base), StopOnNaN(max_skipped=max_skipped)
     freeze(model, train=TRAINED["tower frozen"])
     options = {"train_sampling_strategy": "sequential", "max_steps": 2, "save_steps": 1, "dataset": mixed(8)}
-    collator = Spoil(load_processor(base), name_rows=True)
+    collator = Spoil(load_processor(base))
     callbacks = [SafeCheckpoints(), guard]
     trainer = runs.trainer(base, output, model=model, callbacks=callbacks, collator=collator, **options)
     trainer.train()
@@ -326,7 +326,7 @@ def test_the_blank_picture_weighs_nothing_and_reaches_the_tower(
     processor, model = tiny_processor(family), tiny_model(family)
     losses = []
     for picture in (False, True):
-        batch = ChatCollator(processor, name_rows=True, picture_in_every_batch=picture)(list(mixed(4))[2:])
+        batch = ChatCollator(processor, image_in_every_batch=picture)(list(mixed(4))[2:])
         assert batch.pop("rows").tolist() == [2, 3, -1][: 3 if picture else 2]
         assert picture == ("pixel_values" in batch)
         loss = model(**batch, use_cache=False).loss

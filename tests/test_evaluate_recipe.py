@@ -15,7 +15,7 @@ from recipe_runs import recipe
 from trl import TrlParser
 
 import vlm_sft
-from vlm_sft.evaluation.callback import metrics
+from vlm_sft.evaluation import metrics
 
 evaluate = recipe("evaluate")
 
@@ -91,7 +91,7 @@ def test_adapter_beside_the_same_model_without_it(adapter, tiny_dir, tmp_path):
     processor = vlm_sft.load_processor(adapter)
     right = ["0 cats.", "1 cats.", "2 cats."]
     for name, model in {"tuned": vlm_sft.load_model(adapter), "base": vlm_sft.load_model(tiny_dir("llava15"))}.items():
-        said = vlm_sft.generate(model, processor, rows, max_new_tokens=6, progress=False)
+        said = vlm_sft.generate(model, vlm_sft.ChatTemplate(processor), rows, max_new_tokens=6, progress=False)
         assert scores[name] == {"cer": metrics.cer(said, right)}
     assert scores["tuned"] != scores["base"]
 
@@ -117,7 +117,7 @@ def test_rows_are_those_that_training_holds_out(tiny_dir, tmp_path, monkeypatch)
     held_out = vlm_sft.load_conversations(data, seed=7)["test"]
     seen = []
 
-    def generate(model, *, rows, **options):
+    def generate(model, template, rows, **options):
         seen.extend(row["row"] for row in rows)
         return ["A cat."] * len(rows)
 
@@ -132,7 +132,7 @@ def test_rows_are_those_that_training_holds_out(tiny_dir, tmp_path, monkeypatch)
     [
         ({"base": True}, "is a full model, which does not know what it was before training; add --base_model"),
         ({"metrics": ["exact", "anls"]}, "no metric is called exact; there are exact_match, vqa_accuracy, anls"),
-        ({"metrics": ["json_field_f1"]}, r"references\[0\]: .* in 'A cat.'; mend or drop the row"),
+        ({"metrics": ["json_field_f1"]}, r"references\[0\]: .* in 'A cat.'; fix or drop the row"),
         ({"split": "validation"}, "has no split 'validation'; found test"),
         ({"model_name_or_path": "no/such/folder"}, "No folder 'no/such/folder'"),
     ],

@@ -272,7 +272,7 @@ def test_a_killed_worker_is_said_and_the_run_can_go_on(llava: Path, tmp_path: Pa
 def test_pictures_that_vanish_are_named(llava: Path, tmp_path: Path) -> None:
     file = captions(tmp_path / "data")
     data = load_conversations(str(file), image_folder=str(file.parent / "images"))["train"]
-    collator = ChatCollator(load_processor(llava), name_rows=True)
+    collator = ChatCollator(load_processor(llava))
     gone = At("on_step_end", 2, lambda: shutil.rmtree(file.parent / "images"))
     trainer = runs.trainer(
         llava, tmp_path / "out", callbacks=[SafeCheckpoints(), gone], dataset=data, collator=collator, max_steps=8

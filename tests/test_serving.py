@@ -47,7 +47,7 @@ def test_digits_are_read_over_http(tmp_path, tmp_path_factory):
     merge(adapter, merged, base="original")
     rows = quickstart.rows.select(range(8))
     model, processor = vlm_sft.load_model(merged), vlm_sft.load_processor(merged)
-    expected = vlm_sft.generate(model, processor, rows, max_new_tokens=8, progress=False)
+    expected = vlm_sft.generate(model, vlm_sft.ChatTemplate(processor), rows, max_new_tokens=8, progress=False)
     right = [row["messages"][-1]["content"][0]["text"] for row in rows]
     assert sum(said == digit for said, digit in zip(expected, right, strict=True)) >= 4
 

@@ -20,6 +20,7 @@ from recipe_runs import run
 from sklearn.datasets import load_digits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vlm_sft.chat.template import ChatTemplate
 from vlm_sft.evaluation.generate import generate
 from vlm_sft.evaluation.metrics import exact_match
 from vlm_sft.models.llava import plain_template
@@ -71,6 +72,10 @@ def teach_to_repeat(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def answers(model: Any, processor: Any, rows: Any) -> list[str]:
+    return generate(model, ChatTemplate(processor), rows, batch_size=100, max_new_tokens=3)
+
+
 def test_both_stages_learn_to_read_digits(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     torch.manual_seed(0)
     tower, text = llava_parts(tmp_path, corpus=[QUESTION, *WORDS])
@@ -91,21 +96,21 @@ def test_both_stages_learn_to_read_digits(tmp_path: Path, record_property: Calla
     question = {"role": "user", "content": [{"type": "image"}]}
     said = generate(
         model,
-        processor,
+        ChatTemplate(processor, {"chat_template": plain_template(processor.tokenizer)}, stop_token=None),
         [{"messages": [question], "images": row["images"]} for row in held_out],
         batch_size=100,
         max_new_tokens=1,
-        chat_template_kwargs={"chat_template": plain_template(processor.tokenizer)},
-        stop_token=None,
     )
     captioned = exact_match(said, expected)
-    asked = exact_match(generate(model, processor, held_out, batch_size=100, max_new_tokens=3), expected)
+    asked = exact_match(answers(model, processor, held_out), expected)
 
     stage_2 = ["--model_name_or_path", tmp_path / "stage_1", "--vision_tower", tower, "--dataset_name", talks]
     rates = ["--max_steps", 150, "--learning_rate", 3e-3, "--mm_projector_lr", 3e-3]
     run("llava_finetune_full", [*FLAGS, *stage_2, *rates, "--output_dir", tmp_path / "stage_2"])
     model, processor = load_model(tmp_path / "stage_2"), load_processor(tmp_path / "stage_2")
-    answered = exact_match(generate(model, processor, held_out, batch_size=100, max_new_tokens=3), expected)
+    answered = exact_match(
+        generate(model, ChatTemplate(processor), held_out, batch_size=100, max_new_tokens=3), expected
+    )
 
     record_property(
         "shown",

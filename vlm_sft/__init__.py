@@ -3,15 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlm_sft.chat.collator import ChatCollator
-from vlm_sft.chat.labels import IGNORE_INDEX
-from vlm_sft.chat.packing import CheckFlatRows, accept_flat_rows, pack
+from vlm_sft.chat.audit import audit
+from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
+from vlm_sft.chat.packing import enable_padding_free, pack
+from vlm_sft.chat.template import ChatTemplate
 from vlm_sft.data.check_rows import check_rows, rows_checked
 from vlm_sft.data.datasets import load_conversations
 from vlm_sft.distributed import print_main
-from vlm_sft.evaluation.callback import GenerationEvaluation
-from vlm_sft.evaluation.generate import generate, question_of
-from vlm_sft.evaluation.pages import Sample, write_samples_html
+from vlm_sft.evaluation.callback import evaluate_answers
+from vlm_sft.evaluation.generate import generate, split_reference
+from vlm_sft.evaluation.pages import Sample, write_audit_html, write_samples_html
 from vlm_sft.models.adapters import check_adapters, lora_config
 from vlm_sft.models.freezing import check_precision, check_trainable, freeze, parameter_table, upcast_trainable
 from vlm_sft.models.hardware import best_dtype, best_optimizer, best_worker_count, fit_to_hardware
@@ -38,15 +39,14 @@ __all__ = [
     "IGNORE_INDEX",
     "AutoModelForVision2Seq",
     "ChatCollator",
-    "CheckFlatRows",
-    "GenerationEvaluation",
+    "ChatTemplate",
     "KeepGeneration",
     "ModelParts",
     "OrderByLength",
     "SafeCheckpoints",
     "Sample",
     "StopOnNaN",
-    "accept_flat_rows",
+    "audit",
     "best_dtype",
     "best_optimizer",
     "best_worker_count",
@@ -55,6 +55,8 @@ __all__ = [
     "check_quantized",
     "check_rows",
     "check_trainable",
+    "enable_padding_free",
+    "evaluate_answers",
     "explain_out_of_memory",
     "fit_to_hardware",
     "fp4_config",
@@ -73,11 +75,12 @@ __all__ = [
     "parameter_table",
     "plot_loss",
     "print_main",
-    "question_of",
     "rates_by_part",
     "rows_checked",
+    "split_reference",
     "upcast_trainable",
     "verify_checkpoint",
+    "write_audit_html",
     "write_reports",
     "write_run_json",
     "write_samples_html",

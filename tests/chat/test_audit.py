@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 import runpy
 from dataclasses import replace
 from functools import partial
-from html import escape, unescape
+from html import unescape
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -19,15 +18,17 @@ import pytest
 import torch
 from conversations import LEARNED, answer, ask, picture
 from datasets import Dataset
+from markupsafe import escape
 from PIL import Image
 
 from vlm_sft import IGNORE_INDEX, ChatCollator
-from vlm_sft.chat.audit import audit, main
+from vlm_sft.chat.audit import audit, check_embedding, check_forward, draw_mask
+from vlm_sft.evaluation.pages import write_audit_html
 from vlm_sft.tools import tiny
 
 FAMILY_TABLE = Path(__file__).parents[2] / "benchmarks" / "family_table.py"
 EQUAL = "equal those of inference"
-REWRITTEN = "cannot, as the processor itself writes a longer conversation otherwise"
+REWRITTEN = "cannot, as the processor itself writes a longer conversation differently"
 
 
 def one(text: str = "A cat.", **fields: Any) -> dict[str, Any]:
@@ -78,18 +79,20 @@ class TrainsNothingBehindTheWords(Broken):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family_passes(family, tiny_model, tiny_processor):
     rows = [one(), two(), {"messages": [ask("2 + 2?"), answer("4")]}]
-    report = audit(ChatCollator(tiny_processor(family)), rows, tiny_model(family))
+    collator, model = ChatCollator(tiny_processor(family)), tiny_model(family)
+    report = audit(collator, rows)
     # LLaVA-1.5 writes earlier answers without a stop token, OneVision with another header than it prompts with.
     rewritten = {"llava15", "llava_onevision"} & {family}
     assert report.prompts == ({EQUAL: 3, REWRITTEN: 1} if rewritten else {EQUAL: 4})
     assert report.answers == {f"end with {LEARNED[family].stop!r}": 4}
-    assert "match the features" in report.model["model"]
+    check_embedding(report.rows, model)
+    assert "match the features" in check_forward(collator, report.shortest, model)
 
 
 def test_counts_are_those_of_the_format_written_by_hand(tiny_processor, capsys):
     processor = tiny_processor("llava15")
     rows = [one("ℵ"), {"messages": [ask("Hi"), answer("ℵℵ")]}]
-    report = audit(ChatCollator(processor), rows, batch_size=2)
+    report = audit(ChatCollator(processor), rows)
     texts = ["USER: <image>\nWhat is this? ASSISTANT: ℵ</s>", "USER: Hi ASSISTANT: ℵℵ</s>"]
     with_image, without = (
         len(processor(text=text, images=images)["input_ids"][0])
@@ -104,9 +107,7 @@ def test_counts_are_those_of_the_format_written_by_hand(tiny_processor, capsys):
     assert str(report) in table
     assert f"{without} to {with_image} (row 0)" in table
     assert "ℵ</s>" in table
-    assert audit(ChatCollator(processor, pad_to_multiple_of=64), rows, batch_size=1).tokens["pad"] == (
-        128 - with_image - without
-    )
+    assert audit(ChatCollator(processor, pad_to_multiple_of=64), rows).tokens["pad"] == (128 - with_image - without)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,9 @@ def test_an_image_with_fewer_tokens_where_more_images_follow(tiny_model, tiny_pr
     talk = [ask(None, "What is this?"), answer("A cat."), ask(None, "And this?"), answer("A dog.")]
     row = {"messages": talk, "images": [picture(40, 30), picture(30, 40)]}
     collator = ChatCollator(tiny_processor("llava_onevision"))
-    assert audit(collator, [row], tiny_model("llava_onevision")).prompts == {REWRITTEN: 2}
+    report = audit(collator, [row])
+    assert report.prompts == {REWRITTEN: 2}
+    assert "match the features" in check_forward(collator, report.rows[0], tiny_model("llava_onevision"))
     assert audit(collator, [one()]).prompts == {EQUAL: 1}
 
 
@@ -181,6 +184,15 @@ def test_an_answer_without_a_stop_token(tiny_processor):
     with pytest.raises(ValueError, match=r"row 0: messages\[1\] is trained without a stop token"):
         audit(collator, [one()])
     assert audit(collator, [one()], require_stop_token=False).answers == {"end without a stop token": 1}
+
+
+def test_a_stop_token_that_should_not_be_there(tiny_processor):
+    """As when `stop_token=None` is deleted from a recipe for captions."""
+    rows = [one(), one()]
+    with pytest.raises(ValueError, match=r"trained: 2\nrow 0: messages\[1\] is trained with the stop token '</s>'.*"):
+        audit(ChatCollator(tiny_processor("llava15")), rows, require_stop_token=False)
+    with pytest.raises(ValueError, match=r"pass stop_token=None to ChatCollator"):
+        audit(ChatCollator(tiny_processor("gemma3")), rows, require_stop_token=False)
 
 
 def test_rows_without_anything_to_train_are_named_together(tiny_processor):
@@ -219,7 +231,6 @@ def spoil_weights(model: Any, processor: Any) -> None:
     ("fault", "message"),
     [
         (shrink, r"row 1: token \d+ is beyond the 300 tokens of the embedding"),
-        (end_elsewhere, r"row 1 ends with '</s>', generation at \[0, 1\]; add 2 to"),
         (count_other_patches, "row 1: the model refuses it: Image features and image tokens do not match"),
         (spoil_weights, "row 1: the loss is nan"),
     ],
@@ -229,9 +240,14 @@ def test_a_model_that_does_not_fit_is_told_by_a_row(fault, message, tiny_model, 
     model.model.vision_tower.eval()
     fault(model, processor)
     modes = [module.training for module in model.modules()]
-    rows = [{"messages": [ask("Hi"), answer("Hello")]}, one()]
+    collator = ChatCollator(processor)
+    report = audit(collator, [{"messages": [ask("Hi"), answer("Hello")]}, one()])
+    assert report.shortest is report.rows[1]
+    check = (
+        partial(check_embedding, report.rows) if fault is shrink else partial(check_forward, collator, report.shortest)
+    )
     with pytest.raises(ValueError, match=message):
-        audit(ChatCollator(processor), rows, model)
+        check(model)
     assert [module.training for module in model.modules()] == modes
 
 
@@ -247,8 +263,9 @@ def test_the_model_is_left_as_it_was(tiny_model, tiny_processor):
     model.train()
     model.base_model.model.model.vision_tower.eval()
     modes = [module.training for module in model.modules()]
-    report = audit(ChatCollator(tiny_processor("llava15"), name_rows=True), [one()], model)
-    assert "its 16 image tokens match" in report.model["model"]
+    collator = ChatCollator(tiny_processor("llava15"))
+    [row], _ = collator.encode([one() | {"row": 5}])
+    assert "on row 5, its 16 image tokens match" in check_forward(collator, row, model)
     assert [module.training for module in model.modules()] == modes
     assert given["modes"] == (False, False)
     assert "pixel_values" in given
@@ -292,7 +309,7 @@ def test_page(family, tiny_processor, tmp_path):
     talk = [ask(None, evil), answer(evil), ask("Hi"), answer("Yes", train=False)]
     report = audit(ChatCollator(tiny_processor(family)), [{"messages": talk, "images": [picture(500, 300)]}])
     path = tmp_path / "new" / "page.html"
-    report.to_html(path)
+    write_audit_html(report, path)
     page = path.read_text("utf-8")
 
     tags: list[tuple[str, dict[str, Any]]] = []
@@ -305,7 +322,7 @@ def test_page(family, tiny_processor, tmp_path):
     assert "default-src 'none'" in page
     assert "http:" not in page
     [source] = [attributes["src"] for tag, attributes in tags if tag == "img"]
-    assert Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image;base64,")))).size == (400, 240)
+    assert Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,")))).size == (400, 240)
 
     before, stop, _ = LEARNED[family]
     assert "".join(text for text, _ in pieces(page, "trained")) == before + evil + stop
@@ -322,7 +339,7 @@ def test_page(family, tiny_processor, tmp_path):
 
 def test_every_token_is_on_the_page(tiny_processor, tmp_path):
     report = audit(ChatCollator(tiny_processor("qwen2_5_vl")), [two()])
-    report.to_html(tmp_path / "page.html")
+    write_audit_html(report, tmp_path / "page.html")
     shown = [
         piece for kind in ("prompt", "trained", "image") for piece in pieces((tmp_path / "page.html").read_text(), kind)
     ]
@@ -333,21 +350,27 @@ def test_every_token_is_on_the_page(tiny_processor, tmp_path):
     assert sorted(places) == list(range(len(report.rows[0])))
 
 
-def test_command(tiny_dir, tmp_path, capsys):
-    picture(40, 30).save(tmp_path / "a.png")
-    rows = [{"messages": [ask(None, "What is this?"), answer("A cat.")], "images": ["a.png"]} for _ in range(3)]
-    data, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    arguments = ["--model", str(tiny_dir("llava15")), "--dataset", str(data), "--html", str(page), "--num_rows", "2"]
-    assert main(arguments) == 0
-    assert "answers  2 end with '</s>'" in capsys.readouterr().err
-    assert "<image> x 16" in unescape(page.read_text("utf-8"))
-    assert main([*arguments, "--train_on", "all"]) == 0
-    assert ", prompt 0 (0.0%)" in capsys.readouterr().err
-    rows[0]["messages"][1] = answer("A <image>.")
-    data.write_text("\n".join(map(json.dumps, rows)))
-    assert main(arguments) == 1
-    assert "row 0" in capsys.readouterr().out
+def test_mask_in_the_terminal(tiny_processor):
+    processor = tiny_processor("llava15")
+    [row], _ = ChatCollator(processor).encode([one("A\x1b[2J é.")])
+    image, question = "<image x 16>", "\nWhat is this? ASSISTANT:"
+    drawn = draw_mask(row, processor.tokenizer, colour=False)
+    assert drawn == f"<s>USER: {image}{question}[ A\\x1b[2J é.</s>]"
+    assert draw_mask(row, processor.tokenizer) == drawn  # stderr is no terminal here
+    prompt, blue, green = "\033[2m{}\033[0m", f"\033[34m{image}\033[0m", "\033[32m A\\x1b[2J é.</s>\033[0m"
+    coloured = draw_mask(row, processor.tokenizer, colour=True)
+    assert coloured == prompt.format("<s>") + prompt.format("USER: ") + blue + prompt.format(question) + green
+    assert "[ A\\x ... </s>]" in draw_mask(row, processor.tokenizer, width=8, colour=False)
+
+
+def test_shared_characters_are_drawn_once(tiny_processor):
+    for family in tiny.FAMILIES:
+        processor = tiny_processor(family)
+        [row], _ = ChatCollator(processor).encode([two()])
+        drawn = draw_mask(row, processor.tokenizer, width=10_000, colour=False)
+        [first, second] = [text.split("]")[0] for text in drawn.split("[") if "Wide, tall." in text or "🙂" in text]
+        assert first.strip() == f"Wide, tall.{LEARNED[family].stop}"
+        assert second.strip() == f"日本語, é 🙂{LEARNED[family].stop}"
 
 
 def test_family_table(capsys):

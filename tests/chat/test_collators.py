@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlm_sft import IGNORE_INDEX, ChatCollator
+from vlm_sft.chat.audit import check_stops
 from vlm_sft.chat.messages import normalise, split_turns
 from vlm_sft.tools import tiny
 
@@ -111,19 +115,19 @@ def test_everything_but_padding_and_images(family, tiny_processor, example):
 
 
 @FAMILIES
-def test_padding_side_changes_nothing(family, tiny_processor, tiny_model, example):
+def test_padding_changes_nothing(family, tiny_processor, tiny_model, example):
     batch = [example, {"messages": [ask("Hi"), answer("Hello")]}]
     model, losses = tiny_model(family), []
-    for side in ("right", "left"):
-        inputs = ChatCollator(tiny_processor(family), padding_side=side, pad_to_multiple_of=32)(batch)
-        assert inputs["input_ids"].shape[1] % 32 == 0
+    for multiple in (None, 64):
+        inputs = ChatCollator(tiny_processor(family), pad_to_multiple_of=multiple)(batch)
+        assert inputs["input_ids"].shape[1] % (multiple or 1) == 0
         with torch.no_grad():
             logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
         labels = inputs["labels"][:, 1:]
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
         losses.append([row[label != IGNORE_INDEX] for row, label in zip(loss, labels, strict=True)])
-    for right, left in zip(*losses, strict=True):
-        assert (right - left).abs().max() < 1e-5
+    for less, more in zip(*losses, strict=True):
+        assert (less - more).abs().max() < 1e-5
 
 
 @FAMILIES
@@ -270,7 +274,7 @@ def test_no_stop_token_on_request(tiny_processor, example):
     chosen = ChatCollator(tiny_processor("llava15"), stop_token="<pad>")
     [row], _ = chosen.encode([example])
     assert trained_text(row) == " A cat.<pad> Yes.<pad>"
-    assert chosen.stop_tokens == ("<pad>",)
+    assert chosen.template.stops == ("<pad>",)
 
 
 def test_padding_that_is_also_the_stop_token(tiny_processor):
@@ -382,7 +386,7 @@ def test_thinking_template_is_refused_or_split(tiny_processor):
     processor = copy.deepcopy(tiny_processor("qwen3_vl"))
     processor.chat_template = trl_template("qwen3_5_think")
     example = {"messages": [ask(None, "a"), answer("one"), ask("b"), answer("two")], "images": [picture(40, 40)]}
-    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template writes this answer otherwise"):
+    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template renders this answer differently"):
         ChatCollator(processor)([example])
     collator = ChatCollator(processor, train_on="last_assistant")
     pieces = split_turns(normalise(**example))
@@ -412,12 +416,17 @@ def test_system_message_where_the_template_refuses_it(tiny_processor):
         ChatCollator(processor)([{"messages": messages}])
 
 
-def test_stop_token_is_where_generation_ends(tiny_processor, tiny_model):
+def test_stop_token_is_where_generation_ends(tiny_processor, tiny_model, example):
     for family in tiny.FAMILIES:
-        ChatCollator(tiny_processor(family), generation_config=tiny_model(family))
-    wrong = SimpleNamespace(eos_token_id=5)
-    with pytest.raises(ValueError, match=r"learns to stop with '</s>' \(id 2\), but generation ends at \[5\]"):
-        ChatCollator(tiny_processor("llava15"), generation_config=wrong)
+        collator = ChatCollator(tiny_processor(family))
+        check_stops(collator, collator.encode([example])[0], tiny_model(family).generation_config)
+    collator = ChatCollator(tiny_processor("llava15"))
+    rows, _ = collator.encode([example | {"row": 7}])
+    for ends in (5, [5]):
+        with pytest.raises(ValueError, match=r"^row 7: .*to stop with '</s>' \(id 2\), but generation ends at \[5\]"):
+            check_stops(collator, rows, SimpleNamespace(eos_token_id=ends))
+    with pytest.raises(ValueError, match=r"eos_token_id = \[2\]"):
+        check_stops(collator, rows, SimpleNamespace(eos_token_id=None))
 
 
 def test_settings_are_checked_at_once(tiny_processor):
@@ -425,7 +434,7 @@ def test_settings_are_checked_at_once(tiny_processor):
         ChatCollator(tiny_processor("llava15"), train_on="answers", truncation="cut", max_length=0)
     with pytest.raises(ValueError, match="stop_token='<nope>' is not a token"):
         ChatCollator(tiny_processor("llava15"), stop_token="<nope>")
-    with pytest.raises(ValueError, match=r"itself writes '<\|im_end\|>' behind an answer"):
+    with pytest.raises(ValueError, match=r"itself writes '<\|im_end\|>' after an answer"):
         ChatCollator(tiny_processor("qwen2_5_vl"), stop_token="<|endoftext|>")
 
 
@@ -434,7 +443,7 @@ def test_processors_without_a_chat_are_refused(tiny_processor):
     processor.chat_template = None
     with pytest.raises(ValueError, match=r"has no chat template.*suffix"):
         ChatCollator(processor)
-    with pytest.raises(ValueError, match="no processor for images and text"):
+    with pytest.raises(ValueError, match="is not an image-text processor"):
         ChatCollator(tiny_processor("llava15").tokenizer)
 
 
@@ -460,3 +469,83 @@ def test_bad_rows_are_named(tiny_processor):
         collator([good, {"text": "a"}])
     with pytest.raises(ValueError, match=r"example 0 of the batch: messages\[1\] is from user; expected assistant"):
         collator([{"messages": [ask("a"), ask("b")]}])
+
+
+def test_settings_are_frozen_and_changed_by_a_copy(tiny_processor, example):
+    kwargs = {"tone": "kind"}
+    collator = ChatCollator(tiny_processor("llava15"), max_length=9, chat_template_kwargs=kwargs)
+    for assign in (lambda: setattr(collator, "settings", None), lambda: setattr(collator.settings, "train_on", "all")):
+        with pytest.raises(AttributeError):
+            assign()
+    longer = collator.with_settings(max_length=90)
+    assert (collator.settings.max_length, longer.settings.max_length) == (9, 90)
+    assert longer.with_settings(max_length=9).settings == collator.settings
+    assert longer.processor is collator.processor
+    assert (longer.template.kwargs, longer.template.stop_token) == (kwargs, "auto")
+    with pytest.raises(TypeError, match="trian_on"):
+        ChatCollator(collator.processor, trian_on="all")
+
+
+def test_rows_are_named_where_all_have_a_number(tiny_processor, example):
+    collator = ChatCollator(tiny_processor("llava15"))
+    assert collator([example | {"row": 4}, example | {"row": 2}])["rows"].tolist() == [4, 2]
+    assert "rows" not in collator([example | {"row": 4}, example])
+    assert "rows" not in collator.with_settings(name_rows=False)([example | {"row": 4}])
+
+
+def test_fingerprint_tells_what_changes_a_row(tiny_processor, example):
+    def of(change: Any = None, **settings: Any) -> str:
+        processor = tiny_processor("llava15")
+        if change is not None:
+            change(processor)
+        return ChatCollator(processor, **settings).fingerprint()
+
+    same = [
+        of(),
+        of(max_length=9, truncation="trim"),
+        of(padding_free=True),
+        of(pad_to_multiple_of=8),
+        of(name_rows=False),
+    ]
+    assert len(set(same)) == 1
+    used = ChatCollator(tiny_processor("llava15"))
+    used([example, {"messages": [ask("Hi"), answer("Hello")]}])  # the tokenizer remembers how it padded last
+    assert used.fingerprint() == of()
+    different = [
+        of(),
+        of(train_on="all"),
+        of(stop_token=None),
+        of(reserved_tokens="escape"),
+        of(chat_template_kwargs={"a": 1}),
+        of(lambda processor: setattr(processor, "chat_template", processor.chat_template + "\n")),
+        of(lambda processor: setattr(processor, "patch_size", 16)),
+        of(lambda processor: setattr(processor.image_processor, "do_normalize", False)),
+        of(lambda processor: processor.tokenizer.add_tokens(["<new>"])),
+        of(lambda processor: setattr(processor.tokenizer, "eos_token", "<pad>")),
+        type("Other", (ChatCollator,), {})(tiny_processor("llava15")).fingerprint(),
+    ]
+    assert len(set(different)) == len(different)
+
+
+@pytest.mark.slow
+def test_fingerprint_is_the_same_in_every_process(tiny_dir):
+    """Whatever PYTHONHASHSEED orders sets by; with tokens of equal length, which patterns hold in some order."""
+    source = (
+        "import sys; from transformers import AutoProcessor; from vlm_sft import ChatCollator\n"
+        "processor = AutoProcessor.from_pretrained(sys.argv[1])\n"
+        "collator = ChatCollator(processor, chat_template_kwargs={'notes': {'b', 'a', 'c', 'd'}})\n"
+        "print(collator.fingerprint(), collator.template.reserved.pattern, collator.template.added.pattern)"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", source, str(tiny_dir("qwen2_5_vl"))],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(printed) == 1
+    assert len(printed.pop().split()[0]) == 64

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from trl import SFTConfig, SFTTrainer
 
 from vlm_sft import IGNORE_INDEX, ChatCollator
-from vlm_sft.chat.packing import CheckFlatRows, accept_flat_rows, check_flat_rows, pack
+from vlm_sft.chat.packing import check_padding_free, enable_padding_free, pack
 from vlm_sft.tools import tiny
 
 REFUSED = {"gemma3"}
-PLAIN: dict = {"bf16": False, "report_to": "none", "activation_checkpointing": False}
 ROWS = [
     {"messages": [ask(None, "What is this?"), answer("A cat and a dog.")], "images": [picture(60, 40, 1)], "row": 0},
     {"messages": [ask("Hello there"), answer("Hi"), ask("more?"), answer("no")], "images": [], "row": 1},
@@ -27,18 +26,18 @@ ROWS = [
 
 
 def batches(processor):
-    return ChatCollator(processor)(ROWS), ChatCollator(processor, padding_free=True)(ROWS)
+    return [ChatCollator(processor, padding_free=free, name_rows=False)(ROWS) for free in (False, True)]
 
 
 @pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in REFUSED])
 def test_losses_and_gradients_are_those_of_padded_rows(family, tiny_model, tiny_processor):
     model = tiny_model(family)
-    accept_flat_rows(model)
+    enable_padding_free(model)
     padded, flat = batches(tiny_processor(family))
     assert flat["input_ids"].shape == (1, int(padded["attention_mask"].sum()))
     assert "attention_mask" not in flat
     model.train()
-    assert check_flat_rows(model, ChatCollator(tiny_processor(family)), ROWS) < 1e-5
+    assert check_padding_free(model, ChatCollator(tiny_processor(family)), ROWS) < 1e-5
     assert model.training
     gradients = []
     for batch in (padded, flat):
@@ -53,12 +52,12 @@ def test_losses_and_gradients_are_those_of_padded_rows(family, tiny_model, tiny_
 @pytest.mark.parametrize("family", sorted(REFUSED))
 def test_models_that_mix_conversations_are_refused(family, tiny_model, tiny_processor):
     with pytest.raises(ValueError, match="does not keep the conversations of a row apart"):
-        check_flat_rows(tiny_model(family), ChatCollator(tiny_processor(family)), ROWS)
+        check_padding_free(tiny_model(family), ChatCollator(tiny_processor(family)), ROWS)
 
 
 def test_qwen_needs_its_own_positions(tiny_model, tiny_processor):
     with pytest.raises(ValueError, match="does not keep the conversations of a row apart"):
-        check_flat_rows(tiny_model("qwen2_5_vl"), ChatCollator(tiny_processor("qwen2_5_vl")), ROWS)
+        check_padding_free(tiny_model("qwen2_5_vl"), ChatCollator(tiny_processor("qwen2_5_vl")), ROWS)
 
 
 def test_first_token_of_a_row_is_not_predicted_from_the_row_before(tiny_processor):
@@ -101,7 +100,7 @@ def test_packs_train_through_trl_to_the_padded_loss(family, tiny_model, tiny_pro
     losses = {}
     for name, rows, size in (("padded", dataset, 6), ("packed", packs, len(packs))):
         model = tiny_model(family)
-        accept_flat_rows(model)
+        enable_padding_free(model)
         args = SFTConfig(
             output_dir=str(tmp_path / name),
             max_steps=1,
@@ -115,52 +114,40 @@ def test_packs_train_through_trl_to_the_padded_loss(family, tiny_model, tiny_pro
             logging_steps=1,
             dataloader_pin_memory=False,
         )
-        collator = ChatCollator(processor, padding_free=name == "packed")
+        collator = ChatCollator(processor, padding_free=name == "packed", name_rows=False)
         trainer = SFTTrainer(
             model=model,
             args=args,
             train_dataset=rows,
             processing_class=processor,
             data_collator=collator,
-            callbacks=[CheckFlatRows()],
         )
+        if name == "packed":
+            check_padding_free(model, collator, [packs[0]])
         trainer.train()
         losses[name] = trainer.state.log_history[0]
     assert losses["packed"]["loss"] == pytest.approx(losses["padded"]["loss"], abs=1e-5)
     assert losses["packed"]["num_tokens"] == losses["padded"]["num_tokens"] == sum(lengths)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_training_starts_with_the_check(packed, tiny_model, tiny_processor, tmp_path):
-    processor, model = tiny_processor("qwen2_5_vl"), tiny_model("qwen2_5_vl")  # which was not made to accept them
-    dataset = Dataset.from_list(ROWS)
-    args = SFTConfig(
-        output_dir=str(tmp_path), max_length=None, remove_unused_columns=False, use_cpu=True, max_steps=1, **PLAIN
-    )
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=pack(dataset, [1, 1, 1], max_length=3) if packed else dataset,
-        processing_class=processor,
-        data_collator=ChatCollator(processor, padding_free=True, name_rows=True),
-        callbacks=[CheckFlatRows()],
-    )
+def test_packs_are_checked_by_their_rows(tiny_model, tiny_processor):
+    packs = pack(Dataset.from_list(ROWS), [1, 1, 1], max_length=3)
+    collator = ChatCollator(tiny_processor("qwen2_5_vl"), padding_free=True)
     with pytest.raises(ValueError, match="does not keep the conversations of a row apart"):
-        trainer.train()
-    assert trainer.state.global_step == 0
+        check_padding_free(tiny_model("qwen2_5_vl"), collator, packs)  # it was not made to accept them
 
 
 def test_rows_without_padding_pay_with_flash_attention_alone(tiny_model):
     model = tiny_model("llava15")
-    assert not accept_flat_rows(model)
+    assert not enable_padding_free(model)
     # No kernel is at hand: the setting alone, as from_pretrained leaves it.
     for name, pays in {"eager": False, "flash_attention_2": True, "kernels-community/flash-attn3": True}.items():
         model.config.get_text_config()._attn_implementation = name
-        assert accept_flat_rows(model) is pays
+        assert enable_padding_free(model) is pays
 
 
 def test_packs_take_the_column_of_lengths():
     rows = Dataset.from_dict({"row": [0, 1, 2], "length": [5, 4, 3]})
     assert pack(rows, max_length=8).with_format(None)["packed"][:] == [[0, 2], [1]]
-    with pytest.raises(ValueError, match="with_lengths adds it"):
+    with pytest.raises(ValueError, match="check_rows adds it"):
         pack(rows.remove_columns("length"), max_length=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import json
 import multiprocessing
@@ -11,18 +12,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import conversations
 import pytest
 import runs
 import torch
+from hypothesis import given, settings
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TrainerCallback
 
-from vlm_sft.chat.collator import ChatCollator
-from vlm_sft.chat.labels import IGNORE_INDEX
-from vlm_sft.evaluation.callback import GenerationEvaluation
-from vlm_sft.evaluation.generate import generate, question_of
+from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
+from vlm_sft.chat.template import ChatTemplate
+from vlm_sft.evaluation.callback import evaluate_answers
+from vlm_sft.evaluation.generate import generate, split_reference
 from vlm_sft.evaluation.metrics import exact_match
+from vlm_sft.models.loading import load_processor
 from vlm_sft.tools import tiny
 
 
@@ -73,7 +77,7 @@ def test_prompt_is_what_training_reads_before_the_answer(family, row, tiny_proce
     [trained], _ = ChatCollator(processor, train_on="last_assistant").encode([row])
     answer_starts = int((trained.labels != IGNORE_INDEX).nonzero()[0])
     model = Scripted(processor)
-    generate(model, processor, [row], progress=False)
+    generate(model, ChatTemplate(processor), [row], progress=False)
     assert model.asked[0]["input_ids"][0].tolist() == trained.tokens["input_ids"][:answer_starts].tolist()
 
 
@@ -95,8 +99,8 @@ def test_a_model_in_training_says_what_it_was_taught_and_stays_in_training(famil
             break
     modes = [module.training for module in model.modules()]
     # One batch, so that the rows of different length lean on their padding and each stops by itself.
-    assert generate(model, processor, ROWS, batch_size=3, max_new_tokens=12, progress=False) == ANSWERS
-    assert generate(model, processor, ROWS, batch_size=2, max_new_tokens=12, progress=False) == ANSWERS
+    assert generate(model, ChatTemplate(processor), ROWS, batch_size=3, max_new_tokens=12, progress=False) == ANSWERS
+    assert generate(model, ChatTemplate(processor), ROWS, batch_size=2, max_new_tokens=12, progress=False) == ANSWERS
     assert [module.training for module in model.modules()] == modes
     assert model.training
     assert not frozen.training
@@ -110,7 +114,7 @@ def test_the_cache_is_used_although_training_has_switched_it_off(tiny_model, tin
     lengths = []
     model.get_input_embeddings().register_forward_hook(lambda _, args, out: lengths.append(args[0].shape[1]))
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    generate(model, processor, ROWS[:1], max_new_tokens=4, progress=False)
+    generate(model, ChatTemplate(processor), ROWS[:1], max_new_tokens=4, progress=False)
     assert lengths[0] > 1
     assert lengths[1:] == [1] * (len(lengths) - 1)
 
@@ -124,7 +128,7 @@ def test_a_model_that_fails_is_left_in_training_too(tiny_model, tiny_processor, 
 
     monkeypatch.setattr(model, "generate", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        generate(model, tiny_processor("llava15"), ROWS, progress=False)
+        generate(model, ChatTemplate(tiny_processor("llava15")), ROWS, progress=False)
     assert model.training
 
 
@@ -142,21 +146,21 @@ def test_generation_ends_at_the_trained_stop_token_at_eos_and_where_configured(f
     expected = set(processor.tokenizer.convert_tokens_to_ids(stops))
     for configured, more in ((None, set()), (7, {7}), ([7, 8], {7, 8})):
         model = Scripted(processor, eos_token_id=configured)
-        generate(model, processor, ROWS[:1], progress=False)
+        generate(model, ChatTemplate(processor), ROWS[:1], progress=False)
         assert set(model.asked[0]["eos_token_id"]) == expected | more
     model = Scripted(processor, f"two dogs{stops[0]} and more")
-    assert generate(model, processor, ROWS[:1], progress=False) == ["two dogs"]
+    assert generate(model, ChatTemplate(processor), ROWS[:1], progress=False) == ["two dogs"]
 
 
 def test_a_stop_token_of_ones_own_ends_earlier_answers_and_generation(tiny_processor):
     processor = tiny_processor("llava15")
     model = Scripted(processor)
-    generate(model, processor, [ROWS[1]], stop_token="<pad>", progress=False)
+    generate(model, ChatTemplate(processor, stop_token="<pad>"), [ROWS[1]], progress=False)
     pad = processor.tokenizer.pad_token_id
     assert model.asked[0]["input_ids"][0].tolist().count(pad) == 1
     assert pad in model.asked[0]["eos_token_id"]
     with pytest.raises(ValueError, match="'<stop>' is not a token"):
-        generate(model, processor, ROWS, stop_token="<stop>")
+        ChatTemplate(processor, stop_token="<stop>")
 
 
 def test_quantized_and_adapted_model_says_what_plain_generation_says(tiny_model, tiny_processor):
@@ -165,7 +169,7 @@ def test_quantized_and_adapted_model_says_what_plain_generation_says(tiny_model,
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_alpha=64, lora_dropout=0.5)
     torch.manual_seed(0)
     model = get_peft_model(tiny_model("llava15", quantization_config=quantized), lora).train()
-    answers = generate(model, processor, ROWS[:1], max_new_tokens=8, progress=False)
+    answers = generate(model, ChatTemplate(processor), ROWS[:1], max_new_tokens=8, progress=False)
     model.eval()
     asked = [turn("user", "What is this?")]
     asked[0]["content"].insert(0, {"type": "image", "image": picture(10)})
@@ -184,17 +188,19 @@ def test_quantized_and_adapted_model_says_what_plain_generation_says(tiny_model,
 
 def test_greedy_whatever_the_model_would_do(tiny_model, tiny_processor):
     model, processor = tiny_model("llava15"), tiny_processor("llava15")
-    greedy = generate(model, processor, ROWS, max_new_tokens=8, progress=False)
+    greedy = generate(model, ChatTemplate(processor), ROWS, max_new_tokens=8, progress=False)
     model.generation_config.update(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=3.0, num_beams=2)
     before = model.generation_config.to_dict()
-    assert generate(model, processor, ROWS, max_new_tokens=8, progress=False) == greedy
+    assert generate(model, ChatTemplate(processor), ROWS, max_new_tokens=8, progress=False) == greedy
     assert model.generation_config.to_dict() == before
 
 
 def test_question_ends_before_the_last_answer():
-    question = question_of({"messages": [*ROWS[0]["messages"], turn("user", "And now?", images=1)], "images": [1, 2]})
+    question = split_reference(
+        {"messages": [*ROWS[0]["messages"], turn("user", "And now?", images=1)], "images": [1, 2]}
+    )
     assert (len(question.messages), question.images, question.reference) == (3, [1, 2], None)
-    question = question_of(ROWS[1])
+    question = split_reference(ROWS[1])
     assert (len(question.messages), question.images, question.reference) == (3, ROWS[1]["images"], "seven")
 
 
@@ -205,8 +211,8 @@ def test_rows_as_arrow_writes_them(tiny_processor):
     ]
     processor = tiny_processor("qwen2_5_vl")
     model = Scripted(processor)
-    generate(model, processor, [ROWS[0]], progress=False)
-    generate(model, processor, [{"messages": filled, "images": ROWS[0]["images"]}], progress=False)
+    generate(model, ChatTemplate(processor), [ROWS[0]], progress=False)
+    generate(model, ChatTemplate(processor), [{"messages": filled, "images": ROWS[0]["images"]}], progress=False)
     assert torch.equal(model.asked[0]["input_ids"], model.asked[1]["input_ids"])
 
 
@@ -218,7 +224,7 @@ def test_pictures_are_what_training_sees(tiny_processor):
     for image in ({"bytes": encoded.getvalue(), "path": None}, deep):
         row = ROWS[0] | {"images": [image]}
         model = Scripted(processor)
-        generate(model, processor, [row], progress=False)
+        generate(model, ChatTemplate(processor), [row], progress=False)
         trained = ChatCollator(processor)([row])
         assert torch.equal(model.asked[0]["pixel_values"], trained["pixel_values"])
 
@@ -226,23 +232,23 @@ def test_pictures_are_what_training_sees(tiny_processor):
 def test_bad_rows_are_named(tiny_processor):
     processor = tiny_processor("llava15")
     with pytest.raises(ValueError, match="no rows"):
-        generate(Scripted(processor), processor, [])
+        generate(Scripted(processor), ChatTemplate(processor), [])
     bad = ROWS[2] | {"images": [picture(0)]}
     with pytest.raises(ValueError, match=r"^row 2: 1 images but the messages hold 0"):
-        generate(Scripted(processor), processor, [*ROWS[:2], bad], progress=False)
+        generate(Scripted(processor), ChatTemplate(processor), [*ROWS[:2], bad], progress=False)
     with pytest.raises(ValueError, match=r"^row 70: 1 images"):  # rows chosen from many
-        generate(Scripted(processor), processor, [*ROWS[:2], bad | {"row": 70}], progress=False)
+        generate(Scripted(processor), ChatTemplate(processor), [*ROWS[:2], bad | {"row": 70}], progress=False)
 
 
 def test_two_processes_share_the_rows_and_both_know_all_answers(tiny_model, tiny_processor, tmp_path, capfd):
     model, processor = tiny_model("llava15"), tiny_processor("llava15")
-    alone = generate(model, processor, ROWS, max_new_tokens=5, progress=False)
+    alone = generate(model, ChatTemplate(processor), ROWS, max_new_tokens=5, progress=False)
 
     def share(rank: int) -> None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
         sizes, run = [], model.generate
         model.generate = lambda **asked: sizes.append(len(asked["input_ids"])) or run(**asked)
-        answers = generate(model, processor, ROWS, batch_size=1, max_new_tokens=5)
+        answers = generate(model, ChatTemplate(processor), ROWS, batch_size=1, max_new_tokens=5)
         Path(tmp_path, f"rank{rank}").write_text(json.dumps([answers, sizes]))
         torch.distributed.destroy_process_group()
 
@@ -260,13 +266,14 @@ def test_two_processes_share_the_rows_and_both_know_all_answers(tiny_model, tiny
 
 def evaluated(folder: Path, output_dir: Path, *, callback: bool = True, **options: Any) -> Any:
     """A finished four-step training run that evaluates every two; `callback`'s settings under their own names."""
-    names = ("rows", "metrics", "references", "num_rows", "samples_file")
-    settings = {"rows": runs.rows(5), "metrics": {"accuracy": exact_match}, "max_new_tokens": 5}
-    settings |= {name: options.pop(name) for name in names if name in options}
+    names = ("rows", "metrics", "references", "num_rows")
+    asked = {"rows": runs.rows(5), "metrics": {"accuracy": exact_match}, "max_new_tokens": 5}
+    asked |= {name: options.pop(name) for name in names if name in options}
     arguments = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": runs.rows(4)}
-    trainer = runs.trainer(folder, output_dir, callbacks=[], **arguments | options)
+    arguments["collator"] = ChatCollator(load_processor(folder))
+    trainer = runs.trainer(folder, output_dir, **{"callbacks": []} | arguments | options)
     if callback:
-        trainer.add_callback(GenerationEvaluation(trainer, **settings))
+        evaluate_answers(trainer, asked.pop("rows"), asked.pop("metrics"), **asked)
     trainer.train()
     return trainer
 
@@ -333,17 +340,101 @@ def test_looking_does_not_change_the_training(tiny_dir, tmp_path):
 
 
 def test_callback_names_rows_without_reference_and_names_that_are_taken(tiny_dir, tmp_path):
-    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)))
+    handler = SimpleNamespace(callbacks=[])
+    collator = ChatCollator(load_processor(tiny_dir("llava15")))
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    trainer = SimpleNamespace(args=args, callback_handler=handler, data_collator=collator)
     unanswered = {"messages": [turn("user", "hello")], "images": []}
     metrics = {"accuracy": exact_match}
     with pytest.raises(ValueError, match="rows 1, 2 do not end with an assistant message"):
-        GenerationEvaluation(trainer, rows=[ROWS[0], unanswered, unanswered], metrics=metrics)
-    GenerationEvaluation(trainer, rows=[unanswered], references=[["hi", "hello"]], metrics=metrics)
+        evaluate_answers(trainer, [ROWS[0], unanswered, unanswered], metrics)
+    evaluate_answers(trainer, [unanswered], metrics, references=[["hi", "hello"]])
     with pytest.raises(ValueError, match="1 references for 3 rows"):
-        GenerationEvaluation(trainer, rows=ROWS, references=["yes"], metrics=metrics)
+        evaluate_answers(trainer, ROWS, metrics, references=["yes"])
     with pytest.raises(ValueError, match="num_rows=0"):
-        GenerationEvaluation(trainer, rows=ROWS, num_rows=0, metrics=metrics)
+        evaluate_answers(trainer, ROWS, metrics, num_rows=0)
     with pytest.raises(ValueError, match="0 metrics; each must be at least 1"):
-        GenerationEvaluation(trainer, rows=ROWS, metrics={})
+        evaluate_answers(trainer, ROWS, {})
+    trainer.data_collator = print
+    with pytest.raises(ValueError, match="data_collator is a builtin_function_or_method; expected the ChatCollator"):
+        evaluate_answers(trainer, ROWS, metrics)
     with pytest.raises(ValueError, match="reports eval_loss itself"):
         evaluated(tiny_dir("llava15"), tmp_path, metrics={"loss": exact_match})
+
+
+def test_the_numbers_are_there_before_other_callbacks_look(tiny_dir, tmp_path):
+    """Also before one that was given to the trainer, as `EarlyStoppingCallback` is."""
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen.append("eval_accuracy" in metrics)
+
+    evaluated(tiny_dir("llava15"), tmp_path, callbacks=[Look()])
+    assert seen == [True, True]
+
+
+def test_torn_and_foreign_lines_of_samples_are_left_out(tiny_dir, tmp_path, capsys):
+    """As a killed run leaves them, or somebody's editor."""
+    ours = [{"step": 0, "row": row, "prediction": f"before {row}"} for row in (0, 2)]
+    lines = [*map(json.dumps, ours), "[1]", '{"step": "x"}', "caf\xe9 \x85", '{"step": 0, "row": 4, "pred']
+    (tmp_path / "samples.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    evaluated(tiny_dir("llava15"), tmp_path, num_rows=2)
+    assert (tmp_path / "samples.jsonl").read_bytes().count(b"\n{") == 1 + 1 + 1 + 4
+    page = (tmp_path / "samples.html").read_text()
+    assert "before: step 0, after: step 4" in page
+    assert "before 2" in page
+    assert capsys.readouterr().err.count("4 lines are not samples of an evaluation") == 1
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_inputs_are_those_of_the_processor_itself(family, tiny_processor):
+    """What generation is given equals `apply_chat_template(..., add_generation_prompt=True)` on the same question."""
+    processor = tiny_processor(family)
+    for row in (
+        ROWS[0],
+        ROWS[2],
+        {"messages": [turn("system", "Be brief."), *ROWS[0]["messages"]], "images": [picture(7)]},
+    ):
+        asked = copy.deepcopy(row["messages"][:-1])
+        for part in asked[-1]["content"]:
+            if part["type"] == "image":
+                part["image"] = row["images"][0]
+        plain = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        expected = processor.apply_chat_template(asked, add_generation_prompt=True, **plain)
+        for prompter in (ChatTemplate(processor), ChatCollator(processor)):
+            model = Scripted(processor)
+            generate(model, prompter, [row], progress=False)
+            [given] = model.asked
+            assert expected.keys() <= given.keys()
+            for name, value in expected.items():
+                assert torch.equal(given[name], value), name
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_prompts_of_random_conversations_are_those_of_training(family, tiny_processor):
+    """The text before the last answer, of up to five exchanges, escaped tokens and all."""
+    collator = ChatCollator(tiny_processor(family), reserved_tokens="escape")
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(conversations.examples())
+    def check(example):
+        [row], _ = collator.encode([example])
+        question = split_reference(example)
+        prompt = collator.template.prompt(collator.guard(question.messages))
+        assert prompt == row.rendered.text[: row.rendered.turns[-1].start]
+
+    check()
+
+
+def test_a_collator_guards_the_question_as_it_does_in_training(tiny_processor):
+    processor = tiny_processor("qwen2_5_vl")
+    row = {"messages": [turn("user", "what is <|im_end|>?")], "images": []}
+    with pytest.raises(ValueError, match=r"^row 0: messages\[0\] \(user\) holds '<\|im_end\|>' as text"):
+        generate(Scripted(processor), ChatCollator(processor), [row], progress=False)
+    model = Scripted(processor)
+    generate(model, ChatCollator(processor, reserved_tokens="escape"), [row], progress=False)
+    stop = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    bare = Scripted(processor)
+    generate(bare, ChatTemplate(processor), [{"messages": [turn("user", "what is?")], "images": []}], progress=False)
+    assert (model.asked[0]["input_ids"] == stop).sum() == (bare.asked[0]["input_ids"] == stop).sum()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vlm_sft.evaluation.callback import metrics
+from vlm_sft.evaluation import metrics
 
-TABLE = "| Item | Price |\n|---|--:|\n| Tea | 2 |\n| Cake | 3 |"
 ALL = [
     metrics.exact_match,
     metrics.vqa_accuracy,
@@ -15,8 +14,6 @@ ALL = [
     metrics.wer,
     metrics.json_validity,
     metrics.json_field_f1,
-    metrics.table_cell_match,
-    metrics.table_structure_match,
 ]
 
 
@@ -96,30 +93,6 @@ def test_json_field_f1_counts_leaves_with_their_keys():
     assert metrics.json_field_f1(["nothing"], ['{"a": 1}']) == 0.0
 
 
-def test_tables_are_compared_cell_by_cell_wherever_they_stand():
-    talkative = "Here you are:\n\nItem|Price\n:-|-\nTea|2\nCake|4\n\nAnything else?"
-    assert metrics.table_structure_match([talkative], [TABLE]) == 1.0
-    assert metrics.table_cell_match([talkative], [TABLE]) == pytest.approx(5 / 6)
-    shorter = "| Item | Price |\n|---|---|\n| Tea | 2 |"
-    assert metrics.table_structure_match([shorter], [TABLE]) == 0.0
-    assert metrics.table_cell_match([shorter], [TABLE]) == pytest.approx(4 / 6)
-    assert metrics.table_cell_match([TABLE], [shorter]) == pytest.approx(4 / 6)
-    assert metrics.table_cell_match(["no table", TABLE], [TABLE, TABLE]) == 0.5
-    assert metrics.table_structure_match(["no table", TABLE], [TABLE, TABLE]) == 0.5
-
-
-@pytest.mark.parametrize("text", ["a | b\n---", "a\n|---|---|", "| a | b |", "|---|\n| a | b |"])
-def test_bars_alone_are_no_table(text):
-    assert metrics.table_cell_match([text], ["| a | b |\n|---|---|"]) == 0.0
-    assert metrics.table_structure_match([text], ["| a | b |\n|---|---|"]) == 0.0
-
-
-def test_an_escaped_bar_is_part_of_its_cell():
-    closed = "| a \\| b | c |\n|---|---|\n| d | e \\| |"
-    assert metrics.table_structure_match([closed], [TABLE.rsplit("\n", 1)[0]]) == 1.0
-    assert metrics.table_cell_match([closed.removesuffix(" |")], [closed]) == 1.0
-
-
 @pytest.mark.parametrize("metric", ALL, ids=lambda metric: metric.__name__)
 def test_every_metric_refuses_what_it_cannot_compare(metric):
     with pytest.raises(ValueError, match="0 predictions and 0 references"):
@@ -130,18 +103,9 @@ def test_every_metric_refuses_what_it_cannot_compare(metric):
         metric(["a", "b"], ["a", []])
 
 
-@pytest.mark.parametrize(
-    ("metric", "what"),
-    [
-        (metrics.json_field_f1, "Expecting value"),
-        (metrics.table_cell_match, "no Markdown table"),
-        (metrics.table_structure_match, "no Markdown table"),
-    ],
-)
-def test_a_reference_that_cannot_be_read_is_named(metric, what):
-    good = '{"a": 1}' if metric is metrics.json_field_f1 else TABLE
-    with pytest.raises(ValueError, match=rf"references\[1\]: {what}.*'plain words'"):
-        metric([good, good], [good, "plain words"])
+def test_a_reference_that_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match=r"references\[1\]: Expecting value.*'plain words'"):
+        metrics.json_field_f1(['{"a": 1}'] * 2, ['{"a": 1}', "plain words"])
 
 
 @pytest.mark.parametrize(
@@ -156,3 +120,12 @@ def test_a_reference_that_cannot_be_read_is_named(metric, what):
 )
 def test_row_score_is_1_where_the_row_is_right(metric, said, right, score):
     assert metrics.row_score(metric, said, right) == score
+
+
+def test_an_error_rate_of_ones_own_says_so_itself():
+    def wrong(predictions, references):
+        return float(predictions != references)
+
+    assert metrics.row_score(wrong, "a", "a") == 0.0
+    wrong.lower_is_better = True
+    assert metrics.row_score(wrong, "a", "a") == 1.0

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vlm_sft.evaluation.pages import Sample, write_samples_html
 
-EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(1)> & "quoted" {{rows}}'
+EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(1)> & "quoted" {{ samples }} {% for'
 PIXELS = Image.frombytes("RGB", (2, 1), bytes([255, 0, 0, 0, 0, 255]))
 SAMPLES = [
     Sample(images=[PIXELS], question="Which?", reference="7", before="1", after="7", score=1.0, score_before=0.0),
@@ -94,7 +94,7 @@ def test_page_without_before_has_no_such_column_and_filters(tmp_path):
 
 
 def test_pictures_lie_in_the_page_tiny_ones_exactly(tmp_path):
-    write_samples_html(SAMPLES, tmp_path / "samples.html", picture_px=100)
+    write_samples_html(SAMPLES, tmp_path / "samples.html", image_px=100)
     pictures = [
         (attrs.get("class"), Image.open(BytesIO(base64.b64decode(attrs["src"].split(",")[1]))))
         for attrs in Page(tmp_path / "samples.html").all("img")

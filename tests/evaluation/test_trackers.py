@@ -13,19 +13,20 @@ import pytest
 import runs
 from PIL import Image
 
-from vlm_sft.evaluation.callback import GenerationEvaluation, trackers
+from vlm_sft.chat.collator import ChatCollator
+from vlm_sft.evaluation.callback import evaluate_answers, log_samples
 from vlm_sft.evaluation.metrics import exact_match
 from vlm_sft.evaluation.pages import Sample
+from vlm_sft.models.loading import load_processor
 
 
 def evaluated(base: Path, output_dir: Path, report_to: list[str], **options: Any) -> Any:
     """A four-step run that evaluates three of five rows before training and every two steps."""
     options |= {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "eval_dataset": runs.rows(4)}
+    options["collator"] = ChatCollator(load_processor(base))
     trainer = runs.trainer(base, output_dir, callbacks=[], report_to=report_to, **options)
     metrics = {"accuracy": exact_match}
-    trainer.add_callback(
-        GenerationEvaluation(trainer, rows=runs.rows(5), metrics=metrics, num_rows=3, max_new_tokens=4)
-    )
+    evaluate_answers(trainer, runs.rows(5), metrics, num_rows=3, max_new_tokens=4)
     trainer.train()
     return trainer
 
@@ -45,8 +46,8 @@ def test_tensorboard_holds_numbers_pictures_and_answers(tiny_dir, tmp_path):
     [caption, *_] = events.Tensors("samples/1/text_summary")
     text = caption.tensor_proto.string_val[0].decode()
     # Rows 0, 1 and 3 of five.
-    assert text.startswith("How many are there?\n\nsaid: ")
-    assert text.endswith("right: There are 1.")
+    assert text.startswith("How many are there?\n\nprediction: ")
+    assert text.endswith("reference: There are 1.")
 
 
 def test_few_and_small_pictures_are_sent_and_only_to_trackers_that_are_on(monkeypatch):
@@ -64,11 +65,11 @@ def test_few_and_small_pictures_are_sent_and_only_to_trackers_that_are_on(monkey
         state=SimpleNamespace(global_step=7),
         callback_handler=SimpleNamespace(callbacks=[]),
     )
-    trackers.log_samples(trainer, samples)
+    log_samples(trainer, samples)
     [logged] = sent
     assert logged.pop("train/global_step") == 7
     assert list(logged) == [f"samples/{n}" for n in range(8)]
-    assert logged["samples/0"] == ((384, 192), "q0\n\nsaid: a\n\nright: r")
+    assert logged["samples/0"] == ((384, 192), "q0\n\nprediction: a\n\nreference: r")
 
 
 def in_web_environment(test: Any) -> Any:
@@ -85,7 +86,7 @@ def test_trackio_holds_numbers_and_pictures_on_this_machine(tiny_dir, tmp_path):
     assert [picture.size for picture in pictures] == [(32, 32)] * 9  # three at each of three evaluations
     held = b"".join(file.read_bytes() for file in folder.glob("digits.db*"))
     assert b"eval/accuracy" in held
-    assert b"right: There are 3." in held
+    assert b"reference: There are 3." in held
 
 
 @in_web_environment

@@ -24,7 +24,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from vlm_sft.chat.audit import audit
+from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops
 from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.models.freezing import freeze
 from vlm_sft.models.llava import assemble_llava, check_tower, plain_template
@@ -123,7 +123,17 @@ def test_a_qwen_keeps_its_size_its_shared_head_and_its_ends(
     assert not model.generation_config.do_sample
     model.save_pretrained(tmp_path / "llava")
     processor.save_pretrained(tmp_path / "llava")
-    audit(ChatCollator(load_processor(tmp_path / "llava")), [{"messages": TALK, "images": noise(1)}], model)
+    proven(model, load_processor(tmp_path / "llava"))
+
+
+def proven(model: Any, processor: Any) -> AuditReport:
+    """The report on one row, which the model takes, too."""
+    collator = ChatCollator(processor)
+    report = audit(collator, [{"messages": TALK, "images": noise(1)}])
+    check_stops(collator, report.rows, model.generation_config)
+    check_embedding(report.rows, model)
+    check_forward(collator, report.shortest, model)
+    return report
 
 
 def test_every_part_has_the_asked_dtype(parts: tuple[Path, Path]) -> None:
@@ -155,7 +165,7 @@ def test_every_answer_is_written_with_its_end_and_trained(assembled: tuple[Any, 
     text = "Be brief. USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>"
     assert processor.apply_chat_template(TALK) == text
     assert processor.apply_chat_template(TALK[:2], add_generation_prompt=True) == text[: text.index(" A cat")]
-    report = audit(ChatCollator(processor), [{"messages": TALK, "images": noise(1)}], model)
+    report = proven(model, processor)
     assert report.answers == {"end with '</s>'": 2}
     assert report.prompts == {"equal those of inference": 2}
 

@@ -1,18 +1,19 @@
 """Conversations in, a training batch out, with labels that hold only what the model has to learn.
 
-Shapes: `B` rows, `T` tokens of the longest row. No model family is named here: the processor and its chat template
-are asked.
+Pass a `ChatCollator` as `data_collator`. No model family is named here: the processor and its chat template are asked.
+Shapes: `B` rows, `T` tokens of the longest row. The methods stand in the order of a row's trip.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,14 +21,19 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-from vlm_sft.chat import labels, messages
-from vlm_sft.chat import template as spans
 from vlm_sft.chat.images import to_rgb
-from vlm_sft.chat.labels import IGNORE_INDEX
-from vlm_sft.chat.messages import Conversation, Message
+from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, guard_reserved, normalise
+from vlm_sft.chat.template import ChatTemplate, Rendered, Turn
 
 logger = logging.getLogger(__name__)
 
+IGNORE_INDEX = -100
+
+Replacements = Sequence[Mapping[str, Any]]
+"""What a processor put in the place of each image placeholder, as `return_text_replacement_offsets=True` returns it:
+`span` in the rendered text, `new_span` and `replacement` in the expanded one."""
+
+_EMPTY = torch.empty(0)
 _BLANK = {
     "row": -1,
     "images": [Image.new("RGB", (64, 64))],
@@ -38,104 +44,135 @@ _BLANK = {
 }
 
 
-class Source(NamedTuple):
-    """A row as it was read and rendered, image placeholders not yet expanded; `trained` are those of its turns that
-    are trained on."""
+@dataclass(frozen=True, kw_only=True)
+class CollatorSettings:
+    """The keywords of `ChatCollator`, which explains them. Raises `ValueError` for all that are wrong at once."""
+
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    max_length: int | None = None
+    truncation: Literal["error", "trim", "drop"] = "error"
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    stop_token: str | None = "auto"
+    reserved_tokens: Literal["error", "escape"] = "error"
+    padding_free: bool = False
+    pad_to_multiple_of: int | None = None
+    name_rows: bool = True
+    image_in_every_batch: bool | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name}={value!r} (one of {', '.join(map(repr, known))})"
+            for name, value, known in (
+                ("train_on", self.train_on, ("assistant", "last_assistant", "all")),
+                ("truncation", self.truncation, ("error", "trim", "drop")),
+                ("reserved_tokens", self.reserved_tokens, ("error", "escape")),
+            )
+            if value not in known
+        ]
+        if self.max_length is not None and self.max_length < 1:
+            wrong.append(f"max_length={self.max_length} (None or at least 1)")
+        if self.padding_free and self.pad_to_multiple_of is not None:
+            wrong.append(f"pad_to_multiple_of={self.pad_to_multiple_of} with padding_free=True (leave one out)")
+        if wrong:
+            raise ValueError(f"ChatCollator: {'; '.join(wrong)}")
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One conversation on its trip, without padding: what the audit looks at.
+
+    `rendered` has the image placeholders not yet expanded; `text` is what the tokenizer saw. `tokens` holds the
+    per-token model inputs, each [T]; `offsets` [T, 2] are characters of `text`; `image` [T] marks the tokens that
+    images bring; `turns` are all answers as characters of `text`, stop token included, and `trained` those of them that
+    are trained on.
+    """
 
     name: str
     number: int | None
     conversation: Conversation
-    rendered: spans.Rendered
-    trained: list[spans.Turn]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One encoded conversation, without padding: what the audit looks at.
-
-    `text` is what the tokenizer saw; `tokens` holds the per-token model inputs, each [T]; `offsets` [T, 2] are
-    characters of `text`; `image` [T] marks the tokens that images bring; `turns` are all answers as characters of
-    `text`, stop token included, and `trained` those of them that are trained on.
-    """
-
-    source: Source
-    text: str
-    tokens: dict[str, Tensor]
-    offsets: Tensor
-    labels: Tensor
-    image: Tensor
-    turns: list[spans.Turn]
-    trained: list[spans.Turn]
+    rendered: Rendered
+    text: str = ""
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    offsets: Tensor = _EMPTY
+    labels: Tensor = _EMPTY
+    image: Tensor = _EMPTY
+    turns: Sequence[Turn] = ()
+    trained: Sequence[Turn] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def name(self) -> str:
-        return self.source.name
 
-
-@dataclass(frozen=True)
 class ChatCollator:
     """Turns rows with `messages` and `images` into model inputs with `labels` [B, T].
 
-    Trained are the words of the assistant and the stop token behind them, from the exact place where the generation
-    prompt ends at inference. Never trained: padding (told by the attention mask, so also where pad is EOS) and every
-    token that an image brings. BOS is there once, as at inference.
+    The loss covers each assistant turn and the stop token that ends it, from the exact place where the generation
+    prompt ends at inference. Never trained: padding (identified by the attention mask, so it works when pad is EOS) and
+    every token that an image brings. BOS is there once, as at inference.
 
     - `train_on`: `"assistant"` (every answer; a message with `"train": False` is left out), `"last_assistant"`, or
       `"all"` (everything but padding and images).
     - `max_length`, `truncation`: a row with more tokens is an `"error"`; or `"trim"` drops its last exchanges with
       their images, then cuts the tail of the answer that is left (which then has no stop token), never an image; or
       `"drop"` leaves the row out and counts it in the log.
-    - `stop_token`: `"auto"` keeps the one the template writes and inserts EOS behind an answer where it writes none
-      (LLaVA-1.5); a token to insert instead; `None` inserts nothing.
+    - `chat_template_kwargs`, `stop_token`: see `ChatTemplate`.
     - `reserved_tokens`: control tokens typed as text are an `"error"`, or `"escape"` makes them plain text.
     - `padding_free`: one row [1, T] of all conversations with `position_ids` that begin again with each, and no
       attention mask (see `vlm_sft.chat.packing`, whose packs it takes as well).
-    - `name_rows`: adds `rows` [B], the numbers in the `row` column, for `StopOnNaN`, which names them and takes them
-      out before the model sees them.
-    - `key_pictures`: adds `pictures` [B, 2], a hash of the pixels of each row's pictures, for `FeatureCache`.
-    - `picture_in_every_batch`: a batch without a picture gets one more row, with a blank one, on which nothing is
-      trained. Processes that share a model wait for each other at each of its layers, also at those of the tower
-      (FSDP, ZeRO-3; DDP where tower or projector train). None is yes where several processes train.
-    - `generation_config`: a model, or its generation config, to check that generation ends at the stop token.
+    - `name_rows`: adds `rows` [B], where every example has a number in the column `row`, for `StopOnNaN`, which names
+      them and takes them out before the model sees them.
+    - `image_in_every_batch`: a batch without an image gets one more row, with a blank one, on which nothing is trained.
+      Processes that share a model wait for each other at each of its layers, also at those of the tower (FSDP, ZeRO-3;
+      DDP where tower or projector train). None is yes where several processes train.
 
     Raises `ValueError` at construction where this cannot be had from the processor, and for each bad row with its name
     (its `row` column where it has one, else its place in the batch).
     """
 
-    processor: Any
-    _: KW_ONLY
-    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
-    max_length: int | None = None
-    truncation: Literal["error", "trim", "drop"] = "error"
-    padding_side: Literal["right", "left"] = "right"
-    pad_to_multiple_of: int | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    stop_token: str | None = "auto"
-    reserved_tokens: Literal["error", "escape"] = "error"
-    padding_free: bool = False
-    name_rows: bool = False
-    picture_in_every_batch: bool | None = None
-    key_pictures: bool = False
-    generation_config: InitVar[Any] = None
-    stop_tokens: tuple[str, ...] = field(init=False, repr=False)
-    _added: re.Pattern[str] = field(init=False, repr=False)
-    _reserved: re.Pattern[str] = field(init=False, repr=False)
-    _image_ids: Tensor = field(init=False, repr=False, compare=False)
+    def __init__(self, processor: Any, **settings: Any) -> None:
+        self._settings = chosen = CollatorSettings(**settings)
+        self._template = ChatTemplate(processor, chosen.chat_template_kwargs, chosen.stop_token)
+        tokenizer = processor.tokenizer
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer")
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token; set processor.tokenizer.pad_token (it is never trained)")
+        self._image_ids = torch.tensor(sorted(self._template.image_ids), dtype=torch.long)
+        _ = self._template.stops  # raises where they cannot be had
 
-    def __post_init__(self, generation_config: Any) -> None:
-        self._check_settings()
+    @property
+    def settings(self) -> CollatorSettings:
+        return self._settings
+
+    @property
+    def template(self) -> ChatTemplate:
+        return self._template
+
+    @property
+    def processor(self) -> Any:
+        return self._template.processor
+
+    def with_settings(self, **changes: Any) -> ChatCollator:
+        """A collator of the same processor with some settings changed."""
+        return type(self)(self.processor, **(vars(self.settings) | changes))
+
+    def fingerprint(self) -> str:
+        """A sha256 of all that decides a row's tokens and labels, the same in every process; padding, naming and
+        `max_length` aside. What two processors with equal files and settings make has one fingerprint."""
         tokenizer = self.processor.tokenizer
-        added = tokenizer.added_tokens_decoder
-        object.__setattr__(self, "_added", _any_of(token.content for token in added.values()))
-        image_ids = self._probe_image_ids()
-        object.__setattr__(self, "_image_ids", torch.tensor(sorted(image_ids), dtype=torch.long))
-        reserved = {token.content for i, token in added.items() if token.special or i in image_ids}
-        object.__setattr__(self, "_reserved", _any_of(reserved | {self.processor.image_token}))
-        object.__setattr__(self, "stop_tokens", self._probe_stop_tokens())
-        self._check_stop_tokens(generation_config)
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        of_last_call = {"padding", "truncation"}  # tokenizers 0.22 writes them out as well
+        names = ("train_on", "chat_template_kwargs", "stop_token", "reserved_tokens")
+        described = [
+            f"{type(self).__module__}.{type(self).__qualname__}",
+            {key: value for key, value in backend.items() if key not in of_last_call},
+            tokenizer.special_tokens_map,
+            self.processor.to_dict(),
+            self.processor.chat_template,
+            {name: getattr(self.settings, name) for name in names},
+        ]
+        text = json.dumps(described, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else repr(v))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch: `input_ids`, `labels`, `attention_mask` (or `position_ids`) [B, T] and whatever else the processor
@@ -147,134 +184,91 @@ class ChatCollator:
                     f"{row.name}: no token is left to train on; give it an answer that is not marked 'train': false, "
                     "or drop the row"
                 )
-        if self._picture_is_due and not any(row.source.conversation.images for row in rows):
+        due = self.settings.image_in_every_batch
+        due = int(os.environ.get("WORLD_SIZE", "1")) > 1 if due is None else due
+        if due and not any(row.conversation.images for row in rows):
             (blank,), inputs = self.encode([_BLANK])
             rows = [*rows, replace(blank, labels=torch.full_like(blank.labels, IGNORE_INDEX))]
-        if self.name_rows:
-            if unknown := [row.name for row in rows if row.source.number is None]:
-                raise ValueError(f"name_rows=True needs a 'row' column; {', '.join(unknown)} has none")
-            inputs["rows"] = torch.tensor([row.source.number for row in rows])
-        if self.key_pictures:
-            inputs["pictures"] = torch.tensor([_key(row.source.conversation.images) for row in rows])
-        return {**(self._join(rows) if self.padding_free else self._pad(rows)), **inputs}
+        if self.settings.name_rows and all(isinstance(row.number, int) for row in rows):
+            inputs["rows"] = torch.tensor([row.number for row in rows])
+        return {**(self._join(rows) if self.settings.padding_free else self._pad(rows)), **inputs}
 
-    @property
-    def _picture_is_due(self) -> bool:
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        return several if self.picture_in_every_batch is None else self.picture_in_every_batch
-
-    def encode(self, examples: Sequence[Mapping[str, Any]]) -> tuple[list[Row], dict[str, Tensor]]:
+    def encode(self, examples: Sequence[Mapping[str, Any]]) -> tuple[list[EncodedRow], dict[str, Tensor]]:
         """The rows before padding, and the model inputs that are not per token (pixels). Rows dropped for their
         length are absent; `ValueError` if that leaves none."""
         examples = [example for packed in examples for example in packed.get("packed", [packed])]
         rows, inputs = self._process([self._read(example, place) for place, example in enumerate(examples)])
-        if self.max_length is None or all(len(row) <= self.max_length for row in rows):
+        limit = self.settings.max_length
+        if limit is None or all(len(row) <= limit for row in rows):
             return rows, inputs
-        fitted = [source for row in rows if (source := self._fit(row)) is not None]
+        fitted = [shorter for row in rows if (shorter := self._fit(row, limit)) is not None]
         if not fitted:
             raise ValueError(
-                f"every row of the batch ({', '.join(row.name for row in rows)}) is longer than max_length="
-                f"{self.max_length}; raise it, or set truncation='trim'"
+                f"every row of the batch ({', '.join(row.name for row in rows)}) is longer than max_length={limit}; "
+                "raise it, or set truncation='trim'"
             )
         rows, inputs = self._process(fitted)
-        return [_cut(row, self.max_length) for row in rows], inputs
+        return [_cut(row, limit) for row in rows], inputs
 
-    def _read(self, example: Mapping[str, Any], place: int) -> Source:
+    def _read(self, example: Mapping[str, Any], place: int) -> EncodedRow:
         number = example.get("row")
         name = f"example {place} of the batch" if number is None else f"row {number}"
         if "messages" not in example:
             raise ValueError(f"{name}: no field 'messages' among {', '.join(map(repr, example))}")
         try:
-            conversation = messages.normalise(example["messages"], example.get("images"))
-            messages.check_turns(conversation.messages)
-            guarded = spans.guard_reserved(
-                conversation.messages, self._reserved, escape=self.reserved_tokens == "escape"
-            )
-            return self._source(name, number, Conversation(guarded, [to_rgb(image) for image in conversation.images]))
+            messages, images = normalise(example["messages"], example.get("images"))
+            check_turns(messages)
+            conversation = Conversation(self.guard(messages), [to_rgb(image) for image in images])
+            return EncodedRow(name, number, conversation, self._render(conversation))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def _source(self, name: str, number: int | None, conversation: Conversation) -> Source:
-        answers = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        if self.train_on == "last_assistant":
-            answers = answers[-1:]
-        chosen = {n for n in answers if conversation.messages[n].get("train", True)}
-        rendered = spans.locate(
-            conversation.messages,
-            self._render,
-            added_tokens=self._added,
-            stop_to_insert=self.processor.tokenizer.eos_token if self.stop_token == "auto" else self.stop_token,
-            trained=chosen,
-        )
+    def guard(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages without control tokens typed as text, as `reserved_tokens` says."""
+        return guard_reserved(messages, self.template.reserved, escape=self.settings.reserved_tokens == "escape")
+
+    def _render(self, conversation: Conversation) -> Rendered:
+        rendered = self.template.locate(conversation.messages, self._trained(conversation))
         if (found := rendered.text.count(self.processor.image_token)) != len(conversation.images):
             raise ValueError(
                 f"the chat template wrote {found} {self.processor.image_token} for {len(conversation.images)} images; "
                 "use a template that writes one for each image part"
             )
-        return Source(name, number, conversation, rendered, [t for t in rendered.turns if t.message in chosen])
+        return rendered
 
-    def _render(self, conversation: Sequence[Message], prompt: bool) -> str:
-        text: str = self.processor.apply_chat_template(
-            list(conversation), tokenize=False, add_generation_prompt=prompt, **(self.chat_template_kwargs or {})
-        )
-        return text
+    def _trained(self, conversation: Conversation) -> set[int]:
+        """Numbers of the messages that are trained on."""
+        answers = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if self.settings.train_on == "last_assistant":
+            answers = answers[-1:]
+        return {n for n in answers if conversation.messages[n].get("train", True)}
 
-    def _process(self, sources: list[Source]) -> tuple[list[Row], dict[str, Tensor]]:
-        """Rows and other inputs, by one call of the processor."""
-        texts = [source.rendered.text for source in sources]
-        inputs, offsets, replacements = self._call_processor(texts, [s.conversation.images for s in sources])
+    def _process(self, rows: Sequence[EncodedRow]) -> tuple[list[EncodedRow], dict[str, Tensor]]:
+        """The rendered rows with tokens and labels, and other inputs, by one call of the processor."""
+        inputs, offsets, replacements = self._call_processor(rows)
         attention_mask = inputs.pop("attention_mask").bool()
         per_token = {key: inputs.pop(key) for key in list(inputs) if inputs[key].shape == attention_mask.shape}
-        rows = []
-        for b, source in enumerate(sources):
+        encoded = []
+        for b, row in enumerate(rows):
             real = attention_mask[b]
             tokens = {key: value[b][real] for key, value in per_token.items()}
-            rows.append(self._row(source, tokens, offsets[b][real], replacements[b]))
-        return rows, inputs
+            encoded.append(self._label(row, tokens, offsets[b][real], replacements[b]))
+        return encoded, inputs
 
-    def _row(
-        self, source: Source, tokens: dict[str, Tensor], offsets: Tensor, replacements: labels.Replacements
-    ) -> Row:
-        """The row with its labels; tokens that straddle the start of a trained answer are cut there."""
-        text = labels.expand(source.rendered.text, replacements)
-        trained = [_move(turn, replacements) for turn in source.trained]
-        if starts := labels.straddled(offsets, [turn.start for turn in trained]):
-            tokens, offsets = self._cut_tokens(text, tokens, offsets, starts)
-        input_ids = tokens["input_ids"]
-        image = labels.tokens_in(offsets, [tuple(replaced["new_span"]) for replaced in replacements])
-        image |= torch.isin(input_ids, self._image_ids)
-        if self.train_on == "all":
-            learned = torch.ones_like(image)
-        else:
-            learned = labels.tokens_in(offsets, [(turn.start, turn.end) for turn in trained])
-        row = Row(
-            source=source,
-            text=text,
-            tokens=tokens,
-            offsets=offsets,
-            labels=labels.make_labels(input_ids, learned, image),
-            image=image,
-            turns=[_move(turn, replacements) for turn in source.rendered.turns],
-            trained=trained,
-        )
-        self._prove(row)
-        return row
-
-    def _call_processor(
-        self, texts: list[str], images: list[list[Any]]
-    ) -> tuple[dict[str, Tensor], Tensor, list[labels.Replacements]]:
+    def _call_processor(self, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor, list[Replacements]]:
         """Model inputs, right-padded; character offsets [B, T, 2]; what took the place of each placeholder."""
-        starts_with_bos = {text.startswith(self.processor.tokenizer.bos_token or "\0") for text in texts}
-        if len(starts_with_bos) > 1:
+        texts, images = [row.rendered.text for row in rows], [list(row.conversation.images) for row in rows]
+        add_special_tokens = {self.template.add_special_tokens(text) for text in texts}
+        if len(add_special_tokens) > 1:
             raise ValueError("the chat template writes BOS for some rows of the batch only; use another template")
         output = self.processor(
             text=texts,
-            images=[list(row) for row in images] if any(images) else None,
-            add_special_tokens=not starts_with_bos.pop(),
+            images=images if any(images) else None,
+            add_special_tokens=add_special_tokens.pop(),
             padding=True,
             padding_side="right",
             # Tensors for pixels alone: the processors of Idefics3 and InternVL would try to make one of the
-            # replacements (transformers 5.23). Pictures are RGB here, and to convert them again would copy them.
+            # replacements (transformers 5.23). Images are RGB here, and to convert them again would copy them.
             images_kwargs={"return_tensors": "pt", "do_convert_rgb": False},
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
@@ -284,6 +278,33 @@ class ChatCollator:
             output[name] = torch.from_numpy(np.array(output[name]))  # 4 times as fast as torch.tensor from lists
         inputs = dict(BatchFeature(dict(output), tensor_type="pt"))
         return inputs, inputs.pop("offset_mapping"), replacements
+
+    def _label(
+        self, row: EncodedRow, tokens: dict[str, Tensor], offsets: Tensor, replacements: Replacements
+    ) -> EncodedRow:
+        """The row with its labels; tokens that hold the start of a trained answer inside are cut there."""
+        text = _expand(row.rendered.text, replacements)
+        turns = [
+            turn._replace(start=_shift(turn.start, replacements), end=_shift(turn.end, replacements))
+            for turn in row.rendered.turns
+        ]
+        chosen = self._trained(row.conversation)
+        trained = [turn for turn in turns if turn.message in chosen]
+        start, end = offsets.unbind(-1)
+        if cuts := [turn.start for turn in trained if ((start < turn.start) & (end > turn.start)).any()]:
+            tokens, offsets = self._cut_tokens(text, tokens, offsets, cuts)
+        input_ids = tokens["input_ids"]
+        image = tokens_in(offsets, [tuple(replaced["new_span"]) for replaced in replacements])
+        image |= torch.isin(input_ids, self._image_ids)
+        learned = torch.ones_like(image)
+        if self.settings.train_on != "all":
+            learned = tokens_in(offsets, [(turn.start, turn.end) for turn in trained])
+        labels = input_ids.where(learned & ~image, IGNORE_INDEX)
+        row = replace(
+            row, text=text, tokens=tokens, offsets=offsets, labels=labels, image=image, turns=turns, trained=trained
+        )
+        self._prove(row)
+        return row
 
     def _cut_tokens(
         self, text: str, tokens: dict[str, Tensor], offsets: Tensor, starts: list[int]
@@ -302,12 +323,12 @@ class ChatCollator:
         same = torch.searchsorted(ends, offsets[:, 0].contiguous(), right=True).clamp(max=len(ends) - 1)
         return {key: value[same] for key, value in tokens.items()} | {"input_ids": torch.cat(pieces)}, offsets
 
-    def _prove(self, row: Row) -> None:
+    def _prove(self, row: EncodedRow) -> None:
         """Raises unless each trained answer ends with its stop token: offsets and ids then speak of the same text."""
         for turn in row.trained:
             if turn.stop is None:
                 continue
-            inside = labels.tokens_in(row.offsets, [(turn.start, turn.end)]).nonzero().flatten()
+            inside = tokens_in(row.offsets, [(turn.start, turn.end)]).nonzero().flatten()
             expected = self.processor.tokenizer.convert_tokens_to_ids(turn.stop)
             if not len(inside) or row.tokens["input_ids"][inside[-1]] != expected:
                 raise ValueError(
@@ -316,162 +337,88 @@ class ChatCollator:
                     "so labels cannot be placed"
                 )
 
-    def _fit(self, row: Row) -> Source | None:
+    def _fit(self, row: EncodedRow, limit: int) -> EncodedRow | None:
         """What fits into `max_length`: all, fewer exchanges, the first one (whose tail is cut later), or None."""
-        assert self.max_length is not None
-        if len(row) <= self.max_length:
-            return row.source
-        if self.truncation == "error":
+        if len(row) <= limit:
+            return row
+        if self.settings.truncation == "error":
             raise ValueError(
-                f"{row.name}: {len(row)} tokens ({int(row.image.sum())} from images), more than "
-                f"max_length={self.max_length}; raise it, or set truncation='trim' or 'drop'"
+                f"{row.name}: {len(row)} tokens ({int(row.image.sum())} from images), more than max_length={limit}; "
+                "raise it, or set truncation='trim' or 'drop'"
             )
-        if self.truncation == "drop":
-            logger.warning("%s: dropped, %d tokens are more than max_length=%d", row.name, len(row), self.max_length)
+        if self.settings.truncation == "drop":
+            logger.warning("%s: dropped, %d tokens are more than max_length=%d", row.name, len(row), limit)
             return None
-        _, number, (talk, images), *_ = row.source
-        answers = [n for n, message in enumerate(talk) if message["role"] == "assistant"]
+        messages, images = row.conversation
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         for last in reversed(answers[:-1]):
-            kept = talk[: last + 1]
-            shorter = Conversation(kept, images[: messages.count_images(kept)])
-            [row], _ = self._process([self._source(row.name, number, shorter)])
-            if len(row) <= self.max_length:
-                return row.source
+            # Rendered and processed again: a template or tiling may write a shorter conversation differently.
+            kept = messages[: last + 1]
+            shorter = Conversation(kept, images[: count_images(kept)])
+            [row], _ = self._process([replace(row, conversation=shorter, rendered=self._render(shorter))])
+            if len(row) <= limit:
+                return row
+        trained = (row.labels != IGNORE_INDEX).nonzero()
         needed = max(
             int(row.image.nonzero().max()) + 1 if row.image.any() else 0,
-            int((row.labels != IGNORE_INDEX).nonzero().min()) + 1 if (row.labels != IGNORE_INDEX).any() else len(row),
+            int(trained.min()) + 1 if len(trained) else len(row),
         )
-        if needed > self.max_length:
+        if needed > limit:
             raise ValueError(
-                f"{row.name}: its first question with its images takes {needed - 1} tokens, so max_length="
-                f"{self.max_length} leaves no room for an answer; raise it, make images smaller, or drop the row"
+                f"{row.name}: its first question with its images takes {needed - 1} tokens, so max_length={limit} "
+                "leaves no room for an answer; raise it, make images smaller, or drop the row"
             )
-        return row.source
+        return row
 
-    def _pad(self, rows: list[Row]) -> dict[str, Tensor]:
-        length = max(map(len, rows))
-        if multiple := self.pad_to_multiple_of:
-            length = -(-length // multiple) * multiple
+    def _pad(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
+        multiple = self.settings.pad_to_multiple_of or 1
+        length = -(-max(map(len, rows)) // multiple) * multiple
         fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
         columns = [{**row.tokens, "labels": row.labels, "attention_mask": torch.ones_like(row.labels)} for row in rows]
 
         def padded(values: Tensor, value: int) -> Tensor:
-            missing = length - len(values)
-            sides = (0, missing) if self.padding_side == "right" else (missing, 0)
-            return torch.nn.functional.pad(values, sides, value=value)
+            return torch.nn.functional.pad(values, (0, length - len(values)), value=value)
 
         return {key: torch.stack([padded(column[key], fill.get(key, 0)) for column in columns]) for key in columns[0]}
 
-    def _join(self, rows: list[Row]) -> dict[str, Tensor]:
+    def _join(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """All rows in one. The first token of each is not trained: the last one of the row before would predict it."""
         labels = [torch.cat([row.labels.new_tensor([IGNORE_INDEX]), row.labels[1:]]) for row in rows]
         joined = {key: torch.cat([row.tokens[key] for row in rows])[None] for key in rows[0].tokens}
         positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
         return {**joined, "position_ids": positions, "labels": torch.cat(labels)[None]}
 
-    def _check_settings(self) -> None:
-        wrong = [
-            f"{name}={value!r} (one of {', '.join(map(repr, known))})"
-            for name, value, known in (
-                ("train_on", self.train_on, ("assistant", "last_assistant", "all")),
-                ("truncation", self.truncation, ("error", "trim", "drop")),
-                ("padding_side", self.padding_side, ("right", "left")),
-                ("reserved_tokens", self.reserved_tokens, ("error", "escape")),
-            )
-            if value not in known
-        ]
-        if self.max_length is not None and self.max_length < 1:
-            wrong.append(f"max_length={self.max_length} (None or at least 1)")
-        if self.padding_free and self.pad_to_multiple_of is not None:
-            wrong.append(f"pad_to_multiple_of={self.pad_to_multiple_of} with padding_free=True (leave one out)")
-        if wrong:
-            raise ValueError(f"ChatCollator: {'; '.join(wrong)}")
-        processor, kind = self.processor, type(self.processor).__name__
-        if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_token", None) is None:
-            raise ValueError(f"{kind} is no processor for images and text; pass load_processor(...) of a VLM")
-        if processor.chat_template is None:
-            raise ValueError(
-                f"{kind} has no chat template. Prefix and suffix without a chat (PaliGemma) are not trained by "
-                "ChatCollator: call processor(text=..., images=..., suffix=...) in a collator of your own. For a base "
-                "model, set processor.chat_template"
-            )
-        if not processor.tokenizer.is_fast:
-            raise ValueError(f"{type(processor.tokenizer).__name__} gives no character offsets; use a fast tokenizer")
-        if processor.tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no pad token; set processor.tokenizer.pad_token (it is never trained)")
-        if self.stop_token not in ("auto", None) and self.stop_token not in processor.tokenizer.get_vocab():
-            raise ValueError(f"stop_token={self.stop_token!r} is not a token of {type(processor.tokenizer).__name__}")
 
-    def _probe_image_ids(self) -> set[int]:
-        """Ids of added tokens that only an image brings (the template may write some of them itself), found by
-        encoding one question with and without a picture."""
-        word = {"type": "text", "text": "x"}
-        seen = []
-        for content in ([{"type": "image"}, word], [word]):
-            text = self._render([{"role": "user", "content": content}], True)
-            pictures = [[Image.new("RGB", (64, 48))] if len(content) > 1 else []]
-            try:
-                inputs, _, replacements = self._call_processor([text], pictures)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{type(self.processor).__name__} cannot encode a question: {error}") from error
-            if pictures[0] and not replacements[0]:
-                raise ValueError(
-                    f"{type(self.processor).__name__} does not report what it writes in the place of an image "
-                    "(return_text_replacement_offsets), so labels could not be proven right; use a model whose "
-                    "processor does"
-                )
-            seen.append(set(inputs["input_ids"][0].tolist()))
-        with_image, without = seen
-        return {i for i in with_image - without if i in self.processor.tokenizer.added_tokens_decoder}
-
-    def _probe_stop_tokens(self) -> tuple[str, ...]:
-        """The stop tokens of a one-turn conversation, as it is trained on."""
-        talk = [
-            {"role": role, "content": [{"type": "text", "text": text}]}
-            for role, text in (("user", "x"), ("assistant", "y"))
-        ]
-        turns = self._source("a probe", None, Conversation(talk, [])).rendered.turns
-        found = tuple(turn.stop for turn in turns if turn.stop)
-        if self.stop_token not in ("auto", None) and found != (self.stop_token,):
-            raise ValueError(
-                f"stop_token={self.stop_token!r}, but the chat template itself writes {found[0]!r} behind an answer; "
-                "use stop_token='auto', or a template without it"
-            )
-        return found
-
-    def _check_stop_tokens(self, generation_config: Any) -> None:
-        config = getattr(generation_config, "generation_config", generation_config)
-        if config is None:
-            return
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        for token in self.stop_tokens:
-            learned = self.processor.tokenizer.convert_tokens_to_ids(token)
-            if learned not in ends:
-                raise ValueError(
-                    f"the model learns to stop with {token!r} (id {learned}), but generation ends at {ends}; set "
-                    f"model.generation_config.eos_token_id = {[i for i in ends if i is not None] + [learned]}"
-                )
+def tokens_in(offsets: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Which tokens overlap one of the character spans: bool [T], from offsets [T, 2]. Tokens without characters
+    (those that the tokenizer adds) overlap none."""
+    start, end = offsets.unbind(-1)
+    inside = torch.zeros(len(offsets), dtype=torch.bool)
+    for span_start, span_end in spans:
+        inside |= (start < span_end) & (end > span_start)
+    return inside & (start < end)
 
 
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of the tokens; white space is text, not a token."""
-    spelled = sorted({token for token in tokens if token.strip()}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
+def _expand(text: str, replacements: Replacements) -> str:
+    """The text that the tokenizer saw: each placeholder replaced by what its image brings."""
+    pieces, copied = [], 0
+    for replaced in replacements:
+        start, end = replaced["span"]
+        pieces += [text[copied:start], replaced["replacement"]]
+        copied = end
+    return "".join([*pieces, text[copied:]])
 
 
-def _key(pictures: Sequence[Any]) -> list[int]:
-    """128 bits as two numbers, and zeros without a picture."""
-    digest = hashlib.blake2b(digest_size=16)
-    for picture in pictures:
-        digest.update(repr(picture.size).encode() + picture.tobytes())
-    return [int(n) for n in np.frombuffer(digest.digest(), dtype=np.int64)] if pictures else [0, 0]
+def _shift(position: int, replacements: Replacements) -> int:
+    """Where a character of the rendered text stands in the expanded one."""
+    before = bisect_right([replaced["span"][1] for replaced in replacements], position)
+    if not before:
+        return position
+    last = replacements[before - 1]
+    return position + int(last["new_span"][1]) - int(last["span"][1])
 
 
-def _move(turn: spans.Turn, replacements: labels.Replacements) -> spans.Turn:
-    return turn._replace(start=labels.moved(turn.start, replacements), end=labels.moved(turn.end, replacements))
-
-
-def _cut(row: Row, length: int) -> Row:
+def _cut(row: EncodedRow, length: int) -> EncodedRow:
     return replace(
         row,
         tokens={key: value[:length] for key, value in row.tokens.items()},

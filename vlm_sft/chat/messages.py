@@ -8,7 +8,7 @@ part). `normalise` turns each into one shape, or says what is wrong and where.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 ROLES = ("system", "user", "assistant")
@@ -16,6 +16,8 @@ Message = dict[str, Any]
 
 # `sanitize_control_tokens` of transformers 5.23 writes them; typed in front of an image part, they undo it in silence.
 _PROCESSOR_MARKS = re.compile("[\U000f0000\U000f0001]")
+# Breaks the spelling of a reserved token for the tokenizer, unseen by a reader.
+_WORD_JOINER = "\u2060"
 
 
 class Conversation(NamedTuple):
@@ -90,6 +92,37 @@ def check_turns(messages: Sequence[Message]) -> None:
             f"messages[{len(roles) - 1}] is from {roles[-1]} and nothing answers it; end with an assistant message or "
             "drop it"
         )
+
+
+def guard_reserved(messages: Sequence[Message], reserved: re.Pattern[str], *, escape: bool) -> list[Message]:
+    """The messages, free of reserved tokens typed as text; with `escape` a word joiner (U+2060) is put after the
+    first character of each, so that the model reads the text and the tokenizer sees no token.
+
+    Raises `ValueError` naming message and token, also for a token that two neighbouring parts form together.
+    """
+    guarded = []
+    for number, message in enumerate(messages):
+        if escape:
+            message = with_texts(
+                message, lambda _, text: reserved.sub(lambda m: m[0][0] + _WORD_JOINER + m[0][1:], text)
+            )
+        if found := sorted(set(reserved.findall(text_of(message)))):
+            raise ValueError(
+                f"messages[{number}] ({message['role']}) holds {', '.join(map(repr, found))} as text, which the "
+                "tokenizer would read as control tokens; remove them, write an image as {'type': 'image'}, or set "
+                "reserved_tokens='escape'"
+            )
+        guarded.append(message)
+    return guarded
+
+
+def with_texts(message: Message, change: Callable[[int, str], str]) -> Message:
+    """The message with each text replaced by `change(number of the part, text)`."""
+    content = [
+        {**part, "text": change(number, part["text"])} if part["type"] == "text" else part
+        for number, part in enumerate(message["content"])
+    ]
+    return {**message, "content": content}
 
 
 def text_of(message: Message) -> str:

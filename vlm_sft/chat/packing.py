@@ -1,18 +1,17 @@
 """Rows without padding: several conversations in one row, each with positions of its own.
 
 A collator with `padding_free=True` makes the row; attention then tells the conversations apart by their positions
-(transformers 5.23, `masking_utils`), which not every model does. So: `accept_flat_rows` prepares the model, and
-`CheckFlatRows` proves on rows of the dataset that nothing changes. It pays with an attention kernel for variable
+(transformers 5.23, `masking_utils`), which not every model does. So: `enable_padding_free` prepares the model, and
+`check_padding_free` proves on rows of the dataset that nothing changes. It pays with an attention kernel for variable
 lengths (FlashAttention); with SDPA a row of T tokens costs T squared, so there group by length instead.
 
-    collator = ChatCollator(processor, padding_free=accept_flat_rows(model))
+    collator = ChatCollator(processor, padding_free=enable_padding_free(model))
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,24 +19,24 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils.generic import is_flash_attention_requested
 
-from vlm_sft.chat.labels import IGNORE_INDEX
+from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
+from vlm_sft.common import base_of, evaluating
 
 
 def pack(dataset: Dataset, lengths: Sequence[int] | None = None, *, max_length: int) -> Dataset:
     """Rows `{"packed", "length"}`, each of whole conversations of `dataset` with at most `max_length` tokens together.
 
     Best fit, longest first: each conversation goes where the least room is left (Krell et al., arXiv 2107.02027). Every
-    row of the dataset is in exactly one pack, and is read, pictures and all, when its pack is. `lengths` holds the
-    tokens of each row, images included; the column `length` (`with_lengths`) unless given.
+    row of the dataset is in exactly one pack, and is read, images and all, when its pack is. `lengths` holds the
+    tokens of each row, images included; the column `length` (`check_rows`) unless given.
 
     Raises `ValueError` naming the rows that are longer than `max_length`, and for lengths that do not fit the dataset.
     """
     if lengths is None:
         if "length" not in dataset.column_names:
-            raise ValueError("no lengths: give them, or a dataset with the column `length` (with_lengths adds it)")
+            raise ValueError("no lengths: give them, or a dataset with the column `length` (check_rows adds it)")
         lengths = dataset.with_format(None)["length"][:]
     if len(lengths) != len(dataset):
         raise ValueError(f"{len(lengths)} lengths for {len(dataset)} rows; give one for each row")
@@ -59,35 +58,34 @@ def pack(dataset: Dataset, lengths: Sequence[int] | None = None, *, max_length: 
     return table.with_transform(partial(_read_packs, dataset=dataset))
 
 
-def accept_flat_rows(model: nn.Module) -> bool:
-    """Lets a model with three-dimensional positions (Qwen-VL) take rows without padding: its own `get_rope_index`
-    numbers each conversation, which is told by where `position_ids` [1, T] begins again. Other models are left alone.
+def enable_padding_free(model: nn.Module) -> bool:
+    """Whether rows without padding pay: with FlashAttention, of whatever source, and no other attention.
 
-    Whether such rows pay: with FlashAttention, of whatever source, and no other attention.
+    A model with three-dimensional positions (Qwen-VL) is made to take them: its own `get_rope_index` numbers each
+    conversation, which is told by where `position_ids` [1, T] begins again. Other models are left as they are.
     """
-    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base = base_of(model)
     if hasattr(base.model, "get_rope_index"):
         # On the inner model: PEFT and TRL call the outer one in ways of their own.
         base.model.register_forward_pre_hook(_number_positions, with_kwargs=True)
     return bool(is_flash_attention_requested(base.config.get_text_config()))
 
 
-def check_flat_rows(model: Any, collator: Any, rows: Sequence[Mapping[str, Any]]) -> float:
-    """The largest difference of a trained token's loss between rows in a padded batch and the same rows in one.
+def check_padding_free(model: Any, collator: ChatCollator, rows: Sequence[Mapping[str, Any]]) -> float:
+    """The largest difference of a trained token's loss between the first two rows (of packs, the rows in them) in a
+    padded batch and in one row. The model should be on its device and in its precision.
 
     Raises `ValueError` where it is more than the rounding of this precision, which is what padding itself changes: the
-    model then mixes the conversations of a row, or attends to pictures in both directions (Gemma).
+    model then mixes the conversations of a row, or attends to images in both directions (Gemma).
     """
-    settings = {"name_rows": False, "key_pictures": False, "generation_config": None}
-    collate = [replace(collator, padding_free=free, **settings) for free in (False, True)]
-    training = model.training
-    model.eval()
-    try:
-        padded, flat = (_token_losses(model, make(rows)) for make in collate)
-        alone = torch.cat([_token_losses(model, collate[0]([row])) for row in rows])
-    finally:
-        model.train(training)
-    difference, rounding = (float((losses - padded).abs().max()) for losses in (flat, alone))
+    rows = [row for example in rows for row in example.get("packed", [example])][:2]
+    padded, flat = (
+        collator.with_settings(padding_free=free, pad_to_multiple_of=None, name_rows=False) for free in (False, True)
+    )
+    with evaluating(model):
+        expected, found = (_token_losses(model, collate(rows)) for collate in (padded, flat))
+        alone = torch.cat([_token_losses(model, padded([row])) for row in rows])
+    difference, rounding = (float((losses - expected).abs().max()) for losses in (found, alone))
     if difference > max(1e-4, 4 * rounding):
         raise ValueError(
             f"{type(model).__name__}: rows without padding change the loss of a token by up to {difference:.2g} "
@@ -95,20 +93,6 @@ def check_flat_rows(model: Any, collator: Any, rows: Sequence[Mapping[str, Any]]
             "padding_free=False and group by length"
         )
     return difference
-
-
-class CheckFlatRows(TrainerCallback):
-    """Runs `check_flat_rows` on the first two rows of the dataset before the first step, with the model as it trains:
-    on its device, in its precision. Does nothing where the collator pads."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        loader = kwargs["train_dataloader"]
-        if getattr(loader.collate_fn, "padding_free", False):
-            first = [loader.dataset[n] for n in range(min(2, len(loader.dataset)))]
-            rows = [row for example in first for row in example.get("packed", [example])]
-            check_flat_rows(kwargs["model"], loader.collate_fn, rows[:2])
 
 
 def _read_packs(batch: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
@@ -136,7 +120,7 @@ def _number_positions(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _token_losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The loss of each trained token, row by row."""
-    inputs = {name: value.to(model.device) for name, value in batch.items() if name not in ("labels", "rows")}
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits[:, :-1]
     labels = batch["labels"][:, 1:].to(logits.device)

@@ -1,30 +1,34 @@
-"""Where the assistant's words lie in a rendered conversation, and what stops them.
+"""A processor's chat template: the text of a conversation, and where the assistant's words lie in it.
 
-Nothing is searched for: the template is rendered again with invisible marks round each text, and up to each prompt.
-So text that imitates a turn changes nothing, and text that the template leaves out is noticed.
+Use one `ChatTemplate` for training, audit, generation and evaluation: the prompt of training is then the prompt of
+inference. Nothing is searched for: the template is rendered again with invisible marks round each text, and up to each
+prompt. So text that imitates a turn changes nothing, and text that the template leaves out is noticed.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Container, Iterable, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
-from vlm_sft.chat.messages import Message, text_of
+from PIL import Image
 
-Render = Callable[[Sequence[Message], bool], str]
-"""(messages, add_generation_prompt) -> text, by the processor's chat template."""
-Style = Callable[[Sequence[Message]], Sequence[Message]]
+from vlm_sft.chat.messages import Message, text_of, with_texts
+from vlm_sft.common import eos_ids
+
+Style = Callable[[Sequence[Message]], list[Message]]
 """How the same messages are handed to a template."""
+Render = Callable[[Sequence[Message], bool], str]
+"""(messages, add_generation_prompt) -> text, in one style."""
 Part = tuple[int, int]
 """A text part: number of the message, number of the part in it."""
 
-# One private-use character before and one behind each text; plane 16 holds no assigned character.
+# One private-use character before and one after each text; plane 16 holds no assigned character.
 _FIRST_MARK = 0x100000
 _MARK = re.compile("[\U00100000-\U0010fffd]")
-# Breaks the spelling of a reserved token for the tokenizer, unseen by a reader.
-_WORD_JOINER = "\u2060"
 
 
 class Turn(NamedTuple):
@@ -38,129 +42,213 @@ class Turn(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation (image placeholders not yet expanded) and its assistant turns."""
+    """The text of a conversation (image placeholders not yet expanded), its assistant turns, and the first style of
+    handing it to the template that loses no text."""
 
     text: str
     turns: list[Turn]
+    style: Style
 
 
-def locate(
-    messages: Sequence[Message],
-    render: Render,
-    *,
-    added_tokens: re.Pattern[str],
-    stop_to_insert: str | None,
-    trained: Container[int],
-) -> Rendered:
-    """The conversation as it is trained on, with the span of each assistant message.
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Renders conversations by `processor.apply_chat_template(..., **kwargs)`.
 
-    A span starts where the generation prompt ends, so that training and inference meet at the same character. Where
-    the template writes the header of an answer with other white space than its generation prompt (LLaVA-OneVision),
-    the generation prompt's is used. A span ends with the last added token that the template writes behind the answer;
-    where there is none (LLaVA-1.5), `stop_to_insert` takes the place of the white space there, as in the original
-    LLaVA (`conv_vicuna_v1`, haotian-liu/LLaVA llava/conversation.py).
+    `stop_token`: `"auto"` keeps the one the template writes and inserts EOS after an answer where it writes none
+    (LLaVA-1.5); a token to insert instead; `None` inserts nothing.
 
-    Raises `ValueError` where the template refuses the messages, leaves out a text, or prompts for a message of
-    `trained` otherwise than it writes it (thinking templates).
+    Raises `ValueError` for a processor without a chat, and for a stop token that is unknown.
     """
-    messages, render, plain, texts = _render_whole(messages, render)
-    pieces: list[str] = []
-    turns: list[Turn] = []
-    copied = length = 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = render(messages[:number], True)
-        found = [texts[number, part] for part in range(len(message["content"])) if (number, part) in texts]
-        # A blank answer may leave no trace; it lies right behind the prompt.
-        words_start, words_end = (found[0][0], found[-1][1]) if found else (None, len(prompt))
-        if plain.startswith(prompt) and len(prompt) <= (words_end if words_start is None else words_start):
-            header, begin = "", len(prompt)
-        elif words_start is not None and (common := _same_but_white_space(plain[:words_start], prompt)) is not None:
-            header, begin = prompt[common:], words_start
-            pieces.append(plain[copied:common])
-            copied, length = words_start, length + common - copied
-        elif number in trained:
+
+    processor: Any
+    kwargs: Mapping[str, Any] | None = None
+    stop_token: str | None = "auto"
+
+    def __post_init__(self) -> None:
+        processor, kind = self.processor, type(self.processor).__name__
+        if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_token", None) is None:
+            raise ValueError(f"{kind} is not an image-text processor; pass load_processor(...) of a VLM")
+        if processor.chat_template is None and "chat_template" not in (self.kwargs or {}):
             raise ValueError(
-                f"messages[{number}]: the chat template writes this answer otherwise than it prompts for it, so "
-                f"training would not meet inference: the prompt ends with {prompt[-40:]!r}, the conversation reads "
-                f"{plain[:words_start][-40:]!r}. Train one answer a row (vlm_sft.chat.messages.split_turns with "
-                "train_on='last_assistant'), or use other chat_template_kwargs or another chat template"
+                f"{kind} has no chat template. Prefix and suffix without a chat (PaliGemma) are not trained by "
+                "ChatCollator: call processor(text=..., images=..., suffix=...) in a collator of your own. For a base "
+                "model, set processor.chat_template"
             )
-        else:
-            header, begin = "", words_end if words_start is None else words_start
-        whole = number + 1 == len(messages)
-        tail = _tail(plain, plain if whole else render(messages[: number + 1], False), words_end)
-        written = list(added_tokens.finditer(tail))
-        stop = written[-1].group() if written else stop_to_insert
-        end = words_end + written[-1].end() if written else words_end
-        inserted = "" if written else stop or ""
-        pieces += [plain[copied:begin], header, plain[begin:end], inserted]
-        start = length + begin - copied + len(header)
-        length = start + end - begin + len(inserted)
-        turns.append(Turn(number, start, length, stop))
-        copied = end + len(tail) if inserted and tail.isspace() else end
-    return Rendered("".join([*pieces, plain[copied:]]), turns)
+        if self.stop_token not in ("auto", None) and self.stop_token not in processor.tokenizer.get_vocab():
+            raise ValueError(f"stop_token={self.stop_token!r} is not a token of {type(processor.tokenizer).__name__}")
 
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The template's own text of the messages as they are."""
+        settings = {"add_generation_prompt": add_generation_prompt, **(self.kwargs or {})}
+        text: str = self.processor.apply_chat_template(list(messages), tokenize=False, **settings)
+        return text
 
-def guard_reserved(messages: Sequence[Message], reserved: re.Pattern[str], *, escape: bool) -> list[Message]:
-    """The messages, free of reserved tokens typed as text; with `escape` a word joiner (U+2060) is put behind the
-    first character of each, so that the model reads the text and the tokenizer sees no token.
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text that the model continues, equal to what is trained before the answer to these messages: earlier
+        answers end with a stop token."""
+        return self.locate(messages, add_generation_prompt=True).text
 
-    Raises `ValueError` naming message and token, also for a token that two neighbouring parts form together.
-    """
-    guarded = []
-    for number, message in enumerate(messages):
-        if escape:
-            message = _with_texts(
-                message, lambda _, text: reserved.sub(lambda m: m[0][0] + _WORD_JOINER + m[0][1:], text)
-            )
-        if found := sorted(set(reserved.findall(text_of(message)))):
+    def locate(
+        self, messages: Sequence[Message], trained: Container[int] = (), *, add_generation_prompt: bool = False
+    ) -> Rendered:
+        """The conversation as it is trained on, with the span of each assistant message.
+
+        A span starts where the generation prompt ends, so that training and inference meet at the same character.
+        Where the template writes the header of an answer with other white space than its generation prompt
+        (LLaVA-OneVision), the generation prompt's is used. A span ends with the last added token that the template
+        writes after the answer; where there is none (LLaVA-1.5), the stop token to insert takes the place of the white
+        space there, as in the original LLaVA (`conv_vicuna_v1`, haotian-liu/LLaVA llava/conversation.py).
+
+        Raises `ValueError` where the template refuses the messages, leaves out a text, or renders a message of
+        `trained` differently from its generation prompt (thinking templates).
+        """
+        style, messages, render, plain, texts = self._render_whole(messages, add_generation_prompt)
+        pieces: list[str] = []
+        turns: list[Turn] = []
+        copied = length = 0
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = render(messages[:number], True)
+            found = [texts[number, part] for part in range(len(message["content"])) if (number, part) in texts]
+            # A blank answer may leave no trace; it lies right after the prompt.
+            words_start, words_end = (found[0][0], found[-1][1]) if found else (None, len(prompt))
+            if plain.startswith(prompt) and len(prompt) <= (words_end if words_start is None else words_start):
+                header, begin = "", len(prompt)
+            elif words_start is not None and (common := _same_but_white_space(plain[:words_start], prompt)) is not None:
+                header, begin = prompt[common:], words_start
+                pieces.append(plain[copied:common])
+                copied, length = words_start, length + common - copied
+            elif number in trained:
+                raise ValueError(
+                    f"messages[{number}]: the chat template renders this answer differently from its generation "
+                    f"prompt, so training would not meet inference: the prompt ends with {prompt[-40:]!r}, the "
+                    f"conversation reads {plain[:words_start][-40:]!r}. Train one answer a row "
+                    "(vlm_sft.chat.messages.split_turns with train_on='last_assistant'), or use other "
+                    "chat_template_kwargs or another chat template"
+                )
+            else:
+                header, begin = "", words_end if words_start is None else words_start
+            is_whole = number + 1 == len(messages) and not add_generation_prompt
+            tail = _tail(plain, plain if is_whole else render(messages[: number + 1], False), words_end)
+            written = list(self.added.finditer(tail))
+            stop = written[-1].group() if written else self.stop_to_insert
+            end = words_end + written[-1].end() if written else words_end
+            inserted = "" if written else stop or ""
+            pieces += [plain[copied:begin], header, plain[begin:end], inserted]
+            start = length + begin - copied + len(header)
+            length = start + end - begin + len(inserted)
+            turns.append(Turn(number, start, length, stop))
+            copied = end + len(tail) if inserted and tail.isspace() else end
+        return Rendered("".join([*pieces, plain[copied:]]), turns, style)
+
+    def _render_whole(
+        self, messages: Sequence[Message], prompt: bool
+    ) -> tuple[Style, list[Message], Render, str, dict[Part, tuple[int | None, int]]]:
+        """The first style that loses no text: the style, the messages, how to render them in it, their plain text, and
+        the span of each text part in that."""
+        if any(_MARK.search(text_of(message)) for message in messages):
+            raise ValueError("a text holds private-use characters of Unicode plane 16; remove them")
+        refusal: Exception | None = None
+        lost: int | None = None
+        parts = [{"role": message["role"], "content": message["content"]} for message in messages]
+        for style in (_as_parts, _system_as_string, _as_strings, _joined):
+            form = _joined(parts) if style is _joined else parts
+
+            def styled(these: Sequence[Message], add_generation_prompt: bool, style: Style = style) -> str:
+                return self.render(style(these), add_generation_prompt)
+
+            try:
+                plain = styled(form, prompt)
+            except Exception as error:  # a template may raise anything; the first refusal explains best
+                refusal = refusal or error
+                continue
+            texts = _find_texts(form, lambda these, styled=styled: styled(these, prompt), plain)  # type: ignore[misc]
+            missing = [key for key, text in _texts(form) if key not in texts and text.strip()]
+            if not missing:
+                return style, form, styled, plain, texts
+            lost = missing[0][0] if lost is None else lost
+        advice = "(a system text may go to the start of the first user message) or use another chat template"
+        if lost is not None:
+            role = messages[lost]["role"]
             raise ValueError(
-                f"messages[{number}] ({message['role']}) holds {', '.join(map(repr, found))} as text, which the "
-                "tokenizer would read as control tokens; remove them, write an image as {'type': 'image'}, or set "
-                "reserved_tokens='escape'"
+                f"the chat template does not write the text of messages[{lost}] ({role}) as it is; move it {advice}"
             )
-        guarded.append(message)
-    return guarded
+        raise ValueError(f"the chat template refuses the conversation: {refusal}; fix the messages {advice}")
+
+    def stop_ids(self, generation_config: Any) -> list[int]:
+        """Where generation ends: at the stop token of a trained answer, the one to insert (EOS), and those of the
+        generation config."""
+        tokens = {*self.stops, self.stop_to_insert} - {None}
+        ids = {self.processor.tokenizer.convert_tokens_to_ids(token) for token in tokens}
+        return sorted(ids | {*eos_ids(generation_config.eos_token_id)})
+
+    def add_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer has to add BOS, which some templates write themselves."""
+        return not text.startswith(self.processor.tokenizer.bos_token or "\0")
+
+    @property
+    def stop_to_insert(self) -> str | None:
+        """What ends an answer after which the template writes no added token."""
+        eos: str | None = self.processor.tokenizer.eos_token
+        return eos if self.stop_token == "auto" else self.stop_token
+
+    @cached_property
+    def stops(self) -> tuple[str, ...]:
+        """The stop token of a one-turn conversation as it is trained on, if it has one.
+
+        Raises `ValueError` where the template writes another one than `stop_token`."""
+        said = {role: [{"type": "text", "text": text}] for role, text in (("user", "x"), ("assistant", "y"))}
+        turns = self.locate([{"role": role, "content": content} for role, content in said.items()], {1}).turns
+        found = tuple(turn.stop for turn in turns if turn.stop)
+        if self.stop_token not in ("auto", None) and found != (self.stop_token,):
+            raise ValueError(
+                f"stop_token={self.stop_token!r}, but the chat template itself writes {found[0]!r} after an answer; "
+                "use stop_token='auto', or a template without it"
+            )
+        return found
+
+    @cached_property
+    def added(self) -> re.Pattern[str]:
+        """Matches the tokenizer's added tokens in a text."""
+        return _any_of(token.content for token in self.processor.tokenizer.added_tokens_decoder.values())
+
+    @cached_property
+    def reserved(self) -> re.Pattern[str]:
+        """Matches control tokens: typed as text, the tokenizer would take them for its own."""
+        added = self.processor.tokenizer.added_tokens_decoder.items()
+        control = {token.content for i, token in added if token.special or i in self.image_ids}
+        return _any_of(control | {self.processor.image_token})
+
+    @cached_property
+    def image_ids(self) -> frozenset[int]:
+        """Ids of added tokens that only an image brings (the template may write some of them itself), found by
+        encoding one question with and without an image.
+
+        Raises `ValueError` where the processor does not tell what it writes in the place of an image."""
+        word = {"type": "text", "text": "x"}
+        seen = []
+        for content in ([{"type": "image"}, word], [word]):
+            text = self.render([{"role": "user", "content": content}], True)
+            images = [[Image.new("RGB", (64, 48))]] if len(content) > 1 else None
+            try:
+                output = self.processor(text=[text], images=images, return_text_replacement_offsets=True)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{type(self.processor).__name__} cannot encode a question: {error}") from error
+            if images and not any(output.get("text_replacement_offsets") or []):
+                raise ValueError(
+                    f"{type(self.processor).__name__} does not report what it writes in the place of an image "
+                    "(return_text_replacement_offsets), so labels could not be proven right; use a model whose "
+                    "processor does"
+                )
+            seen.append({int(i) for i in output["input_ids"][0]})
+        with_image, without = seen
+        return frozenset((with_image - without) & self.processor.tokenizer.added_tokens_decoder.keys())
 
 
-def _render_whole(
-    messages: Sequence[Message], render: Render
-) -> tuple[list[Message], Render, str, dict[Part, tuple[int | None, int]]]:
-    """The first way of handing the messages to the template that loses no text: messages, render, the plain text, and
-    the span of each text part in it."""
-    if any(_MARK.search(text_of(message)) for message in messages):
-        raise ValueError("a text holds private-use characters of Unicode plane 16; remove them")
-    refusal: Exception | None = None
-    lost: int | None = None
-    parts = [{"role": message["role"], "content": message["content"]} for message in messages]
-    joined = [{**message, "content": _join_texts(message["content"])} for message in parts]
-    for form, style in ((parts, _as_parts), (parts, _system_as_string), (parts, _as_strings), (joined, _as_parts)):
-
-        def styled(these: Sequence[Message], prompt: bool, style: Style = style) -> str:
-            return render(style(these), prompt)
-
-        try:
-            plain = styled(form, False)
-        except Exception as error:  # a template may raise anything; the first refusal explains best
-            refusal = refusal or error
-            continue
-        texts = _find_texts(form, styled, plain)
-        missing = [key for key, text in _texts(form) if key not in texts and text.strip()]
-        if not missing:
-            return form, styled, plain, texts
-        lost = missing[0][0] if lost is None else lost
-    advice = "(a system text may go to the start of the first user message) or use another chat template"
-    if lost is not None:
-        role = messages[lost]["role"]
-        raise ValueError(
-            f"the chat template does not write the text of messages[{lost}] ({role}) as it is; move it {advice}"
-        )
-    raise ValueError(f"the chat template refuses the conversation: {refusal}; mend the messages {advice}")
-
-
-def _find_texts(messages: list[Message], render: Render, plain: str) -> dict[Part, tuple[int | None, int]]:
+def _find_texts(
+    messages: list[Message], render: Callable[[Sequence[Message]], str], plain: str
+) -> dict[Part, tuple[int | None, int]]:
     """Where each text part stands in `plain`: (start, end); the start is None where the template moved it (it may split
     an answer at `</think>`). Parts that it leaves out, repeats or rewrites are absent."""
     for inside in (False, True):
@@ -176,7 +264,11 @@ def _find_texts(messages: list[Message], render: Render, plain: str) -> dict[Par
 
 
 def _marked(
-    messages: list[Message], render: Render, plain: str, chosen: Iterable[int], inside: bool
+    messages: list[Message],
+    render: Callable[[Sequence[Message]], str],
+    plain: str,
+    chosen: Iterable[int],
+    inside: bool,
 ) -> dict[Part, tuple[int | None, int]] | None:
     """Spans of the text parts of the chosen messages, or None where marks change more than the marks' own places.
     `inside` puts them within a text's outer white space, for templates that trim."""
@@ -186,16 +278,16 @@ def _marked(
         first = _FIRST_MARK + 2 * len(keys)
         keys.append((number, part))
         core = text.strip() if inside else text
-        before, _, behind = text.partition(core) if core else ("", "", text)
-        return f"{before}{chr(first)}{core}{chr(first + 1)}{behind}"
+        before, _, after = text.partition(core) if core else ("", "", text)
+        return f"{before}{chr(first)}{core}{chr(first + 1)}{after}"
 
     chosen = set(chosen)
     marked = [
-        _with_texts(message, partial(mark, number)) if number in chosen else message
+        with_texts(message, partial(mark, number)) if number in chosen else message
         for number, message in enumerate(messages)
     ]
     try:
-        rendered = render(marked, False)
+        rendered = render(marked)
     except Exception:  # a template that checks its texts
         return None
     places: dict[int, int] = {}
@@ -215,23 +307,20 @@ def _marked(
 
 def _same_but_white_space(text: str, prompt: str) -> int | None:
     """The length of the common start, if only white space follows it in both."""
-    common = _common(text, prompt)
+    common = len(_common(text, prompt))
     return common if not text[common:].strip() and not prompt[common:].strip() else None
 
 
 def _tail(plain: str, up_to_here: str, words_end: int) -> str:
-    """What the template writes behind an answer before anything that belongs to the next message."""
+    """What the template writes after an answer before anything that belongs to the next message."""
     if not up_to_here.startswith(plain[:words_end]):
         return ""
-    return plain[words_end : _common(up_to_here, plain)]
+    return _common(up_to_here, plain)[words_end:]
 
 
-def _common(a: str, b: str) -> int:
-    """How many characters two texts share at their start."""
-    shorter = min(len(a), len(b))
-    if a[:shorter] == b[:shorter]:
-        return shorter
-    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+def _common(a: str, b: str) -> str:
+    """The characters that two texts share at their start."""
+    return os.path.commonprefix([a, b])  # noqa: RUF071
 
 
 def _texts(messages: Sequence[Message]) -> list[tuple[Part, str]]:
@@ -243,26 +332,14 @@ def _texts(messages: Sequence[Message]) -> list[tuple[Part, str]]:
     ]
 
 
-def _with_texts(message: Message, change: Callable[[int, str], str]) -> Message:
-    content = [
-        {**part, "text": change(number, part["text"])} if part["type"] == "text" else part
-        for number, part in enumerate(message["content"])
-    ]
-    return {**message, "content": content}
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of the tokens; white space is text, not a token. Equal tokens make an equal pattern."""
+    spelled = sorted({token for token in tokens if token.strip()}, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
 
 
-def _join_texts(content: Sequence[Message]) -> list[Message]:
-    joined: list[Message] = []
-    for part in content:
-        if joined and part["type"] == joined[-1]["type"] == "text":
-            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
-        else:
-            joined.append(part)
-    return joined
-
-
-def _as_parts(messages: Sequence[Message]) -> Sequence[Message]:
-    return messages
+def _as_parts(messages: Sequence[Message]) -> list[Message]:
+    return list(messages)
 
 
 def _system_as_string(messages: Sequence[Message]) -> list[Message]:
@@ -276,3 +353,18 @@ def _as_strings(messages: Sequence[Message]) -> list[Message]:
 def _as_string(message: Message) -> Message:
     only_text = all(part["type"] == "text" for part in message["content"])
     return {**message, "content": text_of(message)} if only_text else message
+
+
+def _joined(messages: Sequence[Message]) -> list[Message]:
+    """Neighbouring text parts as one."""
+    return [{**message, "content": _join_texts(message["content"])} for message in messages]
+
+
+def _join_texts(content: Sequence[Message]) -> list[Message]:
+    joined: list[Message] = []
+    for part in content:
+        if joined and part["type"] == joined[-1]["type"] == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+    return joined

@@ -1,85 +1,101 @@
-"""How right a model's answers to held-out rows are, at every evaluation of a Trainer, with a page to look at."""
+"""How right a model's answers to held-out rows are, at every evaluation of a Trainer, with a page to look at.
+
+vlm_sft.evaluate_answers(trainer, data["test"], {"anls": anls})
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 
-from vlm_sft.chat.messages import text_of
+from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.distributed import print_main
-from vlm_sft.evaluation.generate import Rows, generate, question_of
-from vlm_sft.evaluation.metrics import Metric, Reference, row_score
-from vlm_sft.evaluation.pages import Sample, write_samples_html
-from vlm_sft.evaluation.trackers import log_samples
+from vlm_sft.evaluation.generate import Rows, generate, split_reference
+from vlm_sft.evaluation.metrics import Metric, Reference
+from vlm_sft.evaluation.pages import Sample, make_samples, small_image, write_samples_html
+
+TRACKED_IMAGES, TRACKED_PX = 8, 384
+"""What an evaluation sends to a tracker at most, and their longer side, so that a tracker's files stay small."""
 
 
-class GenerationEvaluation(TrainerCallback):
-    """At every evaluation of `trainer`, answers some of `rows` and logs `eval_<name>` for each of `metrics`.
+def evaluate_answers(
+    trainer: Any,
+    rows: Rows,
+    metrics: Mapping[str, Metric],
+    *,
+    references: Sequence[Reference] | None = None,
+    num_rows: int = 32,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+) -> None:
+    """Has `trainer` answer some of `rows` at each evaluation and log `eval_<name>` for each of `metrics`.
 
-    The numbers join the evaluation's own, so each may be the `metric_for_best_model` (with `greater_is_better` set to
-    match). An `EarlyStoppingCallback` that waits for one must be added after this callback. The cost is bounded: at
-    most `num_rows` rows, spread evenly over all, and `max_new_tokens` each; `eval_generation_s` logs the seconds it
-    took. Every answer is appended to `samples_file` (default: `samples.jsonl` in the output folder); `samples.html`
-    beside it shows the newest answers next to the oldest, those before training with `eval_on_start=True`. The
-    trackers that the run reports to get some of the pictures (`vlm_sft.evaluation.trackers`).
+    The numbers join the evaluation's own before any other callback sees them, so each may be the
+    `metric_for_best_model` (with `greater_is_better` set to match), or what an `EarlyStoppingCallback` waits for. The
+    cost is bounded: at most `num_rows` rows, spread evenly over all, and `max_new_tokens` each; `eval_generation_s`
+    logs the seconds. Every answer is appended to `samples.jsonl` in the output folder; `samples.html` there shows the
+    newest answers next to the oldest, those before training with `eval_on_start=True`. The trackers that the run
+    reports to get some of the images.
 
     - `metrics`: name -> function of (predictions, references), from the metrics module or your own. The first one
       scores the rows of the page, where 1 is right.
     - `references`: the right answers, one entry per row (several for `vqa_accuracy`); default: each row's last answer.
 
-    Raises `ValueError` at construction naming all rows that have no reference.
+    Raises `ValueError` naming all rows that have no reference.
     """
+    if not isinstance(trainer.data_collator, ChatCollator):
+        kind = type(trainer.data_collator).__name__
+        raise ValueError(f"data_collator is a {kind}; expected the ChatCollator that made the training's prompts")
+    if len(rows) == 0 or num_rows < 1 or not metrics:
+        raise ValueError(f"{len(rows)} rows, num_rows={num_rows}, {len(metrics)} metrics; each must be at least 1")
+    if references is not None and len(references) != len(rows):
+        raise ValueError(f"{len(references)} references for {len(rows)} rows; give one entry per row")
+    count = min(num_rows, len(rows))
+    numbers = [i * len(rows) // count for i in range(count)]
+    found = {i: split_reference(rows[i]).reference if references is None else references[i] for i in numbers}
+    if missing := [str(i) for i, reference in found.items() if reference is None]:
+        raise ValueError(
+            f"rows {', '.join(missing)} do not end with an assistant message, so there is nothing to compare an answer "
+            "with; leave them out or pass references=..."
+        )
+    asked = {i: reference for i, reference in found.items() if reference is not None}
+    evaluation = AnswerEvaluation(trainer, rows, asked, dict(metrics), batch_size, max_new_tokens)
+    trainer.callback_handler.callbacks.insert(0, evaluation)
 
-    def __init__(
-        self,
-        trainer: Any,
-        *,
-        rows: Rows,
-        metrics: Mapping[str, Metric],
-        references: Sequence[Reference] | None = None,
-        num_rows: int = 100,
-        batch_size: int = 8,
-        max_new_tokens: int = 64,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        stop_token: str | None = "auto",
-        samples_file: str | Path | None = None,
-    ) -> None:
-        if len(rows) == 0 or num_rows < 1 or not metrics:
-            raise ValueError(f"{len(rows)} rows, num_rows={num_rows}, {len(metrics)} metrics; each must be at least 1")
-        if references is not None and len(references) != len(rows):
-            raise ValueError(f"{len(references)} references for {len(rows)} rows; give one entry per row")
-        count = min(num_rows, len(rows))
-        self.numbers = [i * len(rows) // count for i in range(count)]
-        found = [question_of(rows[i]).reference if references is None else references[i] for i in self.numbers]
-        if missing := [str(i) for i, reference in zip(self.numbers, found, strict=True) if reference is None]:
-            raise ValueError(
-                f"rows {', '.join(missing)} do not end with an assistant message, so there is nothing to compare an "
-                "answer with; leave them out or pass references=..."
-            )
-        self.trainer = trainer
-        self.rows = rows
-        self.metrics = dict(metrics)
-        self.references = [reference for reference in found if reference is not None]
-        self.samples_file = Path(samples_file or Path(trainer.args.output_dir, "samples.jsonl"))
-        self.settings: dict[str, Any] = {
-            "batch_size": batch_size,
-            "max_new_tokens": max_new_tokens,
-            "chat_template_kwargs": chat_template_kwargs,
-            "stop_token": stop_token,
-        }
+
+@dataclass
+class AnswerEvaluation(TrainerCallback):
+    """What `evaluate_answers` adds. `references` are those of the rows to answer, by their place in `rows`."""
+
+    trainer: Any
+    rows: Rows
+    references: Mapping[int, Reference]
+    metrics: Mapping[str, Metric]
+    batch_size: int
+    max_new_tokens: int
+    warned: bool = False
+
+    @property
+    def samples_file(self) -> Path:
+        return Path(self.trainer.args.output_dir, "samples.jsonl")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         print_main(
-            f"Each evaluation generates answers to {len(self.numbers)} of {len(self.rows)} rows, up to "
-            f"{self.settings['max_new_tokens']} tokens each."
+            f"Each evaluation generates answers to {len(self.references)} of {len(self.rows)} rows, up to "
+            f"{self.max_new_tokens} tokens each."
         )
 
     def on_evaluate(
@@ -92,63 +108,74 @@ class GenerationEvaluation(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        started = time.perf_counter()
-        predictions = generate(
-            model,
-            self.trainer.processing_class,
-            Subset(cast(Any, self.rows), self.numbers),
-            progress=not args.disable_tqdm,
-            **self.settings,
-        )
-        scores = {f"eval_{name}": metric(predictions, self.references) for name, metric in self.metrics.items()}
+        started, references = time.perf_counter(), [*self.references.values()]
+        asked = Subset(cast(Any, self.rows), [*self.references])
+        settings = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
+        predictions = generate(model, self.trainer.data_collator, asked, progress=not args.disable_tqdm, **settings)
+        scores = {f"eval_{name}": metric(predictions, references) for name, metric in self.metrics.items()}
         scores["eval_generation_s"] = round(time.perf_counter() - started, 3)
         if metrics is not None:
             if taken := scores.keys() & metrics.keys():
-                raise ValueError(f"the evaluation reports {', '.join(sorted(taken))} itself; name the metric otherwise")
+                raise ValueError(f"the evaluation reports {', '.join(sorted(taken))} itself; rename the metric")
             metrics.update(scores)
         self.trainer.log(scores)
         if state.is_world_process_zero:
             self._append(state.global_step, predictions)
-            samples, steps = self._samples(predictions)
-            page = self.samples_file.with_suffix(".html")
-            write_samples_html(samples, page, title=f"Answers of {page.parent.name}", subtitle=steps)
+            steps, last = self._read_steps(), state.global_step
+            # The oldest to all of the same rows, maybe of an earlier run.
+            first = min((n for n in steps if n < last and steps[n].keys() >= self.references.keys()), default=None)
+            before = None if first is None else [steps[first][number] for number in self.references]
+            samples = make_samples(asked, references, next(iter(self.metrics.values())), predictions, before)
+            page, shown = self.samples_file.with_suffix(".html"), f"before: step {first}, after: step {last}"
+            title = f"Answers of {page.parent.name}"
+            write_samples_html(samples, page, title=title, subtitle=f"step {last}" if first is None else shown)
             log_samples(self.trainer, samples)
 
     def _append(self, step: int, predictions: Sequence[str]) -> None:
         self.samples_file.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.samples_file.exists() and not self.samples_file.read_bytes().endswith(b"\n")
         with self.samples_file.open("a", encoding="utf-8") as file:
-            for number, prediction, reference in zip(self.numbers, predictions, self.references, strict=True):
-                sample = {
-                    "step": step,
-                    "row": number,
-                    "prediction": prediction,
-                    "reference": reference,
-                    "scores": {name: metric([prediction], [reference]) for name, metric in self.metrics.items()},
-                }
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            file.write("\n" * torn)
+            for (number, reference), prediction in zip(self.references.items(), predictions, strict=True):
+                scores = {name: metric([prediction], [reference]) for name, metric in self.metrics.items()}
+                sample = {"step": step, "row": number, "prediction": prediction, "reference": reference}
+                file.write(json.dumps({**sample, "scores": scores}, ensure_ascii=False) + "\n")
 
-    def _samples(self, predictions: Sequence[str]) -> tuple[list[Sample], str]:
-        """The answers beside the oldest to all of the same rows, maybe of an earlier run; and their steps."""
+    def _read_steps(self) -> dict[int, dict[int, str]]:
+        """Predictions by step and row. Lines that a killed run left torn, or that are not ours, are left out."""
         steps: dict[int, dict[int, str]] = {}
-        for line in self.samples_file.read_text(encoding="utf-8").splitlines():
-            sample = json.loads(line)
-            steps.setdefault(sample["step"], {})[sample["row"]] = sample["prediction"]
-        last = self.trainer.state.global_step
-        first = min((step for step in steps if step < last and steps[step].keys() >= {*self.numbers}), default=None)
-        metric = next(iter(self.metrics.values()))
-        samples = []
-        for number, after, reference in zip(self.numbers, predictions, self.references, strict=True):
-            question = question_of(self.rows[number])
-            before = None if first is None else steps[first][number]
-            samples.append(
-                Sample(
-                    images=question.images,
-                    question=text_of(question.messages[-1]),
-                    reference=reference if isinstance(reference, str) else " | ".join(reference),
-                    before=before,
-                    after=after,
-                    score_before=None if before is None else row_score(metric, before, reference),
-                    score=row_score(metric, after, reference),
-                )
-            )
-        return samples, f"step {last}" if first is None else f"before: step {first}, after: step {last}"
+        skipped = 0
+        for line in filter(bytes.strip, self.samples_file.read_bytes().split(b"\n")):
+            with suppress(ValueError):
+                match json.loads(line):
+                    case {"step": int(step), "row": int(row), "prediction": str(prediction)}:
+                        steps.setdefault(step, {})[row] = prediction
+                        continue
+            skipped += 1
+        if skipped and not self.warned:
+            self.warned = True
+            print_main(f"{self.samples_file}: {skipped} lines are not samples of an evaluation and were left out.")
+        return steps
+
+
+def log_samples(trainer: Any, samples: Sequence[Sample]) -> None:
+    """Shows the first samples that have an image under `samples/0`, `samples/1`, ... at this step of the trackers that
+    the run reports to: TensorBoard, Trackio, Weights & Biases.
+
+    Question, prediction and reference are each image's caption, in TensorBoard the text of the same name. Call it after
+    `trainer.log`, which opens a tracker's run, on the main process; a tracker that is not in `report_to` is left alone.
+    """
+    captioned = {}
+    for number, sample in enumerate([sample for sample in samples if sample.images][:TRACKED_IMAGES]):
+        caption = f"{sample.question}\n\nprediction: {sample.after}\n\nreference: {sample.reference}"
+        captioned[f"samples/{number}"] = small_image(sample.images[0], TRACKED_PX), caption
+    step = trainer.state.global_step
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and (writer := callback.tb_writer) is not None:
+            for name, (image, caption) in captioned.items():
+                writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+                writer.add_text(name, caption, step)
+    for package in {"trackio", "wandb"} & {*trainer.args.report_to}:
+        tracker = importlib.import_module(package)
+        images = {name: tracker.Image(image, caption=caption) for name, (image, caption) in captioned.items()}
+        tracker.log(images | {"train/global_step": step})  # as transformers' callbacks of both count their steps

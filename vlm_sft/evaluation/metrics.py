@@ -1,12 +1,11 @@
 """How right an answer is: plain functions of (predictions, references).
 
 Each returns one number over all rows; called with one pair it scores one row. A metric of your own is a function of
-the same two arguments.
+the same two arguments; where less is better, it has the attribute `lower_is_better = True`.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import statistics
@@ -50,11 +49,18 @@ def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     )
 
 
+def _lower_is_better(metric: Metric) -> Metric:
+    metric.lower_is_better = True  # type: ignore[attr-defined]
+    return metric
+
+
+@_lower_is_better
 def cer(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Character error rate: edits to the nearest reference, per character of it, over all rows; 0 is best."""
     return _error_rate(predictions, references, str.strip)
 
 
+@_lower_is_better
 def wer(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Word error rate: as `cer`, in words between white space."""
     return _error_rate(predictions, references, str.split)
@@ -62,7 +68,7 @@ def wer(predictions: Sequence[str], references: Sequence[Reference]) -> float:
 
 def json_validity(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Share of the answers that are one JSON value, alone or in a Markdown fence. References are not looked at."""
-    return _mean(float(_try(_json, said) is not _NOTHING) for said, _ in _pairs(predictions, references))
+    return _mean(float(_try_json(said) is not _NOTHING) for said, _ in _pairs(predictions, references))
 
 
 def json_field_f1(predictions: Sequence[str], references: Sequence[Reference]) -> float:
@@ -72,45 +78,25 @@ def json_field_f1(predictions: Sequence[str], references: Sequence[Reference]) -
     Document Understanding Transformer" (clovaai/donut, JSONParseEvaluator.cal_f1).
     """
     right = wrong = 0
-    for said, expected in _parsed_pairs(_json, predictions, references):
-        found_fields, expected_fields = Counter(_fields(said)), Counter(_fields(expected))
+    for row, (said, rights) in enumerate(_pairs(predictions, references)):
+        try:
+            expected = _json(rights[0])
+        except ValueError as error:
+            raise ValueError(f"references[{row}]: {error} in {rights[0][:80]!r}; fix or drop the row") from None
+        found_fields, expected_fields = Counter(_fields(_try_json(said))), Counter(_fields(expected))
         right += (found_fields & expected_fields).total()
         wrong += (found_fields - expected_fields).total() + (expected_fields - found_fields).total()
     return right / (right + wrong / 2) if right else float(wrong == 0)
 
 
-def table_cell_match(predictions: Sequence[str], references: Sequence[Reference]) -> float:
-    """Share of the cells, over all rows, with the same text at the same place of the first Markdown table of both.
-
-    A cell that only one table has is wrong. Stricter than TEDS (Zhong et al. 2020), which forgives a shifted row.
-    """
-    same = total = 0
-    for said, expected in _parsed_pairs(_table, predictions, references):
-        found_cells, expected_cells = _cells(said), _cells(expected)
-        same += len(found_cells & expected_cells)
-        total += len({place for place, _ in found_cells | expected_cells})
-    return same / total
-
-
-def table_structure_match(predictions: Sequence[str], references: Sequence[Reference]) -> float:
-    """Share of the rows whose first Markdown table has as many lines, each with as many cells, as the reference's."""
-    return _mean(
-        float(said is not _NOTHING and [len(line) for line in said] == [len(line) for line in expected])
-        for said, expected in _parsed_pairs(_table, predictions, references)
-    )
-
-
 def row_score(metric: Metric, prediction: str, reference: Reference) -> float:
-    """The metric of one row, where 1 is right; of an error rate, what is left of 1, at least 0."""
+    """The metric of one row, where 1 is right; where `metric.lower_is_better`, what is left of 1, at least 0."""
     value = metric([prediction], [reference])
-    return max(0.0, 1 - value) if metric in (cer, wer) else value
+    return max(0.0, 1 - value) if getattr(metric, "lower_is_better", False) else value
 
 
 _NOTHING: Any = object()
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?```", re.DOTALL)
-# Line two of a Markdown table, such as | --- | :-: |
-_DELIMITERS = re.compile(r"\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?")
-_UNESCAPED_BAR = re.compile(r"(?<!\\)\|")
 
 # The normalisation of vqaEval.py: marks that go, words that are numbers, words that go.
 _VQA_MARKS = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""")
@@ -171,24 +157,9 @@ def _error_rate(
     return edits / max(length, 1)
 
 
-def _parsed_pairs(
-    parse: Callable[[str], Any], predictions: Sequence[str], references: Sequence[Reference]
-) -> Iterator[tuple[Any, Any]]:
-    """(answer, its first reference) read by `parse`; an answer that cannot be read is `_NOTHING`.
-
-    Raises `ValueError` naming a reference that cannot be read.
-    """
-    for row, (said, rights) in enumerate(_pairs(predictions, references)):
-        try:
-            expected = parse(rights[0])
-        except ValueError as error:
-            raise ValueError(f"references[{row}]: {error} in {rights[0][:80]!r}; mend or drop the row") from None
-        yield _try(parse, said), expected
-
-
-def _try(parse: Callable[[str], Any], text: str) -> Any:
+def _try_json(text: str) -> Any:
     try:
-        return parse(text)
+        return _json(text)
     except ValueError:
         return _NOTHING
 
@@ -216,25 +187,3 @@ def _fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
             yield (*path, value.strip())
         case _ if value is not _NOTHING:
             yield (*path, json.dumps(value))
-
-
-def _table(text: str) -> list[list[str]]:
-    """The cells of the first Markdown table, line by line, without its line of dashes."""
-    lines = [line.strip() for line in text.splitlines()]
-    for first, (header, below) in enumerate(itertools.pairwise(lines)):
-        if "|" in header and "|" in below and _DELIMITERS.fullmatch(below):
-            rest = itertools.takewhile(lambda line: "|" in line, lines[first + 2 :])
-            return [_split_cells(line) for line in (header, *rest)]
-    raise ValueError("no Markdown table")
-
-
-def _split_cells(line: str) -> list[str]:
-    inner = line.removeprefix("|")
-    inner = inner[:-1] if inner.endswith("|") and not inner.endswith("\\|") else inner
-    return [cell.strip() for cell in _UNESCAPED_BAR.split(inner)]
-
-
-def _cells(table: Any) -> set[tuple[tuple[int, int], str]]:
-    """((line, column), text) of each cell; none of a table that is not there."""
-    lines = [] if table is _NOTHING else table
-    return {((y, x), cell) for y, line in enumerate(lines) for x, cell in enumerate(line)}

@@ -1,25 +1,30 @@
-"""Answers as a page: picture, question, reference, what the model said before and says now. Opens from disk.
+"""Two pages that open from disk and need nothing else: answers next to their references, and what is trained.
 
-Every process may call it; the main one writes.
+Every process may call the writers; the main one writes. Every text is escaped (jinja2's autoescape).
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.resources
-import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
+from importlib import resources
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from jinja2 import Environment
 from PIL import Image
 
+from vlm_sft.chat.audit import AuditReport, kinds_of
+from vlm_sft.chat.collator import EncodedRow, tokens_in
 from vlm_sft.chat.images import to_rgb
+from vlm_sft.chat.messages import text_of
+from vlm_sft.evaluation.generate import Rows, split_reference
+from vlm_sft.evaluation.metrics import Metric, Reference, row_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,117 +39,121 @@ class Sample:
     before: str | None = None
     score_before: float | None = None
 
+    @property
+    def kinds(self) -> list[str]:
+        """The filters of the page that show the row."""
+        right, was_right = self.score == 1, self.score_before == 1
+        changed = [] if self.score_before is None or right == was_right else ["fixed" if right else "broken"]
+        return ["all", "right" if right else "wrong", *changed]
+
+
+def make_samples(
+    rows: Rows,
+    references: Sequence[Reference],
+    metric: Metric,
+    after: Sequence[str],
+    before: Sequence[str] | None = None,
+) -> list[Sample]:
+    """The rows' answers and, where there are, those before training, each scored by the metric (`row_score`)."""
+    samples = []
+    for n, reference in enumerate(references):
+        messages, images, _ = split_reference(rows[n])
+        told = {} if before is None else {"before": before[n], "score_before": row_score(metric, before[n], reference)}
+        right = reference if isinstance(reference, str) else " | ".join(reference)
+        score = row_score(metric, after[n], reference)
+        question = text_of(messages[-1])
+        samples.append(
+            Sample(images=images, question=question, reference=right, after=after[n], score=score, **told)  # type: ignore[arg-type]
+        )
+    return samples
+
 
 def write_samples_html(
-    samples: Sequence[Sample], path: str | Path, *, title: str = "Samples", subtitle: str = "", picture_px: int = 480
+    samples: Sequence[Sample], path: str | Path, *, title: str = "Samples", subtitle: str = "", image_px: int = 480
 ) -> None:
-    """Writes the samples as one page that opens from disk: sortable columns, filters for right, wrong and changed rows.
+    """Writes the samples as one page: sortable columns, filters for right, wrong and changed rows.
 
-    Pictures lie inside the file, at most `picture_px` on their longer side. Every text is escaped, and the page's
-    policy lets no script run but its own.
+    Images lie inside the file, at most `image_px` on their longer side. The page's policy lets no script run but its
+    own.
 
-    Raises `ValueError` for no samples, and for samples of which only some tell what was said before.
+    Raises `ValueError` for no samples, and for samples of which only some have the answer before training.
     """
-    if not PartialState().is_main_process:
-        return
     compared = {sample.before is not None and sample.score_before is not None for sample in samples}
     if len(compared) != 1:
         found = "some have it" if samples else "no samples"
         raise ValueError(f"expected samples that all have `before` and `score_before`, or none of them; found: {found}")
-    before = compared.pop()
-    kinds = [_kinds(sample) for sample in samples]
-    counts = {kind: sum(kind in of for of in kinds) for kind in ("all", "right", "wrong", "fixed", "broken")}
-    columns = ["#", "Picture", "Question", "Reference", *(["Before"] if before else []), "After", "Score"]
-    template = importlib.resources.files("vlm_sft.evaluation").joinpath("samples.html").read_text(encoding="utf-8")
-    values = {
-        "title": escape(title),
-        "subtitle": escape(subtitle),
-        "figures": _figures(samples, before),
-        "filters": _filters(counts, before),
-        "heads": "".join(map(_head, columns)),
-        "rows": "\n".join(
-            _row(number, sample, of, columns, picture_px)
-            for number, (sample, of) in enumerate(zip(samples, kinds, strict=True), start=1)
-        ),
-        "style_hash": _csp_hash(template, "style"),
-        "script_hash": _csp_hash(template, "script"),
-    }
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+    counts = Counter(kind for sample in samples for kind in sample.kinds)
+    texts = {"title": title, "subtitle": subtitle}
+    _write("samples.html", path, samples=samples, before=compared.pop(), counts=counts, image_px=image_px, **texts)
+
+
+def write_audit_html(report: AuditReport, path: str | Path) -> None:
+    """Writes what `audit` found as one page: the images, and each token with its id, trained ones coloured."""
+    rows = [(row, [*_pieces(row, report.collator.processor.tokenizer)]) for row in report.rows]
+    counts = {kind: count for kind, count in report.tokens.items() if count}
+    facts = {subject: sentence for subject, sentence in report.facts().items() if subject != "tokens"}
+    _write("audit.html", path, rows=rows, counts=counts, facts=facts, image_px=400)
+
+
+def small_image(image: Any, image_px: int) -> Image.Image:
+    """The image at most `image_px` on its longer side."""
+    rgb = to_rgb(image).copy()
+    rgb.thumbnail((image_px, image_px), Image.Resampling.LANCZOS)
+    return rgb
+
+
+def _thumbnail(image: Any, image_px: int) -> tuple[str, bool]:
+    """The image as an address that holds it, and whether it is tiny: then it is exact, else a small WebP."""
+    small, data = small_image(image, image_px), BytesIO()
+    is_tiny = max(small.size) <= 64 < image_px
+    small.save(data, "WEBP", lossless=is_tiny, quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}", is_tiny
+
+
+def _write(name: str, path: str | Path, **values: Any) -> None:
+    if not PartialState().is_main_process:
+        return
+    folder = resources.files("vlm_sft.evaluation")
+    source = folder.joinpath(name).read_text("utf-8")
+    hashes = {f"{element}_hash": _csp_hash(source, element) for element in ("style", "script")}
+    page = Environment(autoescape=True).from_string(source).render(thumbnail=_thumbnail, **hashes, **values)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
 
 
-def _kinds(sample: Sample) -> list[str]:
-    right, was_right = sample.score == 1, sample.score_before == 1
-    changed = [] if sample.score_before is None or right == was_right else ["fixed" if right else "broken"]
-    return ["all", "right" if right else "wrong", *changed]
-
-
-def _figures(samples: Sequence[Sample], before: bool) -> str:
-    scores = {"mean score after training": [sample.score for sample in samples]}
-    if before:
-        scores["before"] = [sample.score_before for sample in samples if sample.score_before is not None]
-    shown = [(f"{sum(values) / len(values):.1%}", name) for name, values in scores.items()]
-    shown.append((str(len(samples)), "rows"))
-    return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for value, name in shown)
-
-
-def _filters(counts: Mapping[str, int], before: bool) -> str:
-    names = {"all": "All", "right": "Right", "wrong": "Wrong"}
-    if before:
-        names |= {"fixed": "Newly right", "broken": "Newly wrong"}
-    return "".join(
-        f'<button type="button" data-kind="{kind}" aria-pressed="{str(kind == "all").lower()}">{name}'
-        f"<span>{counts[kind]}</span></button>"
-        for kind, name in names.items()
-    )
-
-
-def _head(column: str) -> str:
-    if column == "Picture":
-        return "<th><span>Picture</span></th>"
-    kind = "number" if column in ("#", "Score") else "text"
-    return f'<th data-kind="{kind}"><button type="button">{column}</button></th>'
-
-
-def _row(number: int, sample: Sample, kinds: Sequence[str], columns: Sequence[str], picture_px: int) -> str:
-    pictures = "".join(_img(image, picture_px) for image in sample.images)
-    cells = {
-        "#": f'<td class="number">{number}</td>',
-        "Picture": f'<td class="pictures"><div>{pictures}</div></td>',
-        "Question": _text("Question", escape(sample.question)),
-        "Reference": _text("Reference", escape(sample.reference)),
-        "Before": _text("Before", _answer(sample.before or "", sample.score_before)),
-        "After": _text("After", _answer(sample.after, sample.score)),
-        "Score": f'<td class="number" data-label="Score">{sample.score:.3g}</td>',
-    }
-    return f'<tr data-kinds="{" ".join(kinds)}">{"".join(cells[column] for column in columns)}</tr>'
-
-
-def _text(label: str, content: str) -> str:
-    return f'<td class="text" data-label="{label}">{content}</td>'
-
-
-def _answer(answer: str, score: float | None) -> str:
-    text = escape(answer) or '<span class="nothing">(nothing)</span>'
-    return f'<span class="mark {"right" if score == 1 else "wrong"}">{text}</span>'
-
-
-def _img(image: Any, picture_px: int) -> str:
-    """The picture as a data URI: exact if it is tiny (then shown with sharp pixels), else a small WebP."""
-    picture = to_rgb(image)
-    tiny = max(picture.size) <= 64
-    if max(picture.size) > picture_px:
-        picture = picture.copy()
-        picture.thumbnail((picture_px, picture_px), Image.Resampling.LANCZOS)
-    data = BytesIO()
-    picture.save(data, "WEBP", lossless=tiny, quality=80)
-    source = base64.b64encode(data.getvalue()).decode()
-    kind = ' class="small"' if tiny else ""
-    return f'<img{kind} src="data:image/webp;base64,{source}" alt="" loading="lazy">'
-
-
-def _csp_hash(template: str, element: str) -> str:
+def _csp_hash(source: str, element: str) -> str:
     """What the page's policy allows: exactly the text between the tags of this element."""
-    inside = template.split(f"<{element}>")[1].split(f"</{element}>")[0]
+    inside = source.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
     return "sha256-" + base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+
+
+def _pieces(row: EncodedRow, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """What is shown as one: a token, all tokens of an image, or those of one character; `turn` is the number of the
+    answer that it belongs to, or 0."""
+    kinds, turns = kinds_of(row), [0] * len(row)
+    for number, turn in enumerate(row.turns, 1):
+        for place in tokens_in(row.offsets, [(turn.start, turn.end)]).nonzero().flatten().tolist():
+            turns[place] = number
+    start, end = row.offsets.T.tolist()
+    shown = last = 0
+    while last < len(row):
+        first, last = last, last + 1
+        while (
+            last < len(row)
+            and (kinds[last], turns[last]) == (kinds[first], turns[first])
+            and (kinds[first] == "image" or (start[last] < end[last - 1] and start[last] < end[last]))
+        ):
+            last += 1
+        counts = Counter(row.tokens["input_ids"][first:last].tolist())
+        [(most, count)] = counts.most_common(1)
+        name = tokenizer.convert_ids_to_tokens(most)
+        text = f"{name} x {count}" if kinds[first] == "image" else row.text[start[first] : end[last - 1]] or name
+        ids = ", ".join(f"{i}" if n == 1 else f"{n} x {i}" for i, n in counts.items())
+        yield {
+            "turn": turns[first],
+            "before": row.text[shown : start[first]],
+            "look": kinds[first] + " special" * (most in tokenizer.added_tokens_decoder),
+            "hint": f"id {ids} · position {first}" + f" to {last - 1}" * (last - first > 1),
+            "text": text.replace("\n", "↵\n"),
+        }
+        shown = max(shown, end[last - 1])
