@@ -1,6 +1,6 @@
-"""What people's data does wrong, and how each ends: repaired, a named error, or set aside by the scan and counted.
+"""What people's data does wrong, and how each ends: repaired, a named error, or set aside by `check_rows` and counted.
 
-Each bad row lies among nine good ones, is loaded, scanned and handed to a collator as it would be in training.
+Each bad row lies among nine good ones, is loaded, checked and handed to a collator as it would be in training.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 
 from vlm_sft import ChatCollator, load_conversations
 from vlm_sft.chat.messages import normalise, text_of
+from vlm_sft.data.check_rows import check_report
 from vlm_sft.data.rows import ImageFolder, RowReader
-from vlm_sft.data.scan import scan
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -233,7 +233,7 @@ CASES = [
     talk("picture is None", GOOD, "named error", r"images\[0\]: the picture is None", [None]),
     talk("pictures are missing", GOOD, "named error", "stands for image 0 but the row has 0 images", None),
     talk("pictures are an empty list", GOOD, "named error", "stands for image 0 but the row has 0 images", []),
-    talk("pictures are a number", GOOD, "named error", r"images\[0\] is a int; expected a file name", 5),
+    talk("pictures are a number", GOOD, "named error", r"images\[0\]: the picture is a int; expected", 5),
     talk("pictures are a nested list", GOOD, "repaired", "made flat", [["good.png"]], IN_ORDER),
     talk("one picture too many", GOOD, "named error", "2 images but the messages hold 1", ("good.png",) * 2),
     talk(
@@ -460,7 +460,7 @@ CASES = [
     with_path("/etc/hostname", "lies outside the image folder", "absolute path"),
     with_path("link.png", "lies outside the image folder", "link that leads out of the folder"),
     with_path("a\0.png", "with a NUL character", "path with a NUL"),
-    with_path("a\ud800.png", "which is no Unicode; rename the file", "path with a lone surrogate"),
+    with_path("a\ud800.png", "which is not Unicode; rename the file", "path with a lone surrogate"),
     Case(
         "URL in datasets.Image",
         "named error",
@@ -521,9 +521,9 @@ def ending(case: Case, tmp_path: Path, collator: ChatCollator) -> tuple[str, str
     except ValueError as error:
         return ("named error" if str(path) in str(error) else "error without the file"), str(error)
     bad = BAD if len(rows) > 1 else 0
-    report = scan(rows, collator, num_proc=0)
+    report = check_report(rows, collator, num_proc=0)
     if not report.faults:
-        batch, expected = collator([rows[bad]]), collator([case.equals])
+        batch, expected = collator([rows[bad]]), collator([{**case.equals, "row": bad}])
         assert batch.keys() == expected.keys()
         for name, values in expected.items():
             torch.testing.assert_close(batch[name], values, rtol=0, atol=0.02, msg=f"{case.name}: {name}")
@@ -554,7 +554,7 @@ def test_the_matrix_is_printed(
         ends, said = ENDED.get(case.name) or ending(case, tmp_path / str(n), collator)
         found = re.search(rf"[^\n]*{case.says}[^\n]*", said)
         text = found[0] if found else said
-        text = re.sub(r"^.*?(?=row \d|\d  pictures)|^.*split 'train': ", "", text).removeprefix("1  ").strip()
+        text = re.sub(r"^.*?(?=row \d|\d  images)|^.*split 'train': ", "", text).removeprefix("1  ").strip()
         lines.append(f"  {case.name:40.40}  {ends:11}  {text:.110}")
         assert ends == case.ends
     counts = ", ".join(
@@ -609,7 +609,7 @@ def test_fuzzed_rows_are_read_or_named(
     """`FUZZ_ROWS=10000 FUZZ_SEED=7 pytest tests/test_bad_rows.py -k fuzzed` looks further."""
     count, seed = int(os.environ.get("FUZZ_ROWS", 400)), int(os.environ.get("FUZZ_SEED", 0))
     NOISE.save(tmp_path / "good.png")
-    reader = RowReader({"": ImageFolder(tmp_path)})
+    reader = RowReader(ImageFolder(tmp_path))
     draw, ends = random.Random(seed), Counter()
     for number in range(count):
         turns = draw.randint(1, 3)

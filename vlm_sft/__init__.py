@@ -7,8 +7,8 @@ from vlm_sft.chat.audit import audit
 from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
 from vlm_sft.chat.packing import enable_padding_free, pack
 from vlm_sft.chat.template import ChatTemplate
-from vlm_sft.data.datasets import load_conversations, mix
-from vlm_sft.data.lengths import with_lengths
+from vlm_sft.data.check_rows import check_rows, rows_checked
+from vlm_sft.data.datasets import load_conversations
 from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import evaluate_answers
 from vlm_sft.evaluation.generate import generate, split_reference
@@ -30,11 +30,10 @@ from vlm_sft.training.plots import plot_loss
 from vlm_sft.training.reports import write_reports, write_run_json
 
 if TYPE_CHECKING:
-    from vlm_sft.data.scan import sound_rows
     from vlm_sft.tools.merging import merge
 
 # Modules that are commands as well: imported here, `python -m` would warn of them.
-_IN_COMMANDS = {"merge": "tools.merging", "sound_rows": "data.scan"}
+_IN_COMMANDS = {"merge": "tools.merging"}
 
 __all__ = [
     "IGNORE_INDEX",
@@ -54,6 +53,7 @@ __all__ = [
     "check_adapters",
     "check_precision",
     "check_quantized",
+    "check_rows",
     "check_trainable",
     "enable_padding_free",
     "evaluate_answers",
@@ -70,18 +70,16 @@ __all__ = [
     "load_processor",
     "lora_config",
     "merge",
-    "mix",
     "nf4_config",
     "pack",
     "parameter_table",
     "plot_loss",
     "print_main",
     "rates_by_part",
-    "sound_rows",
+    "rows_checked",
     "split_reference",
     "upcast_trainable",
     "verify_checkpoint",
-    "with_lengths",
     "write_audit_html",
     "write_reports",
     "write_run_json",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import pickle
@@ -11,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value, interleave_datasets
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import normalise, text_of
-from vlm_sft.data.datasets import load_conversations, mix
+from vlm_sft.data.datasets import load_conversations
 from vlm_sft.data.formats import read_rows
+from vlm_sft.data.rows import drawn_seed
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -299,26 +298,21 @@ def test_pictures_inside_the_parts(folder: Path) -> None:
         load_conversations(path)
 
 
-def test_pictures_are_made_smaller_and_square_as_they_are_read(folder: Path) -> None:
+def test_images_are_made_smaller_as_they_are_read(folder: Path) -> None:
     rows = [{"messages": chat(n), "images": [f"pictures/{n}.png"]} for n in range(4)]
-    path = write(folder / "a.jsonl", rows)
-    smaller = load_conversations(path, max_pixels=8 * 13, eval_fraction=0)
-    assert [row["images"][0].size for row in smaller["train"]] == [(12, 8), (13, 8), (13, 7), (13, 7)]
-    square = load_conversations(path, pad_to_square=(1, 2, 3), eval_fraction=0)
-    for row in mix({"a": smaller, "b": square}, weights={"a": 1, "b": 1})["train"]:
-        image = row["images"][0]
-        assert (image.width == image.height) is (row["source"] == "b")
-        assert image.convert("RGB").getpixel((0, 0)) == ((1, 2, 3) if row["source"] == "b" else COLOURS[row["row"]])
+    smaller = load_conversations(write(folder / "a.jsonl", rows), max_pixels=8 * 13, eval_fraction=0)["train"]
+    assert [row["images"][0].size for row in smaller] == [(12, 8), (13, 8), (13, 7), (13, 7)]
     (folder / "pictures" / "3.png").write_bytes(png(3)[:50])
     with pytest.raises(ValueError, match=r"row 3: images\[0\]: picture '3.png' is damaged"):
-        square["train"][3]
+        smaller[3]
 
 
 def test_text_only_rows_have_no_images(folder: Path) -> None:
     Dataset.from_dict({"question": ["a", "b"], "answer": ["c", "d"]}).to_parquet(folder / "a.parquet")
     rows = load_conversations(folder / "a.parquet", eval_fraction=0)["train"]
-    assert rows.column_names == ["messages", "images", "row"]
-    assert [(words(row)[1][1], row["images"]) for row in rows] == [("c", []), ("d", [])]
+    assert [(*row, words(row)[1][1], row["images"]) for row in rows] == [
+        ("messages", "images", "row", answer, []) for answer in ("c", "d")
+    ]
 
 
 def test_mixed_schemas_between_json_files(folder: Path) -> None:
@@ -343,12 +337,12 @@ def test_splits_by_file_name(folder: Path) -> None:
         load_conversations(folder, eval_split="tset")
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_test_split_is_made_where_there_is_none(folder: Path, streaming: bool) -> None:
+def test_a_test_split_is_made_where_there_is_none(folder: Path) -> None:
     path = write(folder / "a.jsonl", [{"prompt": str(n), "response": "x"} for n in range(100)])
 
     def numbers(seed: int = 0, **options: Any) -> dict[str, list[int]]:
-        loaded = load_conversations(path, streaming=streaming, seed=seed, **options)
+        loaded = load_conversations(path, seed=seed, **options)
+        assert {drawn_seed(rows) for rows in loaded.values()} == {seed if "test" in loaded else None}
         return {name: [row["row"] for row in rows] for name, rows in loaded.items()}
 
     loaded = numbers(eval_fraction=0.1)
@@ -357,9 +351,27 @@ def test_a_test_split_is_made_where_there_is_none(folder: Path, streaming: bool)
     assert sorted(loaded["train"] + loaded["test"]) == list(range(100))
     assert loaded["train"] == sorted(loaded["train"])
     assert numbers(eval_fraction=0, max_rows=7) == {"train": list(range(7))}
-    if not streaming:
-        assert numbers(seed=1, eval_fraction=0.1) != loaded
-        assert numbers(max_rows=1) == {"train": [0]}
+    assert numbers(seed=1, eval_fraction=0.1) != loaded
+    assert numbers(max_rows=1) == {"train": [0]}
+
+
+def test_a_stream_holds_out_its_first_rows_in_memory(folder: Path) -> None:
+    path = write(folder / "a.jsonl", [{"prompt": str(n), "response": "x"} for n in range(20)])
+    loaded = load_conversations(path, streaming=True, max_eval_rows=3)
+    assert isinstance(loaded, IterableDatasetDict)
+    assert isinstance(loaded["test"], Dataset)
+    assert drawn_seed(loaded["test"]) is drawn_seed(loaded["train"]) is None
+    assert [words(row)[0][1] for row in loaded["test"]] == ["0", "1", "2"]
+    assert [row["row"] for row in loaded["train"]] == list(range(3, 20))
+    with pytest.raises(ValueError, match="say how many of its first rows to hold out"):
+        load_conversations(path, streaming=True)
+    with pytest.raises(ValueError, match="max_eval_rows=20 holds out every row"):
+        load_conversations(path, streaming=True, max_eval_rows=20)
+    for split in ("train", "validation"):
+        Dataset.from_list(vsft_rows(4), features=VSFT).to_parquet(folder / "own" / f"{split}.parquet")
+    own = load_conversations(folder / "own", streaming=True, max_eval_rows=2)
+    assert [len(list(own["train"])), len(own["test"])] == [4, 2]
+    assert to_rgb(own["test"][1]["images"][0]).tobytes() == picture(1).tobytes()
 
 
 def test_text_is_converted_once_and_again_when_the_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +400,7 @@ def test_text_is_converted_once_and_again_when_the_file_changes(folder: Path, mo
         ({"q": "a", "a": "b"}, {"prompt": "q"}, "'prompt' and 'response' go together"),
         ({"q": "a", "a": "b"}, ["prompt=q", "a"], "'a' names no column; expected FIELD=COLUMN"),
         ({"messages": [{"role": "user"}]}, None, r"none of the first 1 rows.*row 0.*messages\[0\] has a content that"),
-        ({"messages": [], "images": 5}, None, r"row 0: images\[0\] is a int; expected a file name"),
+        ({"messages": [], "images": 5}, None, r"row 0: images\[0\]: the picture is a int; expected"),
         ({"messages": 5}, None, "`messages` is a int"),
         ({"prompt": "q", "response": "a", "history": [1]}, None, r"history is \[1\]; expected a list of"),
         (5, None, "no row is an object with columns"),
@@ -490,42 +502,23 @@ def test_rows_travel_to_workers(folder: Path) -> None:
     assert [row[1][1] for batch in batches for row in batch] == ["A0", "A1", "A2", "A3"]
 
 
-def test_a_mixture_keeps_to_its_weights(folder: Path, tmp_path: Path) -> None:
-    write(folder / "a.jsonl", [{"messages": chat(n), "images": [f"pictures/{n % 4}.png"]} for n in range(300)])
-    Dataset.from_list(vsft_rows(100), features=VSFT).save_to_disk(tmp_path / "vsft")
-    features = Features({"prompt": Value("string"), "response": Value("string"), "image": datasets.Image()})
-    single = {"prompt": ["What?"] * 9, "response": ["x"] * 9, "image": [picture(2)] * 9}
-    Dataset.from_dict(single, features=features).to_parquet(tmp_path / "b.parquet")
-    load = functools.partial(load_conversations, eval_fraction=0.1)
-    parts = {"json": load(folder / "a.jsonl"), "hub": load(tmp_path / "vsft"), "one": load(tmp_path / "b.parquet")}
-    mixed = mix(parts, weights={"json": 3, "hub": 1, "one": 0.5}, seed=1)
-    sources = mixed["train"]["source"][:]
-    assert sources == mix(parts, weights={"json": 3, "hub": 1, "one": 0.5}, seed=1)["train"]["source"][:]
-    shares = [sources.count(name) / len(sources) for name in parts]
-    np.testing.assert_allclose(shares, np.array([3, 1, 0.5]) / 4.5, atol=0.08)
-    for name, part in parts.items():
-        drawn = {row for row, source in zip(mixed["train"]["row"], sources, strict=True) if source == name}
-        assert drawn == set(part["train"]["row"])
-        row = mixed["train"][sources.index(name)]
-        before = next(before for before in part["train"] if before["row"] == row["row"])
-        assert (words(row), len(row["images"])) == (words(before), 1)
-        assert to_rgb(row["images"][0]).tobytes() == to_rgb(before["images"][0]).tobytes()
-    assert mixed["train"]["row"][:3] == [row["row"] for row in mixed["train"].take(3)]
-    with pytest.raises(ValueError, match="with its column 'source'"):
-        mixed["train"].select_columns(["images", "row"])[0]
-    assert sorted(mixed["test"]["source"]) == ["hub"] * 10 + ["json"] * 30 + ["one"]
-    with pytest.raises(ValueError, match="expected one above 0 for each of json, hub, one"):
-        mix(parts, weights={"json": 1, "hub": 0})
+def test_datasets_are_mixed_by_the_function_of_datasets(folder: Path) -> None:
+    """Those of one image folder and one `to_conversation`."""
+    for name in "ab":
+        rows = [{"messages": chat(n), "images": [f"pictures/{n % 4}.png"], "from": name} for n in range(40)]
+        write(folder / f"{name}.jsonl", rows)
+    how = {"to_conversation": numbered, "image_folder": folder, "max_eval_rows": 2}
+    parts = [load_conversations(folder / f"{name}.jsonl", **how) for name in "ab"]
+    mixed = interleave_datasets([part["train"] for part in parts], probabilities=[0.75, 0.25], seed=1)
+    drawn = [(words(row)[1][1], row["row"]) for row in mixed]
+    assert 0.65 < sum(answer.startswith("a") for answer, _ in drawn) / len(drawn) < 0.85
+    assert all(answer[1:] == str(number) for answer, number in drawn)
+    assert to_rgb(mixed[0]["images"][0]).getpixel((0, 0)) == COLOURS[mixed[0]["row"] % 4]
 
 
-def test_a_bad_row_of_a_mixture_names_its_source(folder: Path) -> None:
-    rows = [{"messages": chat(n), "images": [f"pictures/{n}.png"]} for n in range(4)]
-    good = load_conversations(write(folder / "good.jsonl", rows), eval_fraction=0)
-    rows[2]["images"] = ["gone.png"]
-    bad = load_conversations(write(folder / "bad.jsonl", rows), eval_fraction=0)
-    mixed = mix({"good": good, "bad": bad}, weights={"good": 1, "bad": 1})["train"]
-    with pytest.raises(ValueError, match=r"^bad row 2: images\[0\]: picture 'gone.png' does not exist"):
-        list(mixed)
+def numbered(row: Any) -> dict[str, Any]:
+    answer = {"role": "assistant", "content": row["from"] + row["messages"][1]["content"][1:]}
+    return {"messages": [row["messages"][0], answer], "images": row["images"]}
 
 
 def test_own_function_reads_rows_that_were_loaded_before(folder: Path, tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
-"""Conversations from the Hub or from files, as a `DatasetDict` whose rows hold `messages`, `images` and `row`.
+"""`load_conversations`: rows of the Hub or of files as a `DatasetDict` whose rows hold `messages`, `images` and `row`.
 
-Text is brought into one column once, and cached. Pictures are opened when a row is read, so in the data loader's
-workers, and only inside the image folder: nothing in a row fetches a URL or reads another file.
+Rows stay as their source stores them; they are converted, and their images opened, when they are read, so in the data
+loader's workers. Images are read only inside the image folder: nothing in a row fetches a URL or reads another file.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,21 @@ from datasets import Dataset, DatasetDict, DatasetInfo, Features, IterableDatase
 from huggingface_hub import constants
 
 from vlm_sft.chat.messages import normalise
-from vlm_sft.data import formats, rows
-from vlm_sft.data.formats import Columns, Layout, closest, layout_of, read_rows, to_pictures
-from vlm_sft.data.rows import FEATURES, IMAGES, Change, ImageFolder, RowReader, convert, store, store_image
-from vlm_sft.data.sources import Source, hub_sources, local_sources
+from vlm_sft.data import formats
+from vlm_sft.data import rows as reading
+from vlm_sft.data.formats import TEXT_SUFFIXES, Columns, closest, layout_of, read_rows
+from vlm_sft.data.rows import LINES, STREAMS, Change, ImageFolder, RowReader, lines
 
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
-CONVERSATION: Layout = {"messages": ("messages",), "images": ("images",)}
 FIRST_ROWS = 8  # looked at while loading
-_CODE = (formats.__file__, rows.__file__)
+_CODE = (formats.__file__, reading.__file__)
+_KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(TEXT_SUFFIXES, "text")
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
+
+NUMBER = {"row": LINES["row"]}
+
+Source = Any
+"""A tuple of text files, a `Dataset`, or an `IterableDataset`."""
 
 
 def load_conversations(
@@ -46,47 +52,44 @@ def load_conversations(
     image_folder: str | Path | None = None,
     allow_outside: bool = False,
     max_pixels: int | None = None,
-    pad_to_square: tuple[int, int, int] | None = None,
     max_rows: int | None = None,
     max_eval_rows: int | None = None,
     seed: int = 0,
 ) -> DatasetDict | IterableDatasetDict:
-    """`{"train", "test"}` with the columns `messages`, `images` and `row`, the row's place in its source.
+    """`{"train", "test"}` whose rows hold `messages`, `images` and `row`, the row's place in its source.
 
     Reads a Hub dataset; a folder written by `save_to_disk`; a Parquet, Arrow, JSON, JSON-lines, CSV or TSV file, or a
-    folder of them, split by their names; a folder of pictures with a `metadata.jsonl`. Conversations may be `messages`,
+    folder of them, split by their names; a folder of images with a `metadata.jsonl`. Conversations may be `messages`,
     LLaVA's and ShareGPT's `conversations`, or prompt and response; `columns` says so where yours have other names:
     `{"prompt": "frage", "response": "antwort", "images": "bild"}`, or `["prompt=frage", ...]` as flags write it.
 
-    - `to_conversation`: a function of your own from a stored row to a dict of `messages` and `images`, where
-      no `columns` are given; pictures pass through it as they are stored.
+    - `to_conversation`: a function of your own from a stored row to a dict of `messages` and `images`, used where
+      no `columns` are given.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
-      none, `eval_fraction` of the rows does, drawn with `seed` (when streaming, every n-th row); 0 makes none.
+      none, `eval_fraction` of the rows does, drawn with `seed`; 0 makes none.
     - `max_rows`: only the first rows of each split. `max_eval_rows`: of "test", which then must be there.
+    - `streaming`: "train" is an `IterableDataset` in the order of the source; "test" a `Dataset` in memory of
+      `max_eval_rows` rows, the first ones where the source has no split for it.
     - `image_folder`: what file names in rows are relative to; the folder of the data unless given. Files outside it
       are refused unless `allow_outside` is set, URLs always.
-    - `max_pixels`: larger pictures are made smaller, in their shape. `pad_to_square`: LLaVA-1.5's padding, a background
-      as in `tuple(int(255 * mean) for mean in processor.image_processor.image_mean)`.
+    - `max_pixels`: larger images are made smaller, their shape kept.
 
     Raises `ValueError` for a path or folder that does not exist, a column that is not there, a split without rows, and
-    where none of the first rows can be read. One bad row among good ones raises when it is read; `scan` finds them all.
+    where none of the first rows can be read. One bad row among good ones raises when it is read; `check_rows` finds
+    them all.
     """
-    if columns:
-        to_conversation = None
     if image_folder and not Path(image_folder).expanduser().is_dir():
         raise ValueError(f"image_folder={str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
     path = Path(name_or_path).expanduser()
     root = path if path.is_dir() else path.parent if path.exists() else Path(constants.HF_HUB_CACHE)
     with _named_faults(name_or_path if path.exists() else f"{name_or_path} (no such path, so taken for a Hub id)"):
         sources = (
-            local_sources(path, streaming=streaming)
+            _local_sources(path, streaming=streaming)
             if path.exists()
-            else hub_sources(str(name_or_path), config_name=config_name, revision=revision, streaming=streaming)
+            else _hub_sources(str(name_or_path), config_name=config_name, revision=revision, streaming=streaming)
         )
     read_from = Path(image_folder).expanduser() if image_folder else root
-    folder = ImageFolder(read_from, allow_outside, max_pixels, pad_to_square)
-    stored = not streaming and all(isinstance(source, Dataset) for source in sources.values())
-    reader = RowReader({"": folder}, to_conversation if stored else None)
+    reader = RowReader(ImageFolder(read_from, allow_outside, max_pixels), None if columns else to_conversation)
     wanted = {"train": split}
     if found := eval_split or next((name for name in EVAL_SPLITS if name in sources and name != split), None):
         wanted["test"] = found
@@ -94,51 +97,30 @@ def load_conversations(
         raise ValueError(
             f"{name_or_path} has no split {missing[0]!r}{closest(missing[0], [*sources])}; found {', '.join(sources)}"
         )
-    loaded = {}
+    stored: dict[str, Any] = {}
+    readers: dict[str, RowReader] = {}
     for key, name in wanted.items():
         with _named_faults(f"{name_or_path}, split {name!r}"):
-            loaded[key] = _convert(sources[name], columns, to_conversation, root, max_rows, streaming)
-            _check_first_rows(loaded[key], reader)
-    if "test" not in loaded and eval_fraction:
-        loaded = _divide(loaded["train"], eval_fraction, seed)
-    if max_eval_rows is not None:
-        if "test" not in loaded:
-            raise ValueError(f"{name_or_path}: one row, and none to hold out; give more rows, or an eval_split")
-        rows = loaded["test"]
-        loaded["test"] = rows.take(max_eval_rows if streaming else min(max_eval_rows, len(rows)))
-    if streaming:
-        return IterableDatasetDict({key: rows.map(reader.read) for key, rows in loaded.items()})
-    return DatasetDict({key: rows.with_transform(reader) for key, rows in loaded.items()})
-
-
-def mix(parts: Mapping[str, DatasetDict], *, weights: Mapping[str, float], seed: int = 0) -> DatasetDict:
-    """One `{"train", "test"}` of several: training rows drawn by weight until each has come at least once (those of
-    light parts come again), test rows once each. A column `source` holds the part's name.
-
-    Storage that differs between the parts is made the same first, once, and cached. Raises `ValueError` for weights
-    that do not fit the parts.
-    """
-    if parts.keys() != weights.keys() or not all(weight > 0 for weight in weights.values()):
-        raise ValueError(f"weights={dict(weights)}; expected one above 0 for each of {', '.join(parts)}")
-    readers = {name: part["train"].format["format_kwargs"]["transform"] for name, part in parts.items()}
-    if changed := [name for name, reader in readers.items() if reader.change is not None]:
-        raise ValueError(f"{', '.join(changed)}: read with to_conversation, and cannot be mixed; use columns= instead")
-    folders = {name: reader.folders[""] for name, reader in readers.items()}
-    uniform = {
-        key: [_uniform(part[key], name) for name, part in parts.items() if key in part] for key in ("train", "test")
-    }
-    total = sum(weights.values())
-    mixed = {
-        "train": datasets.interleave_datasets(
-            uniform["train"],
-            probabilities=[weights[name] / total for name in parts],
-            seed=seed,
-            stopping_strategy="all_exhausted",
-        )
-    }
-    if uniform["test"]:
-        mixed["test"] = datasets.concatenate_datasets(uniform["test"])
-    return DatasetDict({key: rows.with_transform(RowReader(folders)) for key, rows in mixed.items()})
+            stored[key], names = _stored(sources[name], root, max_rows, streaming)
+            layout = None if reader.change else layout_of(names, columns)
+            readers[key] = replace(reader, layout=layout)
+            _check_first_rows(stored[key], readers[key])
+    if "test" not in stored and eval_fraction:
+        rows = stored["train"]
+        stored = _held_out(rows, max_eval_rows) if streaming else _drawn(rows, eval_fraction, seed)
+        drawn_by = seed if "test" in stored and not streaming else None
+        readers["test"] = readers["train"] = replace(readers["train"], seed=drawn_by)
+    if max_eval_rows is not None and "test" not in stored:
+        raise ValueError(f"{name_or_path}: one row, and none to hold out; give more rows, or an eval_split")
+    if "test" in stored:
+        stored["test"] = _in_memory(stored["test"], max_eval_rows)
+    if not streaming:
+        return DatasetDict({key: rows.with_transform(readers[key]) for key, rows in stored.items()})
+    columns_read = stored["train"].column_names or [*next(iter(stored["train"]))]
+    train = stored["train"].map(readers["train"].read, remove_columns=columns_read)
+    STREAMS[train] = (stored["train"], readers["train"])
+    test = {"test": stored["test"].with_transform(readers["test"])} if "test" in stored else {}
+    return IterableDatasetDict({"train": train, **test})
 
 
 @contextmanager
@@ -151,83 +133,82 @@ def _named_faults(name: str | Path) -> Iterator[None]:
         raise ValueError(f"{name}: {error.__cause__ or error}") from error
 
 
-def _convert(
-    source: Source, columns: Columns | None, change: Change | None, root: Path, max_rows: int | None, streaming: bool
-) -> Any:
-    """The source with the columns `messages`, `images` and `row`, pictures not opened yet."""
+def _local_sources(path: Path, *, streaming: bool) -> dict[str, Source]:
+    """Splits of a folder written by `save_to_disk`, of a data file, or of a folder of data files, told by their names.
 
-    def layout(found: list[str]) -> Layout:
-        return layout_of(found, columns) if change is None else CONVERSATION
+    Raises `ValueError` for a path that holds no data, or data of several kinds.
+    """
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if next(path.rglob("*.arrow"), None) is None:
+            raise ValueError("it has no row")
+        saved = datasets.load_from_disk(path)
+        splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+        return {name: rows.to_iterable_dataset() for name, rows in splits.items()} if streaming else splits
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [file for file in found if file.suffix.lower() in _KINDS and not file.name.startswith("dataset_info")]
+    files = [file for file in files if file.stem == "metadata"] or files
+    kinds = {_KINDS[file.suffix.lower()] for file in files}
+    if len(kinds) != 1:
+        what = "files of several kinds; give one of them" if kinds else f"none of {', '.join(_KINDS)}"
+        raise ValueError(f"it holds {what}")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        named = _SPLIT.search(file.relative_to(path).as_posix().lower()) if path.is_dir() else None
+        by_split.setdefault(named[1] if named else "train", []).append(file)
+    if kinds == {"text"}:
+        return {split: tuple(paths) for split, paths in by_split.items()}
+    data_files = {split: [str(file) for file in paths] for split, paths in by_split.items()}
+    return dict(datasets.load_dataset(kinds.pop(), data_files=data_files, streaming=streaming))
 
+
+def _hub_sources(name: str, *, config_name: str | None, revision: str | None, streaming: bool) -> dict[str, Source]:
+    """Splits of a Hub dataset. Raises `ValueError` for what looks like a path, which then does not exist."""
+    if name.count("/") > 1 or name.startswith((".", "~")) or Path(name).suffix.lower() in _KINDS:
+        raise ValueError("it does not exist; give the path of a file or folder, or the id of a Hub dataset")
+    return dict(datasets.load_dataset(name, name=config_name, revision=revision, streaming=streaming))
+
+
+def _stored(source: Source, root: Path, max_rows: int | None, streaming: bool) -> tuple[Any, list[str]]:
+    """The source with the column `row`, images left encoded; and the names of its own columns."""
     if isinstance(source, tuple):
         first = islice((row for file in source for row in read_rows(file)), 64)
-        found = dict.fromkeys(name for row in first for name in (row if isinstance(row, Mapping) else ()))
-        if not found:
+        names = [*dict.fromkeys(name for row in first for name in (row if isinstance(row, Mapping) else ()))]
+        if not names:
             raise ValueError("no row is an object with columns; expected {'messages': [...], ...} and the like")
-        settings = {
-            "files": source,
-            "root": root,
-            "layout": layout(list(found)),
-            "change": change,
-            "max_rows": max_rows,
-        }
-        # By this the cache sees that the files, or the code that reads them, have changed.
-        settings["stamp"] = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*source, *_CODE))
-        if streaming:
-            return IterableDataset.from_generator(_stored_rows, gen_kwargs=settings)
-        return Dataset.from_generator(_stored_rows, features=FEATURES, gen_kwargs=settings)
+        # By the stamp the cache sees that the files, or the code that reads them, have changed.
+        stamp = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*source, *_CODE))
+        how = {"files": source, "root": root, "max_rows": max_rows, "stamp": stamp}
+        kind: Any = IterableDataset if streaming else Dataset
+        return kind.from_generator(_lines, features=LINES, gen_kwargs=how), names
     if streaming:
-        undecoded = source.decode(False) if source.features else source
-        names = source.column_names or list(next(iter(undecoded), {}))
-        converted = partial(convert, layout=layout(names), change=change)
-        rows = undecoded.map(converted, with_indices=True, remove_columns=names)
-        return rows if max_rows is None else rows.take(max_rows)
+        unread = source.decode(False) if source.features else source
+        names = [name for name in source.column_names or next(iter(unread), {}) if name != "row"]
+        known = source.features and Features({name: _undecode(source.features[name]) for name in names} | NUMBER)
+        numbered = unread.select_columns(names).map(_number, with_indices=True, features=known)
+        return numbered if max_rows is None else numbered.take(max_rows), names
     if max_rows is not None:
         source = source.take(min(max_rows, len(source)))
     if not len(source):
         raise ValueError("it has no row")
-    if change is None:
-        return _from_arrow(source, layout(source.column_names))
-    # Changed when read: to store the result would copy every picture.
     source = source.remove_columns(["row"] if "row" in source.column_names else [])
     features = Features({name: _undecode(feature) for name, feature in source.features.items()})
-    return _numbered(Dataset(source.data, info=DatasetInfo(features=features)))
+    # `cast` would write all images anew.
+    unread = Dataset(source.data, info=DatasetInfo(features=features))
+    return unread.add_column("row", list(range(len(unread))), feature=NUMBER["row"]), source.column_names
 
 
-def _stored_rows(
-    files: tuple[Path, ...], root: Path, layout: Layout, change: Change | None, max_rows: int | None, stamp: Any
-) -> Iterator[dict[str, Any]]:
-    found = ((row, file) for file in files for row in read_rows(file))
-    for number, (row, file) in enumerate(islice(found, max_rows)):
-        # Beside a metadata file, names are relative to it.
-        folder = str(file.parent.relative_to(root)) if file.stem == "metadata" else ""
-        yield store(row, number, layout=layout, folder=folder, change=change)
+def _lines(files: tuple[Path, ...], root: Path, max_rows: int | None, stamp: Any) -> Iterator[dict[str, Any]]:
+    def read() -> Iterator[tuple[Any, str]]:
+        for file in files:
+            # Beside a metadata file, names are relative to it.
+            folder = str(file.parent.relative_to(root)) if file.stem == "metadata" else ""
+            yield from ((row, folder) for row in read_rows(file))
+
+    yield from lines(islice(read(), max_rows))
 
 
-def _from_arrow(source: Dataset, layout: Layout) -> Dataset:
-    """The columns side by side, those of the source as they are: pixels are not copied."""
-    if "messages" in layout:
-        text = _undecoded(source, layout["messages"][0], "messages")
-    else:
-        used = [name for field, names in layout.items() if field != "images" for name in names]
-        how = {"fn_kwargs": {"layout": layout}, "remove_columns": used, "desc": "Reading conversations"}
-        text = source.select_columns(used).map(store, with_indices=True, **how).select_columns(["messages"])
-    if "images" in layout:
-        images = _undecoded(source, layout["images"][0], "images")
-    else:
-        images = Dataset.from_dict({"images": [None] * len(text)}, features=Features({"images": IMAGES}))
-    return _numbered(datasets.concatenate_datasets([text, images], axis=1))
-
-
-def _numbered(rows: Dataset) -> Dataset:
-    return rows.add_column("row", list(range(len(rows))), feature=FEATURES["row"])
-
-
-def _undecoded(source: Dataset, name: str, new_name: str) -> Dataset:
-    """One column, in which pictures stay encoded when a row is read. (`cast_column` would copy them all.)"""
-    column = source.select_columns([name])
-    info = DatasetInfo(features=Features({new_name: _undecode(column.features[name])}))
-    return Dataset(column.data.rename_columns([new_name]), info=info)
+def _number(row: dict[str, Any], number: int) -> dict[str, Any]:
+    return {**row, "row": number}
 
 
 def _undecode(feature: Any) -> Any:
@@ -240,34 +221,8 @@ def _undecode(feature: Any) -> Any:
     return feature
 
 
-def _uniform(rows: Dataset, source: str) -> Dataset:
-    """The rows stored as `FEATURES`, with the column `source`."""
-    rows = rows.with_format(None)
-    columns = []
-    for name, feature in FEATURES.items():
-        column = rows.select_columns([name])
-        if column.features[name] != feature:
-            column = column.map(
-                _uniform_cell, features=Features({name: feature}), desc=f"Bringing {name} into one form"
-            )
-        columns.append(column)
-    return datasets.concatenate_datasets(columns, axis=1).add_column("source", [source] * len(rows))
-
-
-def _uniform_cell(row: dict[str, Any]) -> dict[str, Any]:
-    if "images" in row:
-        return {"images": [store_image(image, n) for n, image in enumerate(to_pictures(row, {"images": ("images",)}))]}
-    return {"messages": json.dumps(row["messages"])}
-
-
-def _divide(rows: Any, fraction: float, seed: int) -> dict[str, Any]:
+def _drawn(rows: Dataset, fraction: float, seed: int) -> dict[str, Dataset]:
     """Training and test rows, both in the order of the source."""
-    if isinstance(rows, IterableDataset):
-        every = max(2, round(1 / fraction))
-        return {
-            key: rows.filter(partial(_is_drawn, every=every, drawn=drawn))
-            for key, drawn in (("train", False), ("test", True))
-        }
     if len(rows) < 2:
         return {"train": rows}
     test = set(random.Random(seed).sample(range(len(rows)), max(1, round(fraction * len(rows)))))
@@ -277,8 +232,20 @@ def _divide(rows: Any, fraction: float, seed: int) -> dict[str, Any]:
     }
 
 
-def _is_drawn(row: dict[str, Any], *, every: int, drawn: bool) -> bool:
-    return (row["row"] % every == 0) is drawn
+def _held_out(stream: IterableDataset, count: int | None) -> dict[str, IterableDataset]:
+    """The first rows of the stream for testing, those after them for training."""
+    if count is None:
+        raise ValueError("a stream without a test split: say how many of its first rows to hold out (max_eval_rows)")
+    train = stream.skip(count)
+    if next(iter(train), None) is None:
+        raise ValueError(f"max_eval_rows={count} holds out every row of the stream; give less")
+    return {"train": train, "test": stream.take(count)}
+
+
+def _in_memory(rows: Any, count: int | None) -> Dataset:
+    if isinstance(rows, Dataset):
+        return rows if count is None else rows.take(min(count, len(rows)))
+    return Dataset.from_list(list(rows if count is None else rows.take(count)), features=rows.features)
 
 
 def _check_first_rows(rows: Any, reader: RowReader) -> None:

@@ -110,7 +110,7 @@ def to_messages(row: Mapping[str, Any], layout: Layout) -> Any:
     return [_message({"role": role, "content": content}) for role, content in turns]
 
 
-def to_pictures(row: Mapping[str, Any], layout: Layout) -> list[Any]:
+def to_images(row: Mapping[str, Any], layout: Layout) -> list[Any]:
     """The row's pictures as a flat list; none where the column is absent, None or an empty string."""
     value = row.get(layout["images"][0]) if "images" in layout else None
     if value is None or value == "":

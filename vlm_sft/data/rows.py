@@ -1,117 +1,139 @@
-"""A row as it is stored (`FEATURES`: text as JSON, pictures encoded or by name) and as it is read (a conversation)."""
+"""A stored row becomes a conversation when it is read: columns to messages, file names to opened images.
+
+Rows stay as their source stores them (text files as one line of JSON each), so nothing is copied, and an edited
+`to_conversation` acts at once. `convert` gives the words and what the images are; `open` reads the images' headers.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-import datasets
-from datasets import Features, List, Value
+from datasets import Dataset, Features, IterableDataset, Value
 
-from vlm_sft.chat.images import open_image, pad_to_square, to_rgb
-from vlm_sft.data.formats import Layout, closest, layout_of, to_messages, to_pictures
+from vlm_sft.chat.images import open_image, to_rgb
+from vlm_sft.data.formats import Layout, closest, layout_of, to_images, to_messages
 
-IMAGES = List(datasets.Image(decode=False))
-FEATURES = Features({"messages": Value("string"), "images": IMAGES, "row": Value("int64")})
+COLUMNS = ("length", "image_tokens", "trained_tokens")
+"""What `check_rows` adds to a row."""
 
+LINES = Features({"json": Value("string"), "fault": Value("string"), "folder": Value("string"), "row": Value("int64")})
+"""A row of a text file: its JSON or what is wrong with the line, and the folder its file names start in."""
 
 Change = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """A stored row in, `messages` and `images` out: the `to_conversation` of a recipe."""
 
 
 class ImageFolder(NamedTuple):
-    """What file names in rows are relative to, whether they may lead out of it, and how its pictures are shown: made
-    smaller until they have at most `max_pixels`, and laid on a square of the colour `pad_to_square` (LLaVA-1.5)."""
+    """What file names in rows are relative to, whether they may lead out of it, and the pixels of the largest image:
+    larger ones are made smaller."""
 
     path: Path
     allow_outside: bool = False
     max_pixels: int | None = None
-    pad_to_square: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
 class RowReader:
-    """Turns stored rows into conversations: JSON parsed, pictures opened by their header and not decoded yet.
+    """Stored rows in, `{"messages", "images", "row"}` and the columns of `check_rows` out; a single column
+    (`dataset["row"]`) is read as it is. `change` or else `layout` says where the conversation is. `seed` is the one by
+    which rows were held out, None where the source had its own splits."""
 
-    `folders` holds one entry for each source of a mixture, or one named "" where there is a single source. `change`
-    comes first, on whole rows; a single column (`dataset["row"]`) is read as it is.
-    """
-
-    folders: Mapping[str, ImageFolder]
+    folder: ImageFolder
     change: Change | None = None
+    layout: Layout | None = None
+    seed: int | None = None
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        if len(batch) == 1:
+            return dict(batch)
         rows = [self.read(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
         return {name: [row[name] for row in rows] for name in rows[0]} if rows else {name: [] for name in batch}
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row as a conversation. Raises `ValueError` naming row and field."""
-        source = "" if "" in self.folders else row.get("source", "")
-        if source not in self.folders and row.keys() & {"messages", "images"}:
-            raise ValueError("a row of a mixture is read with its column 'source', which says where its pictures lie")
-        folder = self.folders.get(source, ImageFolder(Path()))
-        read = dict(row)
+        """The row as a conversation, images opened by their headers. Raises `ValueError` naming row and field."""
+        return self.open(self.convert(row))
+
+    def convert(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row as a conversation whose images are not opened: encoded bytes, file names, or as `change` made them.
+        Raises `ValueError` naming the row."""
+        numbers = {name: row[name] for name in ("row", *COLUMNS) if name in row}
         try:
-            if self.change is not None and len(row) > 1:
-                row = read = {
-                    **_changed(row, self.change),
-                    **{name: row[name] for name in ("row", "length") if name in row},
-                }
-            if "messages" in row:
-                messages = to_messages(row, {"messages": ("messages",)})
-                if isinstance(messages, Mapping) and "fault" in messages:
-                    raise ValueError(messages["fault"])
-                read["messages"] = _open_parts(messages, folder)
-            if "images" in row:
-                images = to_pictures(row, {"images": ("images",)})
-                read["images"] = [_open(image, f"images[{n}]", folder) for n, image in enumerate(images)]
+            found, folder = (_parse(row), row["folder"]) if row.keys() >= LINES.keys() else (row, "")
+            layout = self.layout or CONVERSATION
+            if self.change is not None:
+                found, layout = _changed(found, self.change), CONVERSATION
+            images = [_within(folder, image) for image in to_images(found, layout)]
+            return {"messages": to_messages(found, layout), "images": images, **numbers}
         except ValueError as error:
-            raise ValueError(f"{source} row {row.get('row', 'without a number')}: {error}".lstrip()) from None
-        return read
+            raise _named(row, error) from None
+
+    def open(self, converted: Mapping[str, Any]) -> dict[str, Any]:
+        """The conversation with its images opened, those inside of message parts too. Raises as `read` does."""
+        try:
+            images = [_open(image, f"images[{n}]", self.folder) for n, image in enumerate(converted["images"])]
+            return {**converted, "messages": _open_parts(converted["messages"], self.folder), "images": images}
+        except ValueError as error:
+            raise _named(converted, error) from None
 
 
-def convert(row: Any, number: int, *, layout: Layout, folder: str = "", change: Change | None = None) -> dict[str, Any]:
-    """`messages`, `images` and `row` of a row as people write them (after `change`), file names put behind `folder`.
-    One that cannot be read keeps its fault in the place of its messages, to be raised when it is."""
-    try:
-        if isinstance(row, ValueError):
-            raise row
-        if not isinstance(row, Mapping):
-            raise ValueError(f"the row is a {type(row).__name__}; expected an object with columns")
-        if change is not None:
-            row = _changed(row, change)
-        images = [store_image(image, n, folder=folder) for n, image in enumerate(to_pictures(row, layout))]
-        messages = to_messages(row, layout)
-    except ValueError as error:
-        messages, images = {"fault": str(error)}, []
-    return {"messages": messages, "images": images, "row": number}
+CONVERSATION: Layout = {"messages": ("messages",), "images": ("images",)}
+
+STREAMS: WeakKeyDictionary[IterableDataset, tuple[IterableDataset, RowReader]] = WeakKeyDictionary()
+"""Of each stream that `load_conversations` returned, the rows as they are stored and their reader."""
 
 
-def store(row: Any, number: int, **how: Any) -> dict[str, Any]:
-    """The row converted as `convert` does, as `FEATURES`."""
-    converted = convert(row, number, **how)
-    return {**converted, "messages": json.dumps(converted["messages"])}
+def unpacked(dataset: Any) -> Any:
+    """The dataset of conversations inside of one that `pack` made; any other as it is."""
+    transform = dataset.format["format_kwargs"].get("transform") if isinstance(dataset, Dataset) else None
+    return transform.keywords.get("dataset", dataset) if isinstance(transform, partial) else dataset
 
 
-def store_image(image: Any, number: int, *, folder: str = "") -> Any:
-    """The `{"bytes", "path"}` of a file name or of encoded bytes; None stays None. Raises `ValueError` for the rest."""
-    path, data = (image.get("path"), image.get("bytes")) if isinstance(image, Mapping) else (image, None)
-    if image is None:
-        return None
-    if isinstance(path, bytes):
-        path, data = None, path
-    if isinstance(data, bytes):
-        return {"bytes": data, "path": path if isinstance(path, str) else None}
-    if not isinstance(path, str) or data is not None:
-        raise ValueError(f"images[{number}] is a {type(image).__name__}; expected a file name")
-    if not path.isascii() and path.encode(errors="replace").decode() != path:
-        raise ValueError(f"images[{number}] is the file name {path!r}, which is no Unicode; rename the file")
-    return {"bytes": None, "path": os.path.join(folder, path)}  # which leaves an absolute path as it is
+def reader_of(dataset: Any) -> RowReader | None:
+    """The reader of a dataset that `load_conversations` returned, None for any other."""
+    transform = dataset.format["format_kwargs"].get("transform") if isinstance(dataset, Dataset) else None
+    return transform if isinstance(transform, RowReader) else None
+
+
+def drawn_seed(dataset: Any) -> int | None:
+    """The seed by which rows of this dataset were held out; None where the source has its own splits, or streams."""
+    reader = reader_of(unpacked(dataset))
+    return reader.seed if reader else None
+
+
+def lines(rows: Iterable[tuple[Any, str]]) -> Iterable[dict[str, Any]]:
+    """Rows of text files, and the folder of each, as `LINES`."""
+    for number, (row, folder) in enumerate(rows):
+        fault = str(row) if isinstance(row, ValueError) else None
+        yield {"json": None if fault else json.dumps(row), "fault": fault, "folder": folder, "row": number}
+
+
+def _parse(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    if row["fault"]:
+        raise ValueError(row["fault"])
+    found = json.loads(row["json"])
+    if not isinstance(found, dict):
+        raise ValueError(f"the row is a {type(found).__name__}; expected an object with columns")
+    return found
+
+
+def _named(row: Mapping[str, Any], error: ValueError) -> ValueError:
+    return ValueError(f"row {row.get('row', 'without a number')}: {error}")
+
+
+def _within(folder: str, image: Any) -> Any:
+    """The image, its file name put after the folder."""
+    if folder and isinstance(image, str):
+        return str(Path(folder, image))
+    if folder and isinstance(image, Mapping) and isinstance(image.get("path"), str) and image.get("bytes") is None:
+        return {**image, "path": str(Path(folder, image["path"]))}
+    return image
 
 
 def _flags(found: list[str]) -> str:
@@ -135,18 +157,18 @@ def _changed(row: Mapping[str, Any], change: Change) -> Mapping[str, Any]:
     if not isinstance(changed, Mapping) or "messages" not in changed or not changed.keys() <= {"messages", "images"}:
         found = ", ".join(map(repr, changed)) if isinstance(changed, Mapping) else f"a {type(changed).__name__}"
         raise ValueError(f"to_conversation returned {found}; expected a dict of 'messages' and 'images'")
-    return {"images": None, **changed}
+    return changed
 
 
 def _open_parts(messages: Any, folder: ImageFolder) -> Any:
-    """The messages with the pictures opened that stand in the parts themselves."""
+    """The messages with the images opened that stand in the parts themselves."""
 
     def opened(part: Any, where: str) -> Any:
         if isinstance(part, Mapping) and part.get("image") is not None:
             return {**part, "image": _open(part["image"], where, folder)}
         return part
 
-    def with_pictures(message: Any, where: str) -> Any:
+    def with_images(message: Any, where: str) -> Any:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
             return message
         parts = [opened(part, f"{where}.content[{n}]") for n, part in enumerate(message["content"])]
@@ -154,7 +176,7 @@ def _open_parts(messages: Any, folder: ImageFolder) -> Any:
 
     if not isinstance(messages, list):
         return messages
-    return [with_pictures(message, f"messages[{n}]") for n, message in enumerate(messages)]
+    return [with_images(message, f"messages[{n}]") for n, message in enumerate(messages)]
 
 
 def _open(image: Any, where: str, folder: ImageFolder) -> Any:
@@ -162,8 +184,8 @@ def _open(image: Any, where: str, folder: ImageFolder) -> Any:
         opened = open_image(image, folder=folder.path, allow_outside=folder.allow_outside)
         if folder.max_pixels is not None and math.prod(opened.size) > folder.max_pixels:
             opened = to_rgb(opened, max_pixels=folder.max_pixels)
-        if folder.pad_to_square is not None:
-            opened = pad_to_square(to_rgb(opened), background=folder.pad_to_square)
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is the file name {image!r}, which is not Unicode; rename the file") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return opened

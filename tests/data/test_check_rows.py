@@ -1,12 +1,10 @@
-"""A scan finds each bad row, says why, and nothing else."""
+"""`check_rows` finds each bad row, says why, adds the lengths, and looks at no row twice."""
 
 from __future__ import annotations
 
 import io
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from vlm_sft import ChatCollator, load_conversations, mix
-from vlm_sft.data.scan import ScanReport, main, scan, sound_rows
+from vlm_sft import ChatCollator, check_rows, load_conversations
+from vlm_sft.data.check_rows import CheckReport, check_report
+from vlm_sft.tools import tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -89,12 +88,12 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, s
 
 
 @pytest.fixture(scope="session")
-def report(planted: tuple[Path, dict[int, str]]) -> ScanReport:
-    return scan(load_conversations(planted[0], eval_fraction=0)["train"], num_proc=2)
+def report(planted: tuple[Path, dict[int, str]]) -> CheckReport:
+    return check_report(load_conversations(planted[0], eval_fraction=0)["train"], num_proc=2)
 
 
 def test_37_faults_among_5000_rows_are_found_and_nothing_else(
-    planted: tuple[Path, dict[int, str]], report: ScanReport
+    planted: tuple[Path, dict[int, str]], report: CheckReport
 ) -> None:
     _, where = planted
     assert len(where) == 37
@@ -109,11 +108,11 @@ def test_37_faults_among_5000_rows_are_found_and_nothing_else(
 
 
 def test_the_report_is_a_table_of_reasons(
-    planted: tuple[Path, dict[int, str]], report: ScanReport, tmp_path: Path
+    planted: tuple[Path, dict[int, str]], report: CheckReport, tmp_path: Path
 ) -> None:
     _, where = planted
     blank = sorted(number for number, name in where.items() if name in ("blank answer", "empty answer"))
-    assert str(report).startswith("5,000 rows scanned with no model's processor: 37 bad\n")
+    assert str(report).startswith("5,000 rows checked with no model's processor: 37 bad\n")
     assert (
         f"\n        5  {', '.join(f'row {number}' for number in blank)}\n"
         "           messages[1] is a blank answer; give it words, mark it 'train': false or drop the row\n"
@@ -121,35 +120,13 @@ def test_the_report_is_a_table_of_reasons(
     report.to_jsonl(tmp_path / "faults.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == sorted(where)
-    assert lines[0].keys() == {"index", "row", "detail", "reason"}
+    assert lines[0].keys() == {"index", "row", "detail", "is_error", "reason"}
 
 
 def test_a_clean_dataset_has_no_faults() -> None:
-    report = scan([example(n) for n in range(4)])
+    report = check_report([example(n) for n in range(4)])
     assert (report.rows, report.faults, report.keep) == (4, (), [0, 1, 2, 3])
-    assert str(report) == "4 rows scanned with no model's processor: 0 bad"
-
-
-def test_bad_rows_are_an_error_where_they_must_not_be() -> None:
-    rows = [example(n) for n in range(30)]
-    scan(rows, on_bad_rows="error")
-    rows[3] = example(3, images=[])
-    with pytest.raises(
-        ValueError, match=r"(?s)30 rows scanned.*1 bad.*1  row 3\n.*stands for image 0.*on_bad_rows='drop'"
-    ):
-        scan(rows, on_bad_rows="error")
-
-
-def test_dropping_is_counted_told_and_limited(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [example(n) for n in range(30)]
-    rows[3] = rows[7] = example(3, images=[])
-    report = scan(rows, on_bad_rows="drop")
-    assert report.keep == [n for n in range(30) if n not in (3, 7)]
-    told = capsys.readouterr().err
-    assert "2 of 30 rows are left out." in told
-    assert "row 3, row 7" in told
-    with pytest.raises(ValueError, match=r"more than max_bad_fraction=0.05"):
-        scan(rows, on_bad_rows="drop", max_bad_fraction=0.05)
+    assert str(report) == "4 rows checked with no model's processor: 0 bad"
 
 
 def stored(number: int) -> dict[str, Any]:
@@ -158,61 +135,83 @@ def stored(number: int) -> dict[str, Any]:
     return row | {"row": number}
 
 
-def test_a_recipe_goes_on_with_the_sound_rows() -> None:
+@pytest.fixture(scope="module")
+def collator(tiny_processor: Callable[..., Any]) -> ChatCollator:
+    return ChatCollator(tiny_processor("llava15"))
+
+
+def splits(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> DatasetDict:
+    return DatasetDict({"train": Dataset.from_list(train), "test": Dataset.from_list(test)})
+
+
+def with_one_too_many(rows: list[dict[str, Any]], *bad: int) -> list[dict[str, Any]]:
+    return [row | {"images": row["images"] * (1 + (row["row"] in bad))} for row in rows]
+
+
+def test_all_splits_are_reported_together_by_name(collator: ChatCollator) -> None:
     rows = [stored(n) for n in range(30)]
-    bad = [row | {"images": row["images"] * (1 + (row["row"] == 7))} for row in rows]
-    data = DatasetDict({"train": Dataset.from_list(bad), "test": Dataset.from_list(rows)})
-    dropped = sound_rows(data, None, on_bad_rows="drop")
-    assert dropped["train"]["row"] == [n for n in range(30) if n != 7]
+    data = splits(with_one_too_many(rows, 7), with_one_too_many(rows, 3))
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)^train: 30 rows checked .*1 bad.*row 7.*\ntest: 30 rows.*1 bad.*row 3.*on_bad_rows='drop'",
+    ):
+        check_rows(data, collator)
+
+
+def test_dropping_is_counted_told_and_limited(collator: ChatCollator, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [stored(n) for n in range(30)]
+    dropped = check_rows(splits(with_one_too_many(rows, 3, 7), rows), collator, on_bad_rows="drop")
+    assert dropped["train"]["row"][:] == [n for n in range(30) if n not in (3, 7)]
     assert len(dropped["test"]) == 30
-    assert len(sound_rows(data, None, on_bad_rows="ignore")["train"]) == 30
-    with pytest.raises(ValueError, match="1 bad"):
-        sound_rows(data, None, on_bad_rows="error")
+    told = capsys.readouterr().err
+    assert "2 of 60 rows are left out." in told
+    assert "row 3, row 7" in told
+    # One in nine of the training rows, but one in eighteen of all.
+    half = splits(with_one_too_many(rows, *range(3)), rows[:20])
+    assert len(check_rows(half, collator, on_bad_rows="drop")["train"]) == 27
+    with pytest.raises(ValueError, match=r"(?s)test: 20 rows.*more than max_bad_fraction=0.05"):
+        check_rows(half, collator, on_bad_rows="drop", max_bad_fraction=0.05)
 
 
-def test_a_repetition_is_told_and_stays_unless_rows_are_dropped(capsys: pytest.CaptureFixture[str]) -> None:
-    data = DatasetDict({"train": Dataset.from_list([stored(n % 29) | {"row": n} for n in range(30)])})
-    assert len(sound_rows(data, None, on_bad_rows="error")["train"]) == 30
+def test_a_repetition_is_told_and_stays_unless_rows_are_dropped(
+    collator: ChatCollator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = Dataset.from_list([stored(n % 29) | {"row": n} for n in range(30)])
+    assert len(check_rows(rows, collator)) == 30
     assert "row 29\n           repeats row 0" in capsys.readouterr().err
-    assert len(sound_rows(data, None, on_bad_rows="drop")["train"]) == 29
-    half = DatasetDict({"train": Dataset.from_list([stored(n % 5) | {"row": n} for n in range(10)])})
-    assert len(sound_rows(half, None, on_bad_rows="drop")["train"]) == 5
+    assert len(check_rows(rows, collator, on_bad_rows="drop")) == 29
+    half = Dataset.from_list([stored(n % 5) | {"row": n} for n in range(10)])
+    assert len(check_rows(half, collator, on_bad_rows="drop")) == 5
 
 
 def test_the_particulars_of_a_reason_are_those_of_its_first_row() -> None:
     rows = [example(0), example(1), example(0), example(1)]
-    assert "2  row 2, row 3\n           row 2: repeats row 0; drop one of them" in str(scan(rows))
+    assert "2  row 2, row 3\n           row 2: repeats row 0; drop one of them" in str(check_report(rows))
 
 
-def test_settings_and_datasets_that_do_not_serve() -> None:
+def test_settings_and_datasets_that_do_not_serve(collator: ChatCollator) -> None:
     with pytest.raises(ValueError, match="on_bad_rows='skip'; expected"):
-        scan([example()], on_bad_rows="skip")
+        check_rows(Dataset.from_list([stored(0)]), collator, on_bad_rows="skip")
     for empty in ([], iter([example()])):
         with pytest.raises(ValueError, match="has no row, or streams"):
-            scan(empty)
+            check_report(empty)
 
 
 def test_a_row_that_repeats_an_earlier_one_is_named() -> None:
     rows = [example(0), example(1), example(0), example(0, images=[Image.new("RGB", (16, 16), "blue")])]
-    report = scan(rows)
+    report = check_report(rows)
     assert [(fault.index, fault.detail) for fault in report.faults] == [(2, "repeats row 0; drop one of them")]
 
 
-def test_a_row_that_a_mixture_draws_again_is_no_repetition(tmp_path: Path) -> None:
-    parts = {}
-    for name, count in (("many", 40), ("few", 3)):
-        rows = [{"prompt": f"{name} {n}", "response": "x"} for n in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        parts[name] = load_conversations(tmp_path / f"{name}.jsonl", eval_fraction=0)
-    mixed = mix(parts, weights={"many": 1, "few": 1})["train"]
-    assert len(mixed) > 43
-    assert not scan(mixed).faults
+def test_a_row_that_a_mixture_draws_again_is_no_repetition() -> None:
+    rows = [stored(0), stored(1), stored(0)]
+    assert not check_report(rows).faults
 
 
 def test_every_fault_of_a_row_is_told() -> None:
     stripe = Image.new("RGB", (2001, 10))
     talk = say(("user", [{"type": "image"}] * 3), ("assistant", " "), ("user", "And?"), ("assistant", ""))
-    report = scan([example(messages=talk, images=[stripe, b"no", stripe])])
+    report = check_report([example(messages=talk, images=[stripe, b"no", stripe])])
     assert [fault.detail.split(";")[0] for fault in report.faults] == [
         "messages[1] is a blank answer",
         "messages[3] is a blank answer",
@@ -220,15 +219,15 @@ def test_every_fault_of_a_row_is_told() -> None:
         "images[1]: the picture is no picture that can be read: it begins with b'no'",
         "images[2]: 2001 x 10 pixels are beyond 200 to 1",
     ]
-    assert not scan([example(images=[Image.new("RGB", (2000, 10))])]).faults
+    assert not check_report([example(images=[Image.new("RGB", (2000, 10))])]).faults
 
 
 def test_answers_that_are_not_trained_on_may_be_blank() -> None:
     talk = say(("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c"))
     talk[1]["train"] = False
-    assert not scan([example(messages=talk, images=[])]).faults
+    assert not check_report([example(messages=talk, images=[])]).faults
     talk[3]["train"] = False
-    [fault] = scan([example(messages=talk, images=[])]).faults
+    [fault] = check_report([example(messages=talk, images=[])]).faults
     assert fault.reason == "no answer is to be trained on"
 
 
@@ -242,7 +241,7 @@ def test_repairs_are_counted() -> None:
     clear = encoded(Image.new("RGBA", (4, 4)))
     print_ = encoded(Image.new("CMYK", (4, 4)), "JPEG")
     rows = [example(n, images=[image]) for n, image in enumerate([turned, moving, deep, clear, print_, turned])]
-    report = scan(rows)
+    report = check_report(rows)
     assert not report.faults
     assert report.repairs == {
         "turned upright as their EXIF says": 2,
@@ -251,7 +250,7 @@ def test_repairs_are_counted() -> None:
         "with transparency, laid on white": 1,
         "of mode CMYK, converted to RGB": 1,
     }
-    assert "        2  pictures turned upright as their EXIF says" in str(report)
+    assert "        2  images turned upright as their EXIF says" in str(report)
 
 
 def test_a_processor_finds_what_only_it_can(tiny_processor: Callable[..., Any]) -> None:
@@ -260,53 +259,80 @@ def test_a_processor_finds_what_only_it_can(tiny_processor: Callable[..., Any]) 
     rows[1]["messages"][0]["content"][1]["text"] = "Hello <end_of_turn> there"
     rows[2]["messages"][1]["content"] = "long " * 100
     rows[4]["messages"][0]["content"][1]["text"] = "The <image_soft_token> of it"
-    assert not scan(rows).faults
-    report = scan(rows, collator)
+    assert not check_report(rows).faults
+    report = check_report(rows, collator)
     assert [fault.index for fault in report.faults] == [1, 2, 4]
     for fault, word in zip(report.faults, ("<end_of_turn>", "max_length=60", "<image_soft_token>"), strict=True):
         assert word in fault.detail
-    assert report.lengths == tuple(len(collator.encode([rows[n]])[0][0]) for n in (0, 3, 5))
-    assert "scanned with Gemma3Processor: 3 bad" in str(report)
+    lengths = [n not in (1, 2, 4) and len(collator.encode([rows[n]])[0][0]) for n in range(6)]
+    assert report.columns["length"] == lengths
+    assert "checked with Gemma3Processor: 3 bad" in str(report)
     assert "tokens per row: 50% up to" in str(report)
 
 
-def test_whatever_a_processor_raises_is_a_fault_of_the_row() -> None:
-    class Collator:
-        processor = None
-
-        def encode(self, examples: Any) -> Any:
-            raise ZeroDivisionError("in the template")
-
-    [fault] = scan([example()], Collator()).faults
-    assert (fault.row, fault.detail) == ("row 0", "ZeroDivisionError: in the template")
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "rows.csv").write_text("frage,antwort\nOne?,1\nTwo?,\n")
-    arguments = ["--dataset", str(tmp_path / "rows.csv"), "--to_jsonl", str(tmp_path / "faults.jsonl"), "--columns"]
-    assert main([*arguments, "prompt=frage", "response=antwort"]) == 1
-    assert capsys.readouterr().out.startswith("2 rows scanned with no model's processor: 1 bad\n        1  row 1\n")
-    assert json.loads((tmp_path / "faults.jsonl").read_text())["row"] == "row 1"
-    assert main([*arguments, "prompt=frage", "response=antwort", "--max_rows", "1"]) == 0
-    with pytest.raises(SystemExit, match="2"):
-        main([*arguments, "prompt=frage", "response=antwurt"])
-    assert "no column 'antwurt' for 'response' (did you mean 'antwort'?)" in capsys.readouterr().err
-
-
-def test_the_command_with_a_model(
-    tmp_path: Path, tiny_dir: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+def test_whatever_a_processor_raises_is_a_fault_of_the_row(
+    collator: ChatCollator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a </s> b", "response": "c"}\n{"prompt": "d", "response": "e"}')
-    model = str(tiny_dir("llava15"))
-    assert main(["--dataset", str(tmp_path / "rows.jsonl"), "--model", model, "--max_length", "99"]) == 1
-    printed = capsys.readouterr().out
-    assert printed.startswith("2 rows scanned with LlavaProcessor: 1 bad\n        1  row 0\n")
-    assert "'</s>'" in printed
+    def encode(self: Any, examples: Any) -> Any:
+        raise ZeroDivisionError("in the \x1b[31m template\n" + "x" * 1000)
+
+    monkeypatch.setattr(ChatCollator, "encode", encode)
+    [fault] = check_report([example()], collator).faults
+    assert fault.row == "row 0"
+    assert fault.detail.startswith(r"ZeroDivisionError: in the \x1b[31m template\nxxx")
+    assert len(fault.detail) < 520
 
 
-@pytest.mark.slow
-def test_the_command_as_a_program(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}')
-    command = [sys.executable, "-m", "vlm_sft.data.scan", "--dataset", str(tmp_path / "rows.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "1 rows scanned with no model's processor: 0 bad\n"), done.stderr
+WORDS = (
+    *(
+        "hello",
+        "the cat",
+        " sat",
+        "\n",
+        "on the mat. ",
+        "1234",
+        "  ",
+        "é日本",
+        "A",
+        "?",
+        "</div>",
+        "\n\n",
+        "🙂",
+        "Yes,",
+    ),
+    *("Yes,", "<b>", "think", "[INST]", "USER: hi ASSISTANT: yes", "e\u0301", "\u200b", "\t"),
+)
+
+
+def conversation(seed: int) -> dict[str, Any]:
+    """1 to 3 exchanges, 0 to 4 images of random sizes, texts with odd white space, several in a row."""
+    draw = random.Random(seed)
+
+    def text() -> dict[str, str]:
+        return {"type": "text", "text": "x" + "".join(draw.choice(WORDS) for _ in range(draw.choice([0, 1, 3, 9])))}
+
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}] if draw.random() < 0.2 else []
+    images = []
+    for turn in range(draw.choice([1, 1, 2, 3])):
+        parts: list[dict[str, str]] = [text() for _ in range(draw.choice([1, 1, 2]))]
+        for _ in range(draw.choice([0, 1, 1, 2]) if len(images) < 3 else 0):
+            parts.insert(draw.randint(0, len(parts)), {"type": "image"})
+            images.append(Image.new("RGB", (draw.randint(20, 160), draw.randint(20, 160))))
+        messages.append({"role": "user", "content": parts})
+        answer = {"role": "assistant", "content": [text()]}
+        messages.append(answer | ({"train": False} if turn and draw.random() < 0.2 else {}))
+    return {"messages": messages, "images": images}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_columns_are_the_collators_own(family: str, tiny_processor: Callable[..., Any]) -> None:
+    collator = ChatCollator(tiny_processor(family))
+    rows = [conversation(seed) for seed in range(20)]
+    report = check_report(rows, collator, num_proc=2)
+    assert not report.faults
+    encoded = [collator.encode([row])[0][0] for row in rows]
+    assert report.columns == {
+        "length": [len(row) for row in encoded],
+        "image_tokens": [int(row.image.sum()) for row in encoded],
+        "trained_tokens": [int((row.labels != -100).sum()) for row in encoded],
+    }
