@@ -81,13 +81,6 @@ def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = 
     return opened
 
 
-def size_of(image: Any) -> Size:
-    """Width and height of the upright picture, from its header alone."""
-    opened = open_image(image)
-    width, height = opened.size
-    return (height, width) if _orientation(opened) >= 5 else (width, height)
-
-
 def repairs_of(image: Any) -> list[str]:
     """What `to_rgb` changes about the picture, in words that continue "pictures ..."."""
     opened = open_image(image)
@@ -114,20 +107,6 @@ def fit_pixels(size: Size, *, max_pixels: int | None) -> Size:
     scale = math.sqrt(max_pixels / math.prod(size))
     width, height = (max(1, math.floor(side * scale)) for side in size)
     return min(width, max_pixels), min(height, max_pixels)  # a side raised to 1 pixel must not let the other pass
-
-
-def pad_to_square(image: PILImage, *, background: tuple[int, int, int]) -> PILImage:
-    """The RGB picture centred on a square of its longer side, as LLaVA-1.5's `image_aspect_ratio="pad"` does.
-
-    LLaVA takes the processor's mean as background: `tuple(int(255 * m) for m in processor.image_processor.image_mean)`.
-    Source: `expand2square` in haotian-liu/LLaVA, llava/mm_utils.py.
-    """
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new("RGB", (side, side), background)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def _orientation(image: PILImage) -> int:
