@@ -139,7 +139,7 @@ def test_the_formats_that_are_read(format: str) -> None:
 
 
 def test_a_postscript_file_is_not_run_through_ghostscript() -> None:
-    with pytest.raises(ValueError, match=r"is no picture that can be read: it begins with b'%!PS"):
+    with pytest.raises(ValueError, match=r"is not an image that can be read: it begins with b'%!PS"):
         to_rgb(encoded(RGB, "EPS"))
 
 
@@ -160,7 +160,7 @@ def test_the_argument_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.98])
 def test_a_truncated_picture_is_named(format: str, kept: float) -> None:
     data = encoded(RGB.resize((200, 200)), format)
-    with pytest.raises(ValueError, match=r"^picture 'a.x' is (damaged|no picture)") as raised:
+    with pytest.raises(ValueError, match=r"^image 'a.x' is (damaged|not an image)") as raised:
         to_rgb({"bytes": data[: int(kept * len(data))], "path": "a.x"})
     assert "object at 0x" not in str(raised.value)
 
@@ -181,25 +181,25 @@ def test_any_flipped_bytes_give_a_picture_or_a_named_fault(format: str) -> None:
             faults.append(str(error))
     assert faults
     for fault in faults:
-        assert fault.startswith("the picture ")
+        assert fault.startswith("the image ")
         assert "object at 0x" not in fault
 
 
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (None, "the picture is None"),
-        ({"bytes": None, "path": None}, "the picture is None"),
-        (b"", r"the picture is empty \(0 bytes\)"),
-        ({"bytes": b"", "path": "a.jpg"}, r"picture 'a.jpg' is empty \(0 bytes\)"),
+        (None, "the image is None"),
+        ({"bytes": None, "path": None}, "the image is None"),
+        (b"", r"the image is empty \(0 bytes\)"),
+        ({"bytes": b"", "path": "a.jpg"}, r"image 'a.jpg' is empty \(0 bytes\)"),
         (
             b"<!DOCTYPE html><html>",
-            r"is no picture that can be read: it begins with b'<!DOCTYPE ht'; expected JPEG, PNG",
+            r"is not an image that can be read: it begins with b'<!DOCTYPE ht'; expected JPEG, PNG",
         ),
-        (7, "the picture is a int"),
-        ({"url": "x"}, "the picture is a dict"),
-        ("a.png", "picture 'a.png' is a path, and no folder was named"),
-        (Path("a.png"), "picture 'a.png' is a path"),
+        (7, "the image is a int"),
+        ({"url": "x"}, "the image is a dict"),
+        ("a.png", "image 'a.png' is a path, and no folder was named"),
+        (Path("a.png"), "image 'a.png' is a path"),
         ({"path": "/etc/passwd"}, "is a path, and no folder was named"),
         ("https://example.org/a.png", "is a URL, and nothing is fetched"),
         ("s3://bucket/a.png", "is a URL"),
