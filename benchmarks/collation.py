@@ -1,4 +1,4 @@
-"""What collation costs: the text side for each family, all of it beside the image work alone, and the length pass.
+"""What collation costs: the text side for each family and all of it beside the image work alone.
 
     python benchmarks/collation.py
 
@@ -22,9 +22,9 @@ from PIL import Image
 from training import note_collate
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-from vlm_sft.data.lengths import measure_lengths
 
 from vlm_sft import ChatCollator, load_conversations
+from vlm_sft.data.check_rows import check_report
 from vlm_sft.tools import tiny
 
 ROWS, BATCH = 64, 8
@@ -96,34 +96,10 @@ def beside_image_work(backend: str = "pil", *, repeats: int = 7) -> dict[str, fl
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def length_pass(*, count: int = 4096) -> tuple[float, float, float, list[int]]:
-    """Microseconds a row, beyond those of the first 512 rows, among which shapes and picture sizes are learned: of all
-    of the pass over rows on disk, with rows in memory whose headers are read, and of the tokenizer. And the lengths."""
-    _, processor = tiny.build("llava15", corpus=[" ".join(mix.WORDS)])
-    collator = ChatCollator(processor)
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder, "rows"))
-        mix.rows(count).save_to_disk(path)
-        rows = load_conversations(path, eval_fraction=0)["train"]
-        lengths = measure_lengths(rows, collator, num_proc=0).tokens.tolist()
-        texts = [
-            row.text
-            for first in range(0, 512, 32)
-            for row in collator.encode(rows.take(512).__getitems__(list(range(first, first + 32))))[0]
-        ]
-        read = list(rows)
-        passes = []
-        for those in (rows, read):
-            used = []
-            for part in (those.select(range(512)) if those is rows else read[:512], those):
-                start = time.process_time()
-                measure_lengths(part, collator, num_proc=0)
-                used.append(time.process_time() - start)
-            passes.append((used[1] - used[0]) / (count - 512) * 1e6)
-    start = time.process_time()
-    for first in range(0, 512, 32):
-        processor.tokenizer([text.replace("<image>", "") for text in texts[first : first + 32]])
-    return passes[0], passes[1], (time.process_time() - start) / 512 * 1e6, lengths
+def lengths(count: int = 4096) -> list[int]:
+    """Tokens of each row of the mix, as LLaVA-1.5's collator makes them."""
+    collator = ChatCollator(tiny.build("llava15", corpus=[" ".join(mix.WORDS)])[1])
+    return check_report(mix.rows(count), collator, num_proc=0).columns["length"]
 
 
 def main() -> None:
@@ -132,7 +108,6 @@ def main() -> None:
     for family in tiny.FAMILIES:
         print(family, *(f"{value:.2f}" for value in text_side(family)))
     print(beside_image_work())
-    print(length_pass())
 
 
 if __name__ == "__main__":

@@ -179,16 +179,12 @@ def main() -> None:
         )
         for kind in ("vision-heavy", "LM-heavy")
     }
-    microseconds, in_memory, tokenizer, lengths = collation.length_pass()
+    lengths = collation.lengths()
     tables |= {
         f"Padding, {len(lengths):,} rows of the same mix": padding(lengths, training.BATCH),
         "Collation, CPU ms a row, pictures at LLaVA-1.5's own size, by Pillow": collated("pil"),
         "Collation, the same by torchvision": collated("torchvision"),
         "Collation, the text side alone (rendering, spans, labels), CPU ms a row": text_sides(),
-        "Length pass, CPU microseconds a row": [
-            ["rows on disk", "rows in memory, headers read", "of it the tokenizer"],
-            [f"{value:.0f}" for value in (microseconds, in_memory, tokenizer)],
-        ],
         "A frozen tower out of autograd, vision-heavy model, one step": parts.frozen_tower(),
         "DoRA beside LoRA, LM-heavy model, one step": parts.dora(),
     }

@@ -1,7 +1,7 @@
 """Memory and speed of reading conversations by the number of rows: `python benchmarks/data.py [ROWS ...]`.
 
 Each number of rows (1,000, 10,000 and 100,000 unless given) has a process of its own, offline: LLaVA JSON with pictures
-of 640 x 480 and of other sizes is written, loaded, read in part with its pixels, and measured in tokens.
+of 640 x 480 and of other sizes is written, loaded, read in part with its pixels, and checked (`check_rows`).
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def measure(count: int) -> None:
         import datasets
         import psutil
         from torch.utils.data import DataLoader
-        from vlm_sft.data.lengths import measure_lengths
 
         from vlm_sft import ChatCollator, load_conversations
         from vlm_sft.chat.images import to_rgb
+        from vlm_sft.data.check_rows import check_report
         from vlm_sft.tools import tiny
 
         datasets.disable_progress_bars()
@@ -87,11 +87,11 @@ def measure(count: int) -> None:
                 [to_rgb(image) for image in row["images"]]
         read = memory()
         start, worked = time.perf_counter(), processor_time()
-        lengths = measure_lengths(rows, collator)
+        report = check_report(rows, collator)
         seconds, worked = time.perf_counter() - start, processor_time() - worked
         print(
             f"{count:>9,}{path.stat().st_size >> 20:>6} MB{loaded:>8.1f} s{read - before:>11} MB",
-            f"{memory() - before:>9} MB{seconds:>10.1f} s{worked:>10.1f} s{'yes' if lengths.exact else 'no':>8}",
+            f"{memory() - before:>9} MB{seconds:>10.1f} s{worked:>10.1f} s{report.bad_rows:>8,}",
             flush=True,
         )
 
@@ -99,7 +99,7 @@ def measure(count: int) -> None:
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--measure"]:
         return measure(int(arguments[1]))
-    print("     rows     JSON    loaded  memory, read  memory, end  lengths in  CPU time   exact")
+    print("     rows     JSON    loaded  memory, read  memory, end  checked in  CPU time     bad")
     for count in arguments or ["1000", "10000", "100000"]:
         subprocess.run([sys.executable, __file__, "--measure", count], check=True, stderr=subprocess.DEVNULL)
     return None

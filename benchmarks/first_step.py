@@ -7,6 +7,7 @@ its own, offline.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -55,7 +56,7 @@ def start(path: str, seed: int) -> None:
     times.append(time.perf_counter())
     audit(collator, data["train"])
     times.append(time.perf_counter())
-    print(*(f"{after - before:>10.2f} s" for before, after in zip(times, times[1:], strict=False)), flush=True)
+    print(*(f"{after - before:>10.2f} s" for before, after in itertools.pairwise(times)), flush=True)
 
 
 def main(arguments: list[str]) -> None:

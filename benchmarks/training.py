@@ -138,7 +138,7 @@ def recipe_parts(path: str, model: Any, processor: Any, folder: Path, output: Pa
     keep_frozen_out_of_autograd(model)  # as load_model does
     flat = path == "packed"
     collator = vlm_sft.ChatCollator(processor, padding_free=flat, name_rows=False)
-    data = vlm_sft.with_lengths(data, collator, num_proc=0)
+    data = vlm_sft.check_rows(data, collator, num_proc=0)
     workers = vlm_sft.best_worker_count()
     options = {
         "remove_unused_columns": False,

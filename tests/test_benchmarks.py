@@ -16,7 +16,7 @@ import pytest
 from trl import SFTConfig
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("mix", "training", "parts", "collation", "cpu", "gpu")
+NAMES = ("mix", "training", "parts", "collation", "cpu", "gpu", "first_step")
 
 
 @pytest.fixture
@@ -78,9 +78,18 @@ def test_parts_and_collation_have_figures(benchmarks: dict[str, Any], monkeypatc
     monkeypatch.setattr(collation, "ROWS", 8)
     assert set(collation.beside_image_work(repeats=1)) == {"image work alone", "TRL", "note", "recipe"}
     assert min(collation.text_side("llava15", repeats=1)) > 0
-    *times, lengths = collation.length_pass(count=544)
-    assert len(lengths) == 544
-    assert len(times) == 3
+    assert len(collation.lengths(8)) == 8
+
+
+def test_a_first_and_a_second_start_are_timed(
+    benchmarks: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: None
+) -> None:
+    first_step = benchmarks["first_step"]
+    path = first_step.write_rows(tmp_path, 6)
+    for _ in range(2):
+        first_step.start(str(path), 0)
+    seconds = [float(part) for part in re.findall(r"(\d+\.\d+) s", capsys.readouterr().out)]
+    assert len(seconds) == 6
 
 
 @pytest.mark.slow

@@ -23,9 +23,9 @@ from vlm_sft.models import parts as module
 from vlm_sft.models.adapters import check_trains, lora_config
 from vlm_sft.models.fingerprints import TRAINING_BASE, training_base
 from vlm_sft.models.loading import load_model
-from vlm_sft.training.optim import lr_by_part
 from vlm_sft.models.parts import register_parts
 from vlm_sft.models.quantization import check_quantized, nf4_config
+from vlm_sft.training.optim import lr_by_part
 
 LORA_AND_PROJECTOR: Any = {"language": "lora", "projector": "full"}
 IN_FULL: Any = {"projector": "full", "language": "full"}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from vlm_sft import ChatCollator, check_rows, load_conversations
 from vlm_sft.data.check_rows import CheckReport, check_report
+from vlm_sft.tools import tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -215,7 +216,7 @@ def test_every_fault_of_a_row_is_told() -> None:
         "messages[1] is a blank answer",
         "messages[3] is a blank answer",
         "images[0]: 2001 x 10 pixels are beyond 200 to 1",
-        "images[1]: the picture is no picture that can be read: it begins with b'no'",
+        "images[1]: the image is not an image that can be read: it begins with b'no'",
         "images[2]: 2001 x 10 pixels are beyond 200 to 1",
     ]
     assert not check_report([example(images=[Image.new("RGB", (2000, 10))])]).faults
@@ -280,3 +281,58 @@ def test_whatever_a_processor_raises_is_a_fault_of_the_row(
     assert fault.row == "row 0"
     assert fault.detail.startswith(r"ZeroDivisionError: in the \x1b[31m template\nxxx")
     assert len(fault.detail) < 520
+
+
+WORDS = (
+    *(
+        "hello",
+        "the cat",
+        " sat",
+        "\n",
+        "on the mat. ",
+        "1234",
+        "  ",
+        "é日本",
+        "A",
+        "?",
+        "</div>",
+        "\n\n",
+        "🙂",
+        "Yes,",
+    ),
+    *("Yes,", "<b>", "think", "[INST]", "USER: hi ASSISTANT: yes", "e\u0301", "\u200b", "\t"),
+)
+
+
+def conversation(seed: int) -> dict[str, Any]:
+    """1 to 3 exchanges, 0 to 4 images of random sizes, texts with odd white space, several in a row."""
+    draw = random.Random(seed)
+
+    def text() -> dict[str, str]:
+        return {"type": "text", "text": "x" + "".join(draw.choice(WORDS) for _ in range(draw.choice([0, 1, 3, 9])))}
+
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}] if draw.random() < 0.2 else []
+    images = []
+    for turn in range(draw.choice([1, 1, 2, 3])):
+        parts: list[dict[str, str]] = [text() for _ in range(draw.choice([1, 1, 2]))]
+        for _ in range(draw.choice([0, 1, 1, 2]) if len(images) < 3 else 0):
+            parts.insert(draw.randint(0, len(parts)), {"type": "image"})
+            images.append(Image.new("RGB", (draw.randint(20, 160), draw.randint(20, 160))))
+        messages.append({"role": "user", "content": parts})
+        answer = {"role": "assistant", "content": [text()]}
+        messages.append(answer | ({"train": False} if turn and draw.random() < 0.2 else {}))
+    return {"messages": messages, "images": images}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_columns_are_the_collators_own(family: str, tiny_processor: Callable[..., Any]) -> None:
+    collator = ChatCollator(tiny_processor(family))
+    rows = [conversation(seed) for seed in range(20)]
+    report = check_report(rows, collator, num_proc=2)
+    assert not report.faults
+    encoded = [collator.encode([row])[0][0] for row in rows]
+    assert report.columns == {
+        "length": [len(row) for row in encoded],
+        "image_tokens": [int(row.image.sum()) for row in encoded],
+        "trained_tokens": [int((row.labels != -100).sum()) for row in encoded],
+    }

@@ -12,15 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 from runs import rows as picture_rows
 from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
-from vlm_sft.data.lengths import with_lengths
 
-from vlm_sft import ChatCollator, lora_config
-from vlm_sft.data.lengths import with_lengths
+from vlm_sft import ChatCollator, check_rows, lora_config
 from vlm_sft.training.batches import GroupByLength
 
 STRATEGIES = {"group_by_length": LengthGroupedSampler, "batch_rebalance": BatchRebalanceSampler}
@@ -56,7 +53,7 @@ class Recorded(ChatCollator):
 def train(model: Any, processor: Any, output: Path, *, resume: bool = False, **options: Any) -> Any:
     """One run over `talks`; the Trainer, whose collator has recorded the batches."""
     collator = Recorded(processor)
-    data = with_lengths(talks(), collator, num_proc=0)
+    data = check_rows(talks(), collator, num_proc=0)
     options = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_strategy": "no", **options}
     args = SFTConfig(
         output_dir=str(output),
@@ -90,33 +87,6 @@ def twin(tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]) -> 
 
 def waste(shapes: list[tuple[int, int]], tokens: int) -> float:
     return 1 - tokens / sum(rows * length for rows, length in shapes)
-
-
-def test_lengths_come_with_every_split_and_through_the_transform(twin: Any, tmp_path: Path) -> None:
-    _, processor = twin()
-    collator = ChatCollator(processor)
-    plain = talks(8)
-    read = plain.with_transform(lambda batch: {**batch, "read": batch["row"]})
-    data = with_lengths(DatasetDict({"train": read, "test": plain}), collator, num_proc=0)
-    counted = [len(row) for row in collator.encode(list(plain))[0]]
-    for rows in data.values():
-        assert rows["length"][:] == counted
-    assert data["train"][2]["read"] == 2
-    again = with_lengths(data, collator, num_proc=0)
-    assert again["train"].column_names == data["train"].column_names
-
-
-@pytest.mark.parametrize("first", [0, 2])
-def test_rows_that_were_selected_get_lengths_and_are_not_written_anew(
-    first: int, twin: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    collator = ChatCollator(twin()[1])
-    whole = talks(8).select(range(first, 8))
-    chosen = whole.select([4, 1, 3, 1])
-    monkeypatch.setattr(Dataset, "flatten_indices", lambda *_: pytest.fail("all rows would be written"))
-    rows = with_lengths(chosen, collator, num_proc=0)
-    assert rows["length"][:] == [len(row) for row in collator.encode(list(chosen))[0]]
-    assert rows["row"][:] == chosen["row"][:]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

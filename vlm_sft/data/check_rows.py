@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -180,7 +180,7 @@ def check_rows(
     splits: dict[str, Any] = dict(data) if isinstance(data, dict) else {"": data}
     streams = {name: rows for name, rows in splits.items() if isinstance(rows, IterableDataset)}
     stored = {name: rows for name, rows in splits.items() if name not in streams and on_bad_rows != "ignore"}
-    made_by = fingerprint(collator)
+    made_by = _fingerprint(collator)
     reports = {name: _report(rows, collator, made_by, num_proc) for name, rows in stored.items()}
     text = "\n".join(f"{name}: {report}" if name else str(report) for name, report in reports.items())
     errors = sum(report.errors for report in reports.values())
@@ -192,7 +192,7 @@ def check_rows(
         bad, rows = (sum(getattr(report, of) for report in reports.values()) for of in ("bad_rows", "rows"))
         dropped = f"{bad:,} of {rows:,} rows are left out."
         print_main(f"{dropped if on_bad_rows == 'drop' else 'These rows stay (drop leaves them out):'}\n{text}")
-    mark = functools.partial(Checked, on_bad_rows, made_by, _setting(collator, "max_length"))
+    mark = functools.partial(Checked, on_bad_rows, made_by, collator.settings.max_length)
     for name, rows in splits.items():
         if name in reports:
             report = reports[name]
@@ -212,7 +212,7 @@ def check_rows(
 
 def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None) -> CheckReport:
     """What is wrong with which of `rows`, a dataset or a list; without a collator, of their texts and images alone."""
-    return _report(rows, collator, fingerprint(collator), num_proc)
+    return _report(rows, collator, _fingerprint(collator), num_proc)
 
 
 def _report(rows: Any, collator: Any, made_by: str, num_proc: int | None) -> CheckReport:
@@ -263,9 +263,7 @@ class _Rows:
         self.dataset, self.collator, self.known = dataset, collator, known
         self.reader = reader_of(dataset)
         self.stored = dataset.with_format(None) if self.reader else dataset
-        self.encoder = collator and _without_max_length(collator)
-        self.max_length = _setting(collator, "max_length")
-        self.truncation = _setting(collator, "truncation")
+        self.encoder = collator and collator.with_settings(max_length=None)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -297,12 +295,13 @@ class _Rows:
             look = _Look(row, self.reader)
             key = look.key
             record, known = record_of(key, self.encoder), key in self.known
-            if self.max_length and record.length > self.max_length:
-                if self.truncation == "trim":
-                    trimmed = hashlib.blake2b(key + b"trim%d" % self.max_length, digest_size=16).digest()
+            limit = self.collator and self.collator.settings.max_length
+            if limit and record.length > limit:
+                if self.collator.settings.truncation == "trim":
+                    trimmed = hashlib.blake2b(key + b"trim%d" % limit, digest_size=16).digest()
                     record, known = record_of(trimmed, self.collator), known and trimmed in self.known
                 else:
-                    record = record._replace(faults=(_too_long(record, self.max_length, self.truncation),))
+                    record = record._replace(faults=(_too_long(record, self.collator.settings),))
         except Exception as error:
             name, detail = _words(error, name)
             record = Record(faults=(detail,))
@@ -427,11 +426,11 @@ def _text_faults(messages: Sequence[Message]) -> Iterator[str]:
             yield f"messages[{number}] ({message['role']}) is blank; give it words or drop the row"
 
 
-def _too_long(record: Record, max_length: int, truncation: str) -> str:
-    remedy = "set truncation='trim' or 'drop'" if truncation == "error" else "leave the row out"
+def _too_long(record: Record, settings: Any) -> str:
+    remedy = "set truncation='trim' or 'drop'" if settings.truncation == "error" else "leave the row out"
     return (
-        f"{record.length} tokens ({record.image_tokens} from images), more than max_length={max_length}; raise it, or "
-        f"{remedy}"
+        f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
+        f"{settings.max_length}; raise it, or {remedy}"
     )
 
 
@@ -515,30 +514,8 @@ def _checked_stream(stream: IterableDataset, collator: Any, max_bad_fraction: fl
     return stored.map(check, batched=True, batch_size=1, remove_columns=names)
 
 
-def _setting(collator: Any, name: str) -> Any:
-    return getattr(getattr(collator, "settings", collator), name, None)
-
-
-def _without_max_length(collator: Any) -> Any:
-    if hasattr(collator, "with_settings"):
-        return collator.with_settings(max_length=None)
-    return replace(collator, max_length=None, generation_config=None)
-
-
-def fingerprint(collator: Any) -> str:
-    if collator is None:
-        return ""
-    if hasattr(collator, "fingerprint"):
-        return str(collator.fingerprint())
-    processor = collator.processor
-    told = (collator.train_on, collator.chat_template_kwargs, collator.stop_token, collator.reserved_tokens)
-    described = [
-        processor.tokenizer.backend_tokenizer.to_str(),
-        repr(processor.image_processor.to_dict()),
-        processor.chat_template,
-        repr(told),
-    ]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+def _fingerprint(collator: Any) -> str:
+    return "" if collator is None else str(collator.fingerprint())
 
 
 @functools.cache
