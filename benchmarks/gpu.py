@@ -32,7 +32,9 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlavaC
 
 import vlm_sft
 from vlm_sft import IGNORE_INDEX, ChatCollator
+from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.parts import part_of, parts_of
+from vlm_sft.models.quantization import check_quantized
 from vlm_sft.tools import tiny
 
 PATHS = ("trl", "note", "recipe")
@@ -120,9 +122,9 @@ def qlora(name: str, small: bool, tokens: int = 2048) -> dict[str, Any]:
     model = kind.from_pretrained(
         None, config=config, state_dict=weights, quantization_config=quantization, device_map=place, dtype=dtype
     )
-    print(vlm_sft.check_quantized(model), file=sys.stderr)
+    print(check_quantized(model), file=sys.stderr)
     del weights
-    vlm_sft.detach_frozen_tower(model)
+    detach_frozen_tower(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     adapted = get_peft_model(model, vlm_sft.lora_config(model, r=16)).train()

@@ -29,7 +29,9 @@ from trl import SFTConfig, SFTTrainer
 
 import vlm_sft
 from vlm_sft.chat.packing import check_padding_free
-from vlm_sft.models.loading import keep_frozen_out_of_autograd
+from vlm_sft.models.freezing import detach_frozen_tower
+from vlm_sft.models.hardware import best_worker_count
+from vlm_sft.training.batches import GroupByLength
 
 BATCH = 8
 
@@ -135,18 +137,18 @@ def stock_parts(path: str, model: Any, processor: Any, folder: Path, output: Pat
 
 def recipe_parts(path: str, model: Any, processor: Any, folder: Path, output: Path) -> tuple[dict[str, Any], Any]:
     data = vlm_sft.load_conversations(folder, eval_fraction=0)
-    keep_frozen_out_of_autograd(model)  # as load_model does
+    detach_frozen_tower(model)  # as load_model does
     flat = path == "packed"
     collator = vlm_sft.ChatCollator(processor, padding_free=flat, name_rows=False)
     data = vlm_sft.check_rows(data, collator, num_proc=0)
-    workers = vlm_sft.best_worker_count()
+    workers = best_worker_count()
     options = {
         "remove_unused_columns": False,
         "train_sampling_strategy": "group_by_length",
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": workers > 0,
     }
-    callbacks: list[Any] = [vlm_sft.OrderByLength()]
+    callbacks: list[Any] = [GroupByLength()]
     if flat:
         vlm_sft.enable_padding_free(model)
         lengths = data["train"].with_format(None)["length"][:]

@@ -1,5 +1,5 @@
-"""Nothing in a recipe's `main` may be left out in silence: a copy with one thing less raises and says what is missing, or
-trains the same weights on the same rows, writes the same files and starts a second time the same way.
+"""Nothing in a recipe's `main` may be left out in silence: a copy with one thing less raises and says what is
+missing, or trains the same weights on the same rows, writes the same files and starts a second time the same way.
 
 By default the whole of llava15_sft.py is swept, and of every other recipe what it does not share with it; the marker
 `sweep` (`make test-sweep`) sweeps all.

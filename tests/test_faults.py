@@ -28,8 +28,8 @@ from test_distributed import FULL, LORA, SMALL, losses_in
 from together import together
 from transformers import TrainerCallback
 
-from vlm_sft import ChatCollator, SafeCheckpoints, load_conversations, load_processor
-from vlm_sft.training.checkpoints import latest_checkpoint, verify_checkpoint
+from vlm_sft import ChatCollator, load_conversations, load_processor
+from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint, verify_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.loopback]
 launched = pytest.mark.faults

@@ -1,7 +1,8 @@
 """Thin, checked building blocks for fine-tuning vision-language models on TRL's SFTTrainer."""
 
-from vlm_sft.chat.collator import ChatCollator
+from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
 from vlm_sft.chat.packing import enable_padding_free, pack
+from vlm_sft.chat.template import ChatTemplate
 from vlm_sft.data.check_rows import check_rows
 from vlm_sft.data.datasets import load_conversations
 from vlm_sft.evaluation.callback import evaluate_answers
@@ -19,9 +20,11 @@ from vlm_sft.training.config import Arguments, RecipeDefaults
 from vlm_sft.training.optim import lr_by_part
 
 __all__ = [
+    "IGNORE_INDEX",
     "Arguments",
     "AutoModelForVision2Seq",
     "ChatCollator",
+    "ChatTemplate",
     "RecipeDefaults",
     "Sample",
     "best_dtype",

@@ -21,6 +21,7 @@ def audit(options: argparse.Namespace) -> None:
     rows = load_conversations(options.dataset, eval_fraction=0, **where)["train"]
     collator = ChatCollator(load_processor(options.model), train_on=options.train_on)
     report = audit(collator, rows, num_rows=options.num_rows)
+    print(report)
     if options.html:
         write_audit_html(report, options.html)
 

@@ -25,8 +25,8 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
         )
     if not isinstance(trainer.args, RecipeDefaults):
         raise ValueError(
-            f"the trainer's args are a {type(trainer.args).__name__} and not the recipe's RecipeConfig (a dataclass "
-            "derived from vlm_sft.RecipeDefaults), whose flags would have no effect: pass args=training_args to SFTTrainer"
+            f"the trainer's args are a {type(trainer.args).__name__}, so the flags of the recipe's RecipeConfig, which "
+            "derives from vlm_sft.RecipeDefaults, would have no effect: pass args=training_args to SFTTrainer"
         )
     if unread := unread_flags(args):
         raise ValueError(
@@ -45,8 +45,8 @@ def check_pieces(trainer: Any, collator: Any) -> None:
         )
     if trainer.processing_class is not collator.processor:
         raise ValueError(
-            "the trainer's processing_class is another processor than the collator's, and it is saved with the model; pass "
-            "processing_class=processor to SFTTrainer"
+            "the trainer's processing_class, which is saved with the model, is another processor than the collator's; "
+            "pass processing_class=processor to SFTTrainer"
         )
     if collator.settings.max_length != trainer.args.max_length:
         raise ValueError(

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops, draw_mask
 from vlm_sft.chat.packing import check_padding_free
@@ -88,12 +87,11 @@ class Gate(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._require_proof("train()")
-        trainer, proof, size = self.trainer, self.proof, state.train_batch_size
+        trainer, proof, size = self.trainer, self._proven("train()"), state.train_batch_size
         if self.ended or (self.batch_size is not None and (not args.auto_find_batch_size or size == self.batch_size)):
             raise ValueError(
-                "train() was called a second time, and what prove() saw has been trained: make a new model and trainer, or "
-                "run the recipe again, which resumes from the newest checkpoint"
+                "train() was called a second time, and what prove() saw has been trained: make a new model and trainer "
+                "(or run the recipe again, which resumes from the newest checkpoint)"
             )
         self.batch_size = size
         random = rng_state()  # nothing below may change a trained number
@@ -107,15 +105,15 @@ class Gate(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._require_proof("evaluate()")
-        if self.trainer.data_collator is not self.proof.held["collator"]:
+        proof = self._proven("evaluate()")
+        if self.trainer.data_collator is not proof.held["collator"]:
             raise ValueError("evaluate(): the trainer's data_collator was exchanged after prove(); make a new trainer")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.ended = True
-        trainer, proof = self.trainer, self.proof
+        trainer, proof = self.trainer, self._proven("train()")
         if trainer.eval_dataset is not None:
             proof.results.update(trainer.evaluate())
         trainer.save_model()
@@ -128,12 +126,13 @@ class Gate(TrainerCallback):
             facts=proof.facts,
         )
 
-    def _require_proof(self, what: str) -> None:
+    def _proven(self, what: str) -> Proof:
         if self.proof is None:
             raise ValueError(
-                f"{what} before prove(): nothing has been proven of this run. Call vlm_sft.prove(trainer, TRAINS, args) after "
-                "the trainer is made, and trainer.train() after that"
+                f"{what} before prove(): nothing has been proven of this run. Once the trainer is made, call "
+                "vlm_sft.prove(trainer, TRAINS, args), and trainer.train() after that"
             )
+        return self.proof
 
 
 def prove(
@@ -203,7 +202,7 @@ def prove(
         **plan.facts,
         "changed": "; ".join(changes) or "nothing",
     }
-    shortest = min(report.rows, key=len)
+    shortest = report.shortest
     proof = Proof(facts, report, changes, flags, _held(trainer, collator, plan))
     gate.trainer, gate.proof, gate.require_stop_token = trainer, proof, require_stop_token
     print_main(f"{proof}\n{shortest.name:<11}{draw_mask(shortest, collator.processor.tokenizer)}")
@@ -356,11 +355,7 @@ def _check_optimizer(optimizer: Any, model: Any) -> None:
 
 def _forward(trainer: Any, proof: Proof) -> str:
     """What the model, placed as it trains, says to one short row; and that padding-free rows change no loss."""
-    rows = proof.report.rows
-    row = min([row for row in rows if row.image.any()] or rows, key=len)
-    if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
-        return "not run: the model is sharded by DeepSpeed ZeRO-3"
-    sentence = check_forward(trainer.data_collator, row, trainer.model)
+    sentence = check_forward(trainer.data_collator, proof.report.shortest, trainer.model)
     if not trainer.data_collator.settings.padding_free:
         return sentence
     first = [trainer.train_dataset[n] for n in range(min(2, len(trainer.train_dataset)))]

@@ -13,7 +13,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from PIL import Image
 from trl import SFTConfig, SFTTrainer
 
-from vlm_sft import ChatCollator, check_rows, load_conversations, lora_config, rows_checked
+from vlm_sft import ChatCollator, check_rows, load_conversations, lora_config
+from vlm_sft.data.check_rows import rows_checked
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from runs import rows as picture_rows
 from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler

@@ -26,7 +26,6 @@ from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator, EncodedRow, tokens
 from vlm_sft.chat.messages import count_images, text_of
 from vlm_sft.chat.template import Turn
 from vlm_sft.common import eos_ids, evaluating
-from vlm_sft.distributed import print_main
 
 _BATCH_SIZE = 8  # of the batches whose padding is counted
 
@@ -69,7 +68,7 @@ class AuditReport:
 
 
 def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_token: bool = True) -> AuditReport:
-    """The report on `num_rows` rows, evenly spread over `rows` (the first ones of a stream), which is printed.
+    """The report on `num_rows` rows, evenly spread over `rows` (the first ones of a stream).
 
     Proved for each row: something is trained, and nothing but answers; each answer reads as in its message and ends
     with its stop token (or is cut by `max_length`); the tokens before the first and before the last trained answer,
@@ -93,7 +92,6 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
         raise ValueError("\n".join([f"faults in what would be trained: {len(faults)}", *faults[:10]]))
     tokens = _count_tokens(collator, batches)
     report = AuditReport(collator, encoded, len(examples) - len(encoded), tokens, answers, prompts)
-    print_main(str(report))
     return report
 
 
@@ -204,7 +202,10 @@ def _check_answers(
         stop = turn.stop if turn.stop and ids[-1:].tolist() == tokenizer.convert_tokens_to_ids([turn.stop]) else ""
         answers[f"end with {stop!r}" if stop else "end without a stop token"] += 1
         if require_stop_token and not stop:
-            yield f"{where} is trained without a stop token, so the model would not learn to end; use stop_token='auto'"
+            yield (
+                f"{where} is trained without a stop token, so the model would not learn to end; use stop_token='auto', or "
+                "require_stop_token=False where that is meant"
+            )
         if stop and not require_stop_token:
             yield (
                 f"{where} is trained with the stop token {stop!r}, but require_stop_token=False says that answers have "

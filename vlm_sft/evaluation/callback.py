@@ -56,7 +56,7 @@ def evaluate_answers(
     """
     if not isinstance(trainer.data_collator, ChatCollator):
         kind = type(trainer.data_collator).__name__
-        raise ValueError(f"data_collator is a {kind}; expected the ChatCollator that made the training's prompts")
+        raise ValueError(f"data_collator is a {kind}; pass data_collator=collator, the ChatCollator")
     if len(rows) == 0 or num_rows < 1 or not metrics:
         raise ValueError(f"{len(rows)} rows, num_rows={num_rows}, {len(metrics)} metrics; each must be at least 1")
     if references is not None and len(references) != len(rows):

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
-from trl import SFTConfig
+from trl import SFTConfig  # type: ignore[attr-defined]
 
 from vlm_sft.models.hardware import best_worker_count, set_hardware_defaults
 
@@ -44,11 +44,13 @@ class RecipeDefaults(SFTConfig):
     `set_hardware_defaults` fills in precision and optimizer; `hardware_changes` says what it replaced.
     """
 
-    per_device_eval_batch_size: int | None = None  # as many rows as in training
+    # None: as many rows as in training
+    per_device_eval_batch_size: int | None = None  # type: ignore[assignment]
     activation_checkpointing: bool | None = True  # less memory for some 20% of time
     eval_on_start: bool = True  # the answers before training, for samples.html
     eval_strategy: str = "steps"
-    save_steps: float | None = None  # as often as evaluations, so that the best is there to load
+    # None: as often as evaluations, so that the best is there to load
+    save_steps: float | None = None  # type: ignore[assignment]
     save_total_limit: int | None = 3  # the newest, the one before it, the best
     dataloader_num_workers: int = field(default_factory=best_worker_count)  # images are decoded there
     remove_unused_columns: bool = False  # keeps `row`, by which errors name a row, and `length`
@@ -62,7 +64,7 @@ class RecipeDefaults(SFTConfig):
             self.save_steps = self.eval_steps or 500
         set_hardware_defaults(self)
         self.hardware_changes = [] if asked == self.optim else [f"optimizer {asked} replaced by {self.optim}"]
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         refuse_inert_settings(self)
 
 
