@@ -203,8 +203,8 @@ def _check_answers(
         answers[f"end with {stop!r}" if stop else "end without a stop token"] += 1
         if require_stop_token and not stop:
             yield (
-                f"{where} is trained without a stop token, so the model would not learn to end; use stop_token='auto', or "
-                "require_stop_token=False where that is meant"
+                f"{where} is trained without a stop token, so the model would not learn to end; use stop_token='auto', "
+                "or require_stop_token=False where that is meant"
             )
         if stop and not require_stop_token:
             yield (
