@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,3 +99,9 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def half(path: Any) -> None:
+    """The process dies while it writes this file."""
+    Path(path).write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -23,7 +23,6 @@ import runs
 import torch
 from recipe_data import captions, chats
 from recipe_runs import ROOT, run
-from test_checkpoints import half
 from test_distributed import FULL, LORA, SMALL, losses_in
 from together import together
 from transformers import TrainerCallback
@@ -164,8 +163,8 @@ def dies_in_a_save(recipe: str, flags: list[str], point: str) -> None:
     def is_doomed(path: object) -> bool:
         return "checkpoint-4" in str(path) and point in str(path)
 
-    torch.save = lambda what, to, *rest, **options: half(to) if is_doomed(to) else save(what, to, *rest, **options)
-    Path.replace = lambda self, to: half(self) if is_doomed(to) else replace(self, to)  # type: ignore
+    torch.save = lambda what, to, *rest, **options: runs.half(to) if is_doomed(to) else save(what, to, *rest, **options)
+    Path.replace = lambda self, to: runs.half(self) if is_doomed(to) else replace(self, to)  # type: ignore
     run(recipe, flags)
 
 

@@ -199,11 +199,6 @@ def test_an_adapter_has_its_base_beside_it(adapted: tuple[Path, dict[str, Any]],
 # Saves that do not end
 
 
-def half(path: Any) -> None:
-    Path(path).write_bytes(b"half")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def killed(base: Path, output_dir: Path, point: str) -> None:
     """A run that dies while it saves its second checkpoint."""
     doomed, replace = "checkpoint-4", Path.replace
@@ -212,11 +207,11 @@ def killed(base: Path, output_dir: Path, point: str) -> None:
 
         def save(*args: Any, original: Any = original, at: int = at, **kwargs: Any) -> Any:
             path = str(args[at])
-            return half(path) if doomed in path and point in path else original(*args, **kwargs)
+            return runs.half(path) if doomed in path and point in path else original(*args, **kwargs)
 
         setattr(module, name, save)
     if point == MANIFEST:
-        Path.replace = lambda self, to: half(self) if doomed in str(to) else replace(self, to)  # type: ignore
+        Path.replace = lambda self, to: runs.half(self) if doomed in str(to) else replace(self, to)  # type: ignore
     train(base, output_dir)
 
 
