@@ -117,11 +117,11 @@ def test_the_head_is_gathered_before_it_is_read(
 def test_bitsandbytes_lists_the_scales_of_a_weight_in_the_state(tiny_model: Callable[..., Any]) -> None:
     model = nf4(tiny_model)
     names = {name for name, _ in model.named_parameters()}
-    beside = {name for name in model.state_dict() if name.startswith(tuple(f"{own}." for own in names))}
-    assert len(beside) > 14
+    scales = {name for name in model.state_dict() if name.startswith(tuple(f"{own}." for own in names))}
+    assert len(scales) > 14
     upstream.leave_out_scales(model)
     assert set(model.state_dict()) & names == names
-    assert not set(model.state_dict()) & beside
+    assert not set(model.state_dict()) & scales
 
 
 @pytest.mark.parametrize("launched", ["", "true"])
@@ -141,7 +141,7 @@ def test_a_model_is_fitted_to_shards_where_it_will_be_sharded(
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_bitsandbytes_packs_weights_anew_in_an_evaluation(
+def test_bitsandbytes_packs_weights_again_in_an_evaluation(
     kept: bool, tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)

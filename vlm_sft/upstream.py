@@ -67,7 +67,7 @@ def _gather_head(model: Any, *_: Any) -> None:
 def leave_out_scales(model: nn.Module) -> None:
     """Keeps the scales of 4-bit weights out of the model's state.
 
-    bitsandbytes 0.50.2 lists them there beside each weight, although they are not parameters: torch 2.13 saves them
+    bitsandbytes 0.50.2 lists them there next to each weight, although they are not parameters: torch 2.13 saves them
     with a sharded model's adapters, and does not find their place when it loads.
     """
     for module in model.modules():
@@ -91,7 +91,7 @@ def fit_to_shards(model: PreTrainedModel) -> None:
 def keep_packing(model: nn.Module) -> None:
     """Leaves the 4-bit weights of a model on a CPU as they were loaded.
 
-    Where a CPU has AVX512-BF16, bitsandbytes 0.50.2 packs them anew at the first forward in eval mode, for a kernel
+    Where a CPU has AVX512-BF16, bitsandbytes 0.50.2 packs them again at the first forward in eval mode, for a kernel
     that rounds to bfloat16 and passes no gradient: after an evaluation, training would fail or skip whole layers.
     """
     for module in model.modules():

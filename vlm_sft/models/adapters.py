@@ -3,7 +3,7 @@
 A part is adapted ("lora"), adapted in the layers of these names (["q_proj", "v_proj"]), trained whole ("full"), or not
 named and frozen. A bare name such as `q_proj` given to PEFT also matches the vision tower, and a list that matches in
 part passes without a word (PEFT 0.21). So the pattern is written from the model's own modules, and what trains is
-judged anew, parameter by parameter, on the model that the trainer holds.
+judged again, parameter by parameter, on the model that the trainer holds.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def lora_config(
     parameter such as LLaVA-NeXT's `image_newline`: PEFT saves modules only.
 
     Raises ValueError for all that cannot be meant or made: an unknown part or word, a part without linear layers, a
-    name that matches nothing, a quantized part in full, a whole tower beside adapters, a setting out of range, DoRA on
+    name that matches nothing, a quantized part in full, a whole tower next to adapters, a setting out of range, DoRA on
     a layer type that has none.
     """
     if isinstance(model, PeftModel):
@@ -228,7 +228,7 @@ def _refuse_unknown(trains: Trains) -> None:
     whole = [part for part, how in trains.items() if how == "full" and part != "projector"]
     if whole and any(how != "full" for how in trains.values()):
         faults.append(
-            f"{' and '.join(map(repr, whole))} in full beside adapters: only the projector can be trained whole and "
+            f"{' and '.join(map(repr, whole))} in full next to adapters: only the projector can be trained whole and "
             "saved with them; adapt it too, or train everything in full"
         )
     if faults:
@@ -257,7 +257,7 @@ def _linears(root: Any, modules: Mapping[str, nn.Module], parts: ModelParts) -> 
         if not hasattr(module, "in_features"):
             continue
         part = part_of(name, parts)
-        # A pooling head beside the numbered layers is not part of what the language model sees.
+        # A pooling head next to the numbered layers is not part of what the language model sees.
         in_layers = any(piece.isdigit() for piece in name.split("."))
         if part == "projector" or (in_layers and not _is_unused(name, root.config, parts)):
             linears[part].append(name)

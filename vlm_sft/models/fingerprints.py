@@ -58,7 +58,7 @@ def base_settings(model: Any) -> dict[str, Any]:
 
 
 def training_base(model: nn.Module) -> dict[str, Any]:
-    """`base_settings`, and of each parameter that is no adapter's a line `shape kind digest`.
+    """`base_settings`, and of each parameter outside adapters a line `shape kind digest`.
 
     A digest covers 16 values of the parameter, so another base of the same shapes is told apart. The kind says how
     these are stored: a dtype, or how they were quantized and where. Takes the model before it is sharded.
@@ -94,7 +94,7 @@ def weight_differences(recorded: Mapping[str, str], found: Mapping[str, str]) ->
 
 
 def read_training_base(folder: Path) -> dict[str, Any] | None:
-    """What `training_base` recorded beside an adapter; None where nothing is."""
+    """What `training_base` recorded next to an adapter; None where nothing is."""
     file = folder / TRAINING_BASE
     recorded: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     return recorded

@@ -101,11 +101,12 @@ def parameter_table(model: nn.Module) -> str:
 
 
 def count_parameters(model: nn.Module) -> dict[str, Counts]:
-    """The counts of each part and of all together (`total`)."""
+    """The counts of each part and of all together (`total`), without what PEFT trains a copy of."""
     parts = parts_of(model)
     by_part: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
-        by_part[part_of(name, parts)].append(parameter)
+        if ".original_module." not in name:
+            by_part[part_of(name, parts)].append(parameter)
     by_part["total"] = [parameter for members in by_part.values() for parameter in members]
     return {part: _count(members) for part, members in by_part.items()}
 

@@ -249,7 +249,7 @@ def _read_model(
     except OSError as error:
         raise ValueError(
             f"No safetensors in {place(name, revision)}: {first_line(error)}. Other formats can run code when they are "
-            "read; save the model anew with save_pretrained."
+            "read; save the model again with save_pretrained."
         ) from error
     check_weights(model, info, place(name, revision))
     if attn_implementation == "auto" and _flash_attention_runs(model):
