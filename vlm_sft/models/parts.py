@@ -143,9 +143,8 @@ def _found(model: Any) -> tuple[ModelParts | None, list[str]]:
     paths: dict[str, str] = {}
     for what, accessor in asked.items():
         found = accessor()
-        # Without such a part the accessors return None, or the model (or its base) itself.
-        own = found is not None and found is not model and found is not model.base_model
-        if own and names.get(found) and (what == "head" or any(True for _ in found.parameters())):
+        # Without such a part the accessors return None, or the model itself, whose name is empty.
+        if names.get(found) and (what == "head" or any(True for _ in found.parameters())):
             paths[what] = names[found]
     if absent := [f"it has no {what}" for what in asked if what not in paths]:
         return None, absent
