@@ -6,6 +6,7 @@ fault on a small case and goes red when the name is gone, or when the fault is, 
 
 from __future__ import annotations
 
+import inspect
 import os
 from functools import partial
 from typing import Any
@@ -16,6 +17,10 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+
+TWO_WAY_IMAGES = ("deepseek_ocr2", "gemma3", "gemma4", "molmo2", "paligemma")
+"""Families in which the tokens of an image see each other in both directions. FlashAttention takes no such mask, and
+transformers 5.23 drops it without a word (masking_utils.flash_attention_mask)."""
 
 
 def is_sharded() -> bool:
@@ -62,7 +67,7 @@ def _gather_head(model: Any, *_: Any) -> None:
 def leave_out_scales(model: nn.Module) -> None:
     """Keeps the scales of 4-bit weights out of the model's state.
 
-    bitsandbytes 0.50.2 lists them there beside each weight, although they are not parameters: torch 2.13 saves them
+    bitsandbytes 0.50.2 lists them there next to each weight, although they are not parameters: torch 2.13 saves them
     with a sharded model's adapters, and does not find their place when it loads.
     """
     for module in model.modules():
@@ -86,7 +91,7 @@ def fit_to_shards(model: PreTrainedModel) -> None:
 def keep_packing(model: nn.Module) -> None:
     """Leaves the 4-bit weights of a model on a CPU as they were loaded.
 
-    Where a CPU has AVX512-BF16, bitsandbytes 0.50.2 packs them anew at the first forward in eval mode, for a kernel
+    Where a CPU has AVX512-BF16, bitsandbytes 0.50.2 packs them again at the first forward in eval mode, for a kernel
     that rounds to bfloat16 and passes no gradient: after an evaluation, training would fail or skip whole layers.
     """
     for module in model.modules():
@@ -116,3 +121,36 @@ def save_with_own_names(model: PreTrainedModel, folder: str | os.PathLike[str], 
     `save_original_format`.
     """
     type(model).save_pretrained(model, folder, save_original_format=False, **options)
+
+
+def limit_pixels(image_processor: Any, max_pixels: int) -> None:
+    """Sets the number of pixels an image may have at most.
+
+    Qwen-VL's processors have no attribute for it: they keep it as `longest_edge` of a size whose two edges are numbers
+    of pixels, while in other families they are edges (transformers 5.23). Such a processor takes `max_pixels`.
+
+    Raises ValueError for a processor that does not count pixels, and for what is not a number of them.
+    """
+    size = dict(image_processor.size or {})
+    known = inspect.get_annotations(getattr(image_processor, "valid_kwargs", object))
+    if "max_pixels" not in known or not {"shortest_edge", "longest_edge"} <= size.keys():
+        raise ValueError(
+            f"max_pixels={max_pixels}: a {type(image_processor).__name__} does not resize by the number of pixels (its "
+            f"size is {size}); leave max_pixels out for this family."
+        )
+    if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
+        raise ValueError(f"max_pixels={max_pixels!r}: a number of pixels, such as 1003520 (1,280 tokens of 28 x 28).")
+    least = min(size["shortest_edge"], max_pixels)
+    image_processor.size = type(image_processor.size)(shortest_edge=least, longest_edge=max_pixels)
+
+
+def lacks_dora(module: Any) -> bool:
+    """Whether PEFT 0.21.2 has no working DoRA for this layer.
+
+    It has none for other quantizers' layers, and on a CPU it breaks 8-bit ones (utils/integrations.py,
+    dequantize_module_weight): it puts a weight that lies there back as a copy without the scales, which bitsandbytes
+    0.50.2 has moved to the layer, and the second forward fails.
+    """
+    if type(module).__name__ == "Linear8bitLt":
+        return bool(module.weight.device.type == "cpu")
+    return not isinstance(module, nn.Linear) and type(module).__name__ != "HQQLinear"

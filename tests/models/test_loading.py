@@ -313,7 +313,7 @@ def test_a_model_whose_parts_cannot_be_told_loads_and_says_what_it_costs(
 def test_only_safetensors(twin: Path) -> None:
     torch.save(load_file(twin / "model.safetensors"), twin / "pytorch_model.bin")
     (twin / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"No safetensors in .*save the model anew"):
+    with pytest.raises(ValueError, match=r"No safetensors in .*save the model again"):
         load_model(twin)
 
 

@@ -136,7 +136,7 @@ def test_parts_of_a_wrapped_model(family: str, tiny_model: Any) -> None:
         ("idefics2", r"model\.connector: a second tower, or part of the projector.*register_parts\('idefics2', vis"),
         ("janus", r"model\.vqmodel: a second tower.*lie in model\.vision_model, .*model\.vqmodel"),
         ("gemma4", "it has no vision tower"),  # nor has its default config
-        ("qwen2_vl", r"nothing is left that could be its projector.*INSIDE_TOWER"),
+        ("qwen2_vl", r"nothing is left for its projector.*INSIDE_TOWER"),
         ("llama4", r"language_model\.lm_head lies inside language_model"),
     ],
 )

@@ -65,7 +65,7 @@ def test_the_report_says_how(tiny_model: Callable[..., Any]) -> None:
     assert str(report).startswith("int8 on 14 linear layers of the language model; kept in bfloat16: ")
 
 
-def test_paths_are_those_of_the_loaded_model_where_the_checkpoint_names_them_otherwise(
+def test_paths_are_those_of_the_loaded_model_where_the_checkpoint_names_them_differently(
     tiny_dir: Callable[[str], Path], tiny_model: Callable[..., Any]
 ) -> None:
     with safe_open(tiny_dir("llava15") / "model.safetensors", framework="pt") as file:

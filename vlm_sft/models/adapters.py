@@ -3,7 +3,7 @@
 A part is adapted ("lora"), adapted in the layers of these names (["q_proj", "v_proj"]), trained whole ("full"), or not
 named and frozen. A bare name such as `q_proj` given to PEFT also matches the vision tower, and a list that matches in
 part passes without a word (PEFT 0.21). So the pattern is written from the model's own modules, and what trains is
-judged anew, parameter by parameter, on the model that the trainer holds.
+judged again, parameter by parameter, on the model that the trainer holds.
 """
 
 from __future__ import annotations
@@ -22,23 +22,20 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from vlm_sft.common import is_quantized, listed
-from vlm_sft.models.freezing import align, count_parameters, size_of
+from vlm_sft.models.freezing import Counts, count_parameters, size_of
 from vlm_sft.models.parts import PARTS, ModelParts, part_of, parts_of, root_of
+from vlm_sft.upstream import lacks_dora
 
 Trains = Mapping[str, Literal["lora", "full"] | Sequence[str]]
 
 
 @dataclass(frozen=True)
-class PartReport:
-    """How a part trains. `share` is that of its matrices which adapters or full training reach."""
+class PartReport(Counts):
+    """How a part trains. `share` is that of its matrices, embedding tables aside, that training reaches."""
 
     how: str
     adapted_layers: int
     share: float
-    trainable: int
-    parameters: int
-    dtypes: tuple[str, ...]
-    quantized: int
 
 
 @dataclass(frozen=True)
@@ -51,21 +48,18 @@ class TrainsReport:
 
     def lines(self) -> list[str]:
         """A table of six lines."""
-        rows = [("part", "trains", "layers", "matrices", "trainable", "parameters", "dtypes")]
+        width = max(len(found.how) for found in self.parts.values()) + 2
+        names = f"{'layers':>6}{'matrices':>10}{'trainable':>15}{'parameters':>16}  dtypes"
+        lines = [f"{'part':<11}{'trains':<{width}}{names}"]
         for part, found in self.parts.items():
-            # Rounded down: 100% is all of them.
-            share = f"{int(found.share * 1000) / 10:g}%" if found.share else "0"
-            quantized = f" ({found.quantized:,} quantized)" if found.quantized else ""
-            numbers = (f"{found.adapted_layers or '-'}", share, f"{found.trainable:,}", f"{found.parameters:,}")
-            rows.append((part, found.how, *numbers, ", ".join(found.dtypes) + quantized))
-        return align(rows, right=(2, 3, 4, 5))
+            share = f"{int(found.share * 1000) / 10:g}%"  # rounded down: 100% is all of them
+            numbers = f"{found.adapted_layers:>6}{share:>10}{found.trainable:>15,}{found.parameters:>16,}"
+            lines.append(f"{part:<11}{found.how:<{width}}{numbers}  {', '.join(found.dtypes)}".rstrip())
+        return lines
 
     def facts(self) -> dict[str, Any]:
         """The same as plain values, for run.json."""
         return {part: asdict(found) for part, found in self.parts.items()}
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
 
 
 def lora_config(
@@ -80,14 +74,14 @@ def lora_config(
     """Makes `trains` so on this loaded model, by default {"language": "lora"}: what SFTTrainer takes as `peft_config`.
 
     Freezes what is not named, unfreezes what trains in full, and returns a LoraConfig whose pattern reaches the asked
-    layers and no others; None where no part takes adapters. Language model and tower are adapted in their transformer
-    layers, without tower layers whose output the model drops (LLaVA's last, by `vision_feature_layer`): no gradient
-    would reach them. The projector is adapted in all its linear layers, or trained whole beside adapters and saved with
-    them, except for a bare parameter such as LLaVA-NeXT's `image_newline`: PEFT saves modules only.
+    layers and no others, or None without any. Language model and tower are adapted in their transformer layers, without
+    tower layers whose output the model drops (LLaVA's last, by `vision_feature_layer`): no gradient would reach them.
+    The projector is adapted in all its linear layers, or trained whole and saved with the adapters, except for a bare
+    parameter such as LLaVA-NeXT's `image_newline`: PEFT saves modules only.
 
-    Raises ValueError for whatever cannot be meant or made, all at once: an unknown part or word, a part without linear
-    layers, a name that matches nothing, a quantized part in full, a whole tower beside adapters; a setting out of
-    range; and a layer type without DoRA (with PEFT 0.21.2 also 8-bit layers on a CPU).
+    Raises ValueError for all that cannot be meant or made: an unknown part or word, a part without linear layers, a
+    name that matches nothing, a quantized part in full, a whole tower next to adapters, a setting out of range, DoRA on
+    a layer type that has none.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -96,8 +90,12 @@ def lora_config(
         )
     trains = {"language": "lora"} if trains is None else trains
     plan = _Plan(model, trains)
-    _refuse_bad_settings(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
-    if use_dora and (unfit := [path for path in plan.layers if _lacks_dora(plan.modules[path])]):
+    faults = [f"r={r}: the rank is at least 1"] * (r < 1)
+    faults += [f"lora_alpha={lora_alpha}: the scale lora_alpha / r must be above 0"] * (lora_alpha <= 0)
+    faults += [f"lora_dropout={lora_dropout}: a probability from 0 to below 1"] * (not 0 <= lora_dropout < 1)
+    if faults:
+        raise ValueError(f"{'; '.join(faults)}.")
+    if use_dora and (unfit := [path for path in plan.layers if lacks_dora(plan.modules[path])]):
         kinds = sorted({f"{type(plan.modules[path]).__name__} on {plan.base.device.type}" for path in unfit})
         raise ValueError(
             f"use_dora=True, but PEFT {version('peft')} has no working DoRA for {', '.join(kinds)} ({listed(unfit)}); "
@@ -124,8 +122,7 @@ def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
     The asked layers are worked out from the base model's modules, not from the pattern that placed the adapters, so a
     LoraConfig written by hand is judged as well. Call it on `trainer.model`, after everything has wrapped it.
 
-    Raises ValueError with every difference: weights that train and should not, or the other way round; layers adapted
-    and not asked for, or asked for and not adapted; DoRA on some layers only.
+    Raises ValueError with every difference between the asked and the found.
     """
     plan = _Plan(model, trains)
     held = {name: m for name, m in plan.base.named_modules() if isinstance(m, LoraLayer)}
@@ -200,8 +197,7 @@ class _Plan:
             raise ValueError(f"TRAINS={dict(trains)}: {'; '.join(faults)}.")
 
     def _faults_of_full(self, part: str, weights: Collection[nn.Parameter], trains: Trains) -> list[str]:
-        packed = sum(is_quantized(parameter) for parameter in weights)
-        if packed:
+        if packed := sum(is_quantized(parameter) for parameter in weights):
             return [
                 f"{packed} weights of {part!r} are quantized and cannot train in full; load without quantization (no "
                 "--load_in_4bit; nf4_config leaves all but the language model in 16 bit), or adapt it"
@@ -232,7 +228,7 @@ def _refuse_unknown(trains: Trains) -> None:
     whole = [part for part, how in trains.items() if how == "full" and part != "projector"]
     if whole and any(how != "full" for how in trains.values()):
         faults.append(
-            f"{' and '.join(map(repr, whole))} in full beside adapters: only the projector can be trained whole and "
+            f"{' and '.join(map(repr, whole))} in full next to adapters: only the projector can be trained whole and "
             "saved with them; adapt it too, or train everything in full"
         )
     if faults:
@@ -242,16 +238,6 @@ def _refuse_unknown(trains: Trains) -> None:
 def _meant(word: Any, known: Sequence[str]) -> str:
     close = get_close_matches(str(word).lower(), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
-
-
-def _refuse_bad_settings(*, r: int, lora_alpha: int, lora_dropout: float) -> None:
-    faults = {
-        f"r={r}: the rank is at least 1": r < 1,
-        f"lora_alpha={lora_alpha}: the scale lora_alpha / r must be above 0": lora_alpha <= 0,
-        f"lora_dropout={lora_dropout}: a probability from 0 to below 1": not 0 <= lora_dropout < 1,
-    }
-    if any(faults.values()):
-        raise ValueError("; ".join(text for text, wrong in faults.items() if wrong) + ".")
 
 
 def _modules(root: nn.Module) -> dict[str, nn.Module]:
@@ -271,7 +257,7 @@ def _linears(root: Any, modules: Mapping[str, nn.Module], parts: ModelParts) -> 
         if not hasattr(module, "in_features"):
             continue
         part = part_of(name, parts)
-        # A pooling head beside the numbered layers is not part of what the language model sees.
+        # A pooling head next to the numbered layers is not part of what the language model sees.
         in_layers = any(piece.isdigit() for piece in name.split("."))
         if part == "projector" or (in_layers and not _is_unused(name, root.config, parts)):
             linears[part].append(name)
@@ -296,10 +282,9 @@ def _whole(modules: Mapping[str, nn.Module], parts: ModelParts) -> list[str]:
     """The projector's modules; a ModuleList as its items, since PEFT's wrapper cannot be indexed."""
     whole = []
     for path in parts.projector:
-        if isinstance(modules.get(path), nn.ModuleList):
-            whole += [name for name in modules if re.fullmatch(rf"{re.escape(path)}\.\d+", name)]
-        elif path in modules:
-            whole.append(path)
+        module = modules.get(path)
+        if module is not None:
+            whole += [f"{path}.{n}" for n in range(len(module))] if isinstance(module, nn.ModuleList) else [path]
     return whole
 
 
@@ -319,14 +304,6 @@ def _pattern(layers: Sequence[str], modules: Collection[str]) -> str:
         number = r"\d+" if every and before else "|".join(found)
         alternatives.append(f"{before}{number if len(found) == 1 or every else f'(?:{number})'}{after}")
     return "|".join(alternatives)
-
-
-def _lacks_dora(module: Any) -> bool:
-    if type(module).__name__ == "Linear8bitLt":
-        # PEFT 0.21.2 (utils/integrations.py, dequantize_module_weight) puts a weight that lies on a CPU back there as a
-        # copy without the scales, which bitsandbytes 0.50.2 has moved to the layer: the second forward fails.
-        return bool(module.weight.device.type == "cpu")
-    return not isinstance(module, nn.Linear) and type(module).__name__ != "HQQLinear"
 
 
 def _report(plan: _Plan, trains: Trains, held: Mapping[str, Any], bare: Collection[str]) -> dict[str, PartReport]:
@@ -352,17 +329,14 @@ def _report(plan: _Plan, trains: Trains, held: Mapping[str, Any], bare: Collecti
         elif trains.get(part) == "full":
             how = "full" + (f" but {listed(bare)}, which PEFT cannot save" if bare else "")
         share = reached[part] / matrices[part] if matrices[part] else float(counts.trainable > 0)
-        numbers = (counts.trainable, counts.parameters, counts.dtypes, counts.quantized)
-        reports[part] = PartReport(how, len(layers), share, *numbers)
+        reports[part] = PartReport(**vars(counts), how=how, adapted_layers=len(layers), share=share)
     return reports
 
 
 def _settings(layers: Sequence[Any]) -> str:
     """Rank, alpha and scale of these adapters, each with all its values."""
-
-    def values(setting: str) -> str:
-        found = {value for layer in layers for value in getattr(layer, setting).values()}
-        return "/".join(f"{value:g}" for value in sorted(found))
-
-    dora = ", DoRA" if len(layers[0].lora_magnitude_vector) else ""
-    return f"lora r {values('r')}, alpha {values('lora_alpha')} (scale {values('scaling')}){dora}"
+    found = []
+    for setting in ("r", "lora_alpha", "scaling"):
+        values = {value for layer in layers for value in getattr(layer, setting).values()}
+        found.append("/".join(f"{value:g}" for value in sorted(values)))
+    return "lora r {}, alpha {} (scale {})".format(*found) + ", DoRA" * bool(layers[0].lora_magnitude_vector)

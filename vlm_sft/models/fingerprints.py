@@ -13,14 +13,14 @@ from datasets import Dataset
 from torch import nn
 
 from vlm_sft.common import base_of, is_quantized
+from vlm_sft.models.hardware import dtype_name
 from vlm_sft.upstream import commit_of
 
 TRAINING_BASE = "training_base.json"
 RATES = "rates_by_part"
 """The keyword by which an optimizer learns its rates, and the default under which it keeps them."""
 
-_SAMPLED_VALUES = 16
-_SAMPLED_ROWS = 16
+_SAMPLES = 16
 
 
 def plain(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,22 +45,20 @@ def base_settings(model: Any) -> dict[str, Any]:
     """Where the (PEFT-wrapped) model's base came from and how it was loaded."""
     base = base_of(model)
     config = base.config
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and hasattr(quantization, "to_dict"):
-        quantization = quantization.to_dict()
+    quantization: Any = getattr(config, "quantization_config", None)
     return plain(
         {
             "base_model_name_or_path": config.name_or_path,
             "revision": commit_of(config),
             "model_type": config.model_type,
-            "dtype": str(config.dtype or base.dtype).removeprefix("torch."),
-            "quantization_config": quantization,
+            "dtype": dtype_name(config.dtype or base.dtype),
+            "quantization_config": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
         }
     )
 
 
 def training_base(model: nn.Module) -> dict[str, Any]:
-    """`base_settings`, and of each parameter that is no adapter's a line `shape kind digest`.
+    """`base_settings`, and of each parameter outside adapters a line `shape kind digest`.
 
     A digest covers 16 values of the parameter, so another base of the same shapes is told apart. The kind says how
     these are stored: a dtype, or how they were quantized and where. Takes the model before it is sharded.
@@ -73,13 +71,13 @@ def training_base(model: nn.Module) -> dict[str, Any]:
         bare = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
         packing: Any = getattr(parameter, "quant_state", None)
         shape = "x".join(map(str, parameter.shape if packing is None else packing.shape))
-        kind, values = str(parameter.dtype).removeprefix("torch."), parameter.detach().flatten()
+        kind, values = dtype_name(parameter.dtype), parameter.detach().flatten()
         if packing is not None:
             kind, values = packing.quant_type, values.view(torch.uint8)  # whatever dtype they are stored in
         if is_quantized(parameter):
             # A GPU rounds differently from a CPU, and another dtype to other values.
             kind = f"{kind}/{settings['dtype']}/{parameter.device.type}"
-        spread = torch.linspace(0, len(values) - 1, min(_SAMPLED_VALUES, len(values)), dtype=torch.float64).long()
+        spread = torch.linspace(0, len(values) - 1, min(_SAMPLES, len(values)), dtype=torch.float64).long()
         sample = values[spread.to(values.device)].cpu().view(torch.uint8).numpy()
         weights[bare] = f"{shape} {kind} {hashlib.sha256(sample.tobytes()).hexdigest()[:12]}"
     return {**settings, "weights": weights}
@@ -96,11 +94,9 @@ def weight_differences(recorded: Mapping[str, str], found: Mapping[str, str]) ->
 
 
 def read_training_base(folder: Path) -> dict[str, Any] | None:
-    """What `training_base` recorded beside an adapter; None where nothing is."""
+    """What `training_base` recorded next to an adapter; None where nothing is."""
     file = folder / TRAINING_BASE
-    if not file.is_file():
-        return None
-    recorded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    recorded: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     return recorded
 
 
@@ -124,7 +120,7 @@ def data_settings(dataset: Any) -> dict[str, Any]:
     """The number of rows (None for a stream), and for each column of a `datasets.Dataset` a digest of 16 of them."""
     columns = {}
     if isinstance(dataset, Dataset) and len(dataset):
-        spread = sorted({len(dataset) * n // _SAMPLED_ROWS for n in range(_SAMPLED_ROWS)})
+        spread = sorted({len(dataset) * n // _SAMPLES for n in range(_SAMPLES)})
         table = dataset.with_format("arrow")[spread]
         for name in table.column_names:
             columns[name] = hashlib.sha256(repr(table[name].to_pylist()).encode()).hexdigest()[:12]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlm_sft.common import base_of, is_quantized, listed
+from vlm_sft.models.hardware import dtype_name
 from vlm_sft.models.parts import PARTS, ModelParts, part_of, parts_of
 
 
@@ -35,10 +36,7 @@ def detach_frozen_tower(model: PreTrainedModel) -> None:
     With checkpointing, TRL and the Trainer (again, at the start of `train()`) call `enable_input_require_grads()`,
     which marks the tower's patch embeddings as well: a frozen tower is then recomputed and back-propagated for
     nothing (transformers 5.23). This model's own method now marks the language model's embeddings only, as long as no
-    tower parameter trains at the time of the call. Gradients are the same. `load_model` and `assemble_llava` do this
-    to each model.
-
-    Raises ValueError for a model whose parts cannot be told.
+    tower parameter trains at the time of the call. Gradients are the same. `load_model` and `assemble_llava` do this.
     """
     parts = parts_of(model)
     # Bound to this instance, and in a way that a deep copy of the model binds to the copy.
@@ -69,7 +67,7 @@ def check_precision(model: nn.Module, *, fp16: bool) -> None:
     names: dict[str, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            names[_dtype(parameter)].append(name)
+            names[dtype_name(parameter.dtype)].append(name)
     refused = {dtype: found for dtype, found in names.items() if dtype == "float16" or (fp16 and dtype != "float32")}
     if refused:
         faults = "; ".join(f"{len(found)} in {dtype} ({listed(found)})" for dtype, found in refused.items())
@@ -95,19 +93,20 @@ def check_precision(model: nn.Module, *, fp16: bool) -> None:
 
 def parameter_table(model: nn.Module) -> str:
     """One line a part: parameters, how many of them train, how many are quantized, and their dtypes."""
-    rows = [("part", "parameters", "trainable", "quantized", "dtypes")]
-    for part, counts in count_parameters(model).items():
-        numbers = (counts.parameters, counts.trainable, counts.quantized)
-        rows.append((part, *(f"{number:,}" for number in numbers), ", ".join(counts.dtypes)))  # type: ignore[arg-type]
-    return "\n".join(align(rows, right=(1, 2, 3)))
+    lines = [f"{'part':<11}{'parameters':>16}{'trainable':>16}{'quantized':>16}  dtypes"]
+    for part, of in count_parameters(model).items():
+        numbers = f"{of.parameters:>16,}{of.trainable:>16,}{of.quantized:>16,}"
+        lines.append(f"{part:<11}{numbers}  {', '.join(of.dtypes)}".rstrip())
+    return "\n".join(lines)
 
 
 def count_parameters(model: nn.Module) -> dict[str, Counts]:
-    """The counts of each part and of all together (`total`)."""
+    """The counts of each part and of all together (`total`), without what PEFT trains a copy of."""
     parts = parts_of(model)
     by_part: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
-        by_part[part_of(name, parts)].append(parameter)
+        if ".original_module." not in name:
+            by_part[part_of(name, parts)].append(parameter)
     by_part["total"] = [parameter for members in by_part.values() for parameter in members]
     return {part: _count(members) for part, members in by_part.items()}
 
@@ -116,15 +115,6 @@ def size_of(parameter: Any) -> int:
     """Weights held, also where two 4-bit ones share a byte."""
     packing = getattr(parameter, "quant_state", None)
     return math.prod(packing.shape) if packing is not None else parameter.numel()
-
-
-def align(rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> list[str]:
-    """The rows of a table, columns as wide as their widest cell, those of `right` flush right."""
-    columns = []
-    for number, cells in enumerate(zip(*rows, strict=True)):
-        width = max(map(len, cells))
-        columns.append([cell.rjust(width) if number in right else cell.ljust(width) for cell in cells])
-    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
 
 def _mark_embeddings(model: Any, *, parts: ModelParts) -> None:
@@ -145,8 +135,6 @@ def _unmark_embeddings(model: Any, *, parts: ModelParts) -> None:
 def _count(members: Iterable[nn.Parameter]) -> Counts:
     groups = (members, [p for p in members if p.requires_grad], [p for p in members if is_quantized(p)])
     parameters, trainable, quantized = (sum(map(size_of, group)) for group in groups)
-    return Counts(parameters, trainable, quantized, tuple(sorted({_dtype(parameter) for parameter in members})))
-
-
-def _dtype(parameter: nn.Parameter) -> str:
-    return str(parameter.dtype).removeprefix("torch.")
+    return Counts(
+        parameters, trainable, quantized, tuple(sorted({dtype_name(parameter.dtype) for parameter in members}))
+    )

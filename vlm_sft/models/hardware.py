@@ -18,6 +18,11 @@ def best_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As users write it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def best_worker_count() -> int:
     """Data workers for each process: up to four, one core left to the process itself, and none on a lone core.
 

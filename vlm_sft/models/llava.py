@@ -21,7 +21,8 @@ from transformers.utils.hub import resolve_revision
 
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.loading import check_weights, first_line, place, read_config, record_source
+from vlm_sft.models.loading import check_weights
+from vlm_sft.models.source import first_line, place, read_config, record_source
 
 # Models whose decoder takes embeddings as they are; Gemma, for one, would scale the features of an image.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -52,10 +53,8 @@ def assemble_llava(
     language_model: str | Path,
     *,
     seed: int,
-    vision_revision: str | None = None,
     language_revision: str | None = None,
     dtype: torch.dtype | str = "auto",
-    chat_template: str = VICUNA_TEMPLATE,
 ) -> tuple[Any, Any]:
     """A LLaVA-1.5 made of the two models' weights and a random projector, and the processor that goes with it.
 
@@ -68,7 +67,7 @@ def assemble_llava(
     are missing.
     """
     vision_name, language_name = str(vision_tower), str(language_model)
-    vision_revision = resolve_revision(vision_name, vision_revision)
+    vision_revision = resolve_revision(vision_name)
     language_revision = resolve_revision(language_name, language_revision)
     dtype = best_dtype() if dtype == "auto" else dtype
     _check_kinds(vision_name, vision_revision, language_name, language_revision)
@@ -116,7 +115,7 @@ def assemble_llava(
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=chat_template,
+        chat_template=VICUNA_TEMPLATE,
     )
     detach_frozen_tower(model)
     for made in (model, processor):

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,10 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -32,22 +27,19 @@ from transformers.utils.hub import resolve_revision
 from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from vlm_sft.common import listed
+from vlm_sft.common import base_of, listed
 from vlm_sft.distributed import print_main
 from vlm_sft.models.fingerprints import read_training_base, training_base, weight_differences
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.upstream import fit_to_shards, keep_packing, set_commit
+from vlm_sft.models.quantization import nf4_config
+from vlm_sft.models.source import existing, first_line, place, read_config, record_source
+from vlm_sft.upstream import TWO_WAY_IMAGES, fit_to_shards, keep_packing, limit_pixels, set_commit
 
 AutoModelForVision2Seq = AutoModelForImageTextToText
 """The name that transformers 5 dropped, for code that was written with it."""
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-# Their image tokens see each other in both directions. FlashAttention takes no such mask and transformers 5.23 drops
-# it without a word (masking_utils.flash_attention_mask).
-_NOT_FOR_FLASH_ATTENTION = ("gemma3",)
-_SOURCE = "_vlm_sft_source"  # where a model or processor keeps what `loaded_from` returns; saved by neither
 
 
 def load_processor(
@@ -95,7 +87,7 @@ def load_processor(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if max_pixels is not None:
-        _limit_pixels(processor.image_processor, max_pixels)
+        limit_pixels(processor.image_processor, max_pixels)
     record_source(processor, name, revision)
     return processor
 
@@ -116,10 +108,9 @@ def load_model(
 ) -> Any:
     """A vision-language model, or from an adapter's folder its base with the adapter on it (a PeftModel).
 
-    - `dtype="auto"` is `best_dtype()`, or for an adapter the dtype its base had in training (where nothing
-      records it, the base's own).
-    - `load_in_4bit=True` quantizes the language model by `nf4_config`; `quantization_config` takes any other config.
-      "auto" is none, or for an adapter the one its base had in training.
+    - `dtype="auto"` is `best_dtype()`, and `quantization_config="auto"` none; for an adapter both are those of its base
+      in training (where nothing records them, the base's own dtype and none).
+    - `load_in_4bit=True` quantizes the language model alone, by `nf4_config`.
     - `attn_implementation="auto"` is FlashAttention 2 where it is installed, the GPU (Ampere or newer) and the model
       take it; else, and with None, what transformers chooses: PyTorch's SDPA.
     - A quantized model goes to the GPU of this process (LOCAL_RANK); any other stays on the CPU for the Trainer.
@@ -128,96 +119,30 @@ def load_model(
       `dequantize` puts the base back into 16 bit, with the values that training saw.
     - Only safetensors are read. A weight that is missing, left over or of another shape is an error.
 
-    A frozen tower stays out of autograd (`detach_frozen_tower`); where the model's parts cannot be told, a line says
-    that it does not.
+    A frozen tower stays out of autograd (`detach_frozen_tower`), or a line says that the parts cannot be told.
 
     Raises ValueError for a path that does not exist, a text-only model, an adapter whose base is missing or another
     one, weights that do not fit, and an attention that the model cannot run.
     """
     name = existing(name_or_path)
     revision = resolve_revision(name, revision)
-    options: dict[str, Any] = {
-        "attn_implementation": attn_implementation,
-        "trust_remote_code": trust_remote_code,
-        "device_map": device_map,
-    }
     if load_in_4bit:
-        if quantization_config != "auto":
-            raise ValueError("load_in_4bit=True and a quantization_config: give one of them")
-        from vlm_sft.models.quantization import nf4_config
-
         quantization_config = nf4_config(read_config(name, revision=revision, trust_remote_code=trust_remote_code))
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    options |= {"device_map": device_map, "dtype": dtype, "quantization_config": quantization_config}
     if find_adapter_config_file(name, revision=revision) is None:
-        quantization = None if quantization_config == "auto" else quantization_config
-        dtype = best_dtype() if dtype == "auto" else dtype
-        model = base = _read_model(name, revision, quantization, dtype, **options)
+        options["quantization_config"] = None if quantization_config == "auto" else quantization_config
+        options["dtype"] = best_dtype() if dtype == "auto" else dtype
+        model = base = _read_model(name, revision, **options)
     else:
-        model = _read_adapted(
-            name, revision, base_model, quantization_config, dtype, dequantize, is_trainable, **options
-        )
-        base = model.get_base_model()
+        model = _read_adapted(name, revision, base_model, is_trainable, dequantize, **options)
+        base = base_of(model)
     try:
         detach_frozen_tower(base)
     except ValueError as error:
         print_main(f"{name!r}: a frozen vision tower stays in autograd, which costs time and memory. {error}")
     record_source(model, name, revision)
     return model
-
-
-def loaded_from(model_or_processor: Any) -> tuple[str, str | None]:
-    """The name or folder that `load_model` or `load_processor` was given, and the commit that the revision was.
-
-    Of what they did not load, the name that transformers knows, and None.
-    """
-    source: tuple[str, str | None] | None = getattr(model_or_processor, _SOURCE, None)
-    if source is None:
-        named = getattr(model_or_processor, "config", None) or getattr(model_or_processor, "tokenizer", None)
-        source = (str(getattr(named, "name_or_path", "")), None)
-    return source
-
-
-def record_source(model_or_processor: Any, name: str, revision: str | None) -> None:
-    """Keeps what `loaded_from` returns."""
-    setattr(model_or_processor, _SOURCE, (name, getattr(revision, "resolved", revision)))
-
-
-def read_config(
-    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedConfig:
-    """The config of a vision-language model. Raises ValueError where there is none, and for a text-only model."""
-    name = existing(name_or_path)
-    at = place(name, revision)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except OSError as error:
-        raise ValueError(f"No model in {at}: {first_line(error)}. Give its folder or Hub name.") from error
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
-        raise ValueError(
-            f"{at} is a {config.model_type!r} model, which takes no images; give a vision-language model such as "
-            "llava-hf/llava-1.5-7b-hf."
-        )
-    return config
-
-
-def existing(name_or_path: str | Path | None) -> str:
-    """The folder or Hub name as given; ValueError where it can be neither."""
-    name = str(name_or_path)
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ValueError(f"No folder {name!r} (from {Path.cwd()}), and no Hub name is written so.")
-    return name
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
-
-
-def place(name: str, revision: str | None) -> str:
-    """The name for an error, and what it was taken for: a slip in a folder's name makes a Hub name of it."""
-    if Path(name).is_dir():
-        return repr(name)
-    return f"{name!r} (no such folder; treated as a Hub name, revision {revision or 'main'})"
 
 
 def check_weights(model: Any, info: Mapping[str, Any], at: str) -> None:
@@ -233,19 +158,25 @@ def check_weights(model: Any, info: Mapping[str, Any], at: str) -> None:
 def _read_model(
     name: str,
     revision: str | None,
+    *,
     quantization_config: Any,
     dtype: torch.dtype | str,
-    *,
     attn_implementation: str | None,
     device_map: Any,
     trust_remote_code: bool,
 ) -> Any:
     config: Any = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    if attn_implementation == "flash_attention_2" and config.model_type in _NOT_FOR_FLASH_ATTENTION:
+    if attn_implementation == "flash_attention_2" and config.model_type in TWO_WAY_IMAGES:
         raise ValueError(
             f"attn_implementation='flash_attention_2': in {config.model_type} the tokens of an image see each other in "
             "both directions, and FlashAttention would hide half of them; use 'sdpa'."
         )
+    if (
+        device_map is None
+        and torch.cuda.is_available()
+        and (quantization_config or getattr(config, "quantization_config", None))
+    ):
+        device_map = {"": int(os.environ.get("LOCAL_RANK", 0))}  # it must not move later
     from_pretrained: Any = AutoModelForImageTextToText.from_pretrained
     try:
         model, info = from_pretrained(
@@ -254,7 +185,7 @@ def _read_model(
             trust_remote_code=trust_remote_code,
             dtype=dtype,
             quantization_config=quantization_config,
-            device_map=device_map or _device_map(quantization_config or getattr(config, "quantization_config", None)),
+            device_map=device_map,
             attn_implementation=None if attn_implementation == "auto" else attn_implementation,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # `check_weights` names them
@@ -263,7 +194,7 @@ def _read_model(
     except OSError as error:
         raise ValueError(
             f"No safetensors in {place(name, revision)}: {first_line(error)}. Other formats can run code when they are "
-            "read; save the model anew with save_pretrained."
+            "read; save the model again with save_pretrained."
         ) from error
     check_weights(model, info, place(name, revision))
     if attn_implementation == "auto" and _flash_attention_runs(model):
@@ -276,14 +207,7 @@ def _read_model(
 
 
 def _read_adapted(
-    name: str,
-    revision: str | None,
-    base_model: str | Path | None,
-    quantization_config: BitsAndBytesConfig | str | None,
-    dtype: torch.dtype | str,
-    dequantize: bool,
-    is_trainable: bool,
-    **options: Any,
+    name: str, revision: str | None, base_model: Any, is_trainable: bool, dequantize: bool, **options: Any
 ) -> PeftModel:
     folder = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
     adapter = PeftConfig.from_pretrained(folder)
@@ -291,13 +215,14 @@ def _read_adapted(
         raise ValueError(f"{folder!r} holds an adapter_config.json but no {ADAPTER_WEIGHTS}; save the adapter again.")
     trained_on = read_training_base(Path(folder)) or {}
     named = base_model or adapter.base_model_name_or_path
-    if quantization_config == "auto":
+    if options["quantization_config"] == "auto":
         recorded = trained_on.get("quantization_config")
-        quantization_config = BitsAndBytesConfig(**recorded) if recorded else None  # type: ignore[no-untyped-call]
-    dtype = trained_on.get("dtype", "auto") if dtype == "auto" else dtype
+        options["quantization_config"] = BitsAndBytesConfig(**recorded) if recorded else None  # type: ignore[no-untyped-call]
+    if options["dtype"] == "auto":
+        options["dtype"] = trained_on.get("dtype", "auto")
     at_revision = None if base_model else adapter.revision or trained_on.get("revision")
     try:
-        base = _read_model(existing(named), at_revision, quantization_config, dtype, **options)
+        base = _read_model(existing(named), at_revision, **options)
     except ValueError as error:
         raise ValueError(
             f"The adapter in {name!r} was trained on {adapter.base_model_name_or_path!r}, which did not load from "
@@ -328,33 +253,10 @@ def _read_adapted(
     return model
 
 
-def _limit_pixels(image_processor: Any, max_pixels: int) -> None:
-    """Sets the number of pixels an image may have at most, where the processor counts them."""
-    size = dict(image_processor.size or {})
-    known = inspect.get_annotations(getattr(image_processor, "valid_kwargs", object))
-    if "max_pixels" not in known or not {"shortest_edge", "longest_edge"} <= size.keys():
-        raise ValueError(
-            f"max_pixels={max_pixels}: a {type(image_processor).__name__} does not resize by the number of pixels (its "
-            f"size is {size}); leave max_pixels out for this family."
-        )
-    if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
-        raise ValueError(f"max_pixels={max_pixels!r}: a number of pixels, such as 1003520 (1,280 tokens of 28 x 28).")
-    # Both are numbers of pixels, whatever their names say (transformers 5.23, image_processing_qwen2_vl.py).
-    least = min(size["shortest_edge"], max_pixels)
-    image_processor.size = type(image_processor.size)(shortest_edge=least, longest_edge=max_pixels)
-
-
-def _device_map(quantization_config: Any) -> dict[str, int] | None:
-    """The GPU of this process for a quantized model, which must not move later; None leaves placing to the Trainer."""
-    if quantization_config is None or not torch.cuda.is_available():
-        return None
-    return {"": int(os.environ.get("LOCAL_RANK", 0))}
-
-
 def _flash_attention_runs(model: PreTrainedModel) -> bool:
     return (
         is_flash_attn_2_available()
         and torch.cuda.get_device_capability() >= (8, 0)
         and model.dtype in (torch.float16, torch.bfloat16)
-        and model.config.model_type not in _NOT_FOR_FLASH_ATTENTION
+        and model.config.model_type not in TWO_WAY_IMAGES
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -80,24 +80,21 @@ def register_parts(
 def parts_of(model_or_config: nn.Module | PreTrainedConfig) -> ModelParts:
     """The parts of a model, also of one wrapped by PEFT, DistributedDataParallel or torch.compile; or of a config's.
 
-    Raises ValueError where they cannot be told, with the model's own modules: no tower, language model or head behind
-    the accessors, one inside another, nothing that could be the projector, or a second tower among the rest; and for a
-    registered path that the model lacks. A path that matches nothing would freeze, quantize or adapt nothing.
+    Raises ValueError where they cannot be told, with the model's own modules: a part is missing, one lies inside
+    another, or there is a second tower; and for a registered path that the model lacks.
     """
     model: Any = root_of(model_or_config)
-    kind = f"{type(model).__name__} ({model.config.model_type})"
-    parts = PARTS_OVERRIDES.get(model.config.model_type)
-    if parts is not None:
-        names = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
-        faults = [f"{path} is not in it" for part in fields(parts) for path in getattr(parts, part.name)]
-        faults = [fault for fault in faults if fault.removesuffix(" is not in it") not in names]
-    else:
+    model_type = model.config.model_type
+    if (parts := PARTS_OVERRIDES.get(model_type)) is None:
         parts, faults = _found(model)
+    else:
+        names = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
+        faults = [f"{path} is not in it" for part in PARTS for path in getattr(parts, part) if path not in names]
     if faults or parts is None:
         raise ValueError(
-            f"The parts of {kind} cannot be told: {'; '.join(faults)}. Load it with AutoModelForImageTextToText; where "
-            f"it was, name its parts with vlm_sft.models.parts.register_parts({model.config.model_type!r}, "
-            f"vision=..., projector=..., language=..., head=...). Its parameters lie in {_outline(model)}."
+            f"The parts of {type(model).__name__} ({model_type}) cannot be told: {'; '.join(faults)}. Load it with "
+            f"AutoModelForImageTextToText; where it was, call vlm_sft.register_parts({model_type!r}, vision=..., "
+            f"projector=..., language=..., head=...). Its parameters lie in {_outline(model)}."
         )
     return parts
 
@@ -111,7 +108,7 @@ def part_of(name: str, parts: ModelParts) -> Part:
     bare = _unwrapped(name)
     found = [(len(path), part) for part in PARTS for path in getattr(parts, part) if f"{bare}.".startswith(f"{path}.")]
     if not found:
-        raise ValueError(f"{name!r} lies in none of {parts}; name the parts with register_parts.")
+        raise ValueError(f"{name!r} lies in none of {parts}; settle them with vlm_sft.register_parts.")
     return max(found)[1]
 
 
@@ -146,9 +143,8 @@ def _found(model: Any) -> tuple[ModelParts | None, list[str]]:
     paths: dict[str, str] = {}
     for what, accessor in asked.items():
         found = accessor()
-        # Without such a part the accessors return None, or the model (or its base) itself.
-        own = found is not None and found is not model and found is not model.base_model
-        if own and names.get(found) and (what == "head" or any(True for _ in found.parameters())):
+        # Without such a part the accessors return None, or the model itself, whose name is empty.
+        if names.get(found) and (what == "head" or any(True for _ in found.parameters())):
             paths[what] = names[found]
     if absent := [f"it has no {what}" for what in asked if what not in paths]:
         return None, absent
@@ -168,11 +164,8 @@ def _found(model: Any) -> tuple[ModelParts | None, list[str]]:
     models = [name for module, name in names.items() if isinstance(module, PreTrainedModel)]
     if towers := [path for path in rest if any(f"{name}.".startswith(f"{path}.") for name in models)]:
         faults.append(f"{listed(towers)}: a second tower, or part of the projector")
-    if not faults and not rest and not inside:
-        faults.append(
-            "nothing is left that could be its projector, which may lie inside the tower: add its line to "
-            "vlm_sft.models.parts.INSIDE_TOWER"
-        )
+    if not (faults or rest or inside):
+        faults.append("nothing is left for its projector, which may lie inside the tower (INSIDE_TOWER in parts.py)")
     return ModelParts((vision,), (*inside, *rest), (language,), (head,)), faults
 
 

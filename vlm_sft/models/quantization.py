@@ -1,8 +1,7 @@
-"""A 4-bit config that quantizes the language model alone, and the check of what came out quantized.
+"""A 4-bit config that quantizes the language model alone, and the check of what came out, also by a config of your own.
 
 bitsandbytes skips a module by its path from the root, and any skip list of one's own replaces the one that protects
-`lm_head` (transformers 5.23): `["vision_tower", "lm_head"]` leaves no tower in 16 bit. So: full paths, and a look at
-the loaded model. `check_quantized` judges a BitsAndBytesConfig written by hand as well, also an 8-bit one.
+`lm_head` (transformers 5.23): `["vision_tower", "lm_head"]` leaves no tower in 16 bit. So: full paths.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_bitsandbytes_available
 
 from vlm_sft.common import listed
-from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.loading import read_config
+from vlm_sft.models.hardware import best_dtype, dtype_name
 from vlm_sft.models.parts import PARTS, part_of, parts_of
+from vlm_sft.models.source import read_config
 from vlm_sft.upstream import is_sharded
 
 _PACKED = ("Linear4bit", "Linear8bitLt")
@@ -47,7 +46,6 @@ def nf4_config(
     model_or_config_or_name: PreTrainedModel | PreTrainedConfig | str | Path,
     *,
     revision: str | None = None,
-    trust_remote_code: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> BitsAndBytesConfig:
     """4-bit NormalFloat for the language model's linear layers; tower, projector and head stay as loaded.
@@ -56,8 +54,7 @@ def nf4_config(
     weight (QLoRA, arXiv 2305.14314). The default of `compute_dtype` is `best_dtype()`. The packed tensors are stored
     as uint8, or in the compute dtype in a run launched with FSDP, which shards no integers.
 
-    Raises ImportError without bitsandbytes, ValueError for a model that is not there or whose parts cannot be told,
-    and for a compute dtype that is not a float.
+    Raises ImportError without bitsandbytes; ValueError for a model that is not there or whose parts cannot be told.
     """
     if not is_bitsandbytes_available():
         raise ImportError(
@@ -68,7 +65,7 @@ def nf4_config(
         raise ValueError(f"compute_dtype={compute_dtype!r}: a float dtype such as torch.bfloat16")
     subject = model_or_config_or_name
     if isinstance(subject, (str, Path)):
-        subject = read_config(subject, revision=revision, trust_remote_code=trust_remote_code)
+        subject = read_config(subject, revision=revision)
     parts = parts_of(subject)
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
@@ -84,9 +81,7 @@ def check_quantized(model: nn.Module) -> QuantizationReport:
     """What is quantized in this loaded model, once that is the language model's linear layers and nothing else.
 
     Also looks into each packed layer for the type, double quantization, compute and storage dtype that the model's
-    own config states. Works before and after PEFT has wrapped the model.
-
-    Raises ValueError for a model without a bitsandbytes config, and with the difference otherwise.
+    own config states. Raises ValueError with the difference, and for a model without a bitsandbytes config.
     """
     parts = parts_of(model)
     config: Any = getattr(model.config, "quantization_config", None)
@@ -124,7 +119,7 @@ def check_quantized(model: nn.Module) -> QuantizationReport:
         kind=_kind(config),
         quantized=tuple(sorted(packed)),
         kept={part: kept[part] for part in PARTS if part in kept},
-        kept_dtypes=tuple(sorted({_short(parameter.dtype) for parameter in others.values()})),
+        kept_dtypes=tuple(sorted({dtype_name(parameter.dtype) for parameter in others.values()})),
     )
 
 
@@ -146,10 +141,6 @@ def _unlike(layer: Any, config: BitsAndBytesConfig) -> str:
 def _kind(config: BitsAndBytesConfig) -> str:
     if config.load_in_8bit:
         return "int8"
-    compute, storage = _short(config.bnb_4bit_compute_dtype), _short(config.bnb_4bit_quant_storage)
+    held = f"compute {dtype_name(config.bnb_4bit_compute_dtype)}, storage {dtype_name(config.bnb_4bit_quant_storage)}"
     double = "with" if config.bnb_4bit_use_double_quant else "without"
-    return f"{config.bnb_4bit_quant_type} {double} double quantization (compute {compute}, storage {storage})"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return f"{config.bnb_4bit_quant_type} {double} double quantization ({held})"
