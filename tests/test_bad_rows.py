@@ -183,27 +183,27 @@ IN_ORDER = (GOOD, [NOISE])
 
 CASES = [
     # Pictures that do not open
-    picture("JPEG cut in the middle", big("JPEG")[:2000], "named error", r"row 4: picture 'bad.png' is damaged"),
+    picture("JPEG cut in the middle", big("JPEG")[:2000], "named error", r"row 4: image 'bad.png' is damaged"),
     picture(
         "PNG cut near its end",
         big("PNG")[:-900],
         "named error",
-        r"picture 'bad.png' is damaged \(image file is truncated",
+        r"image 'bad.png' is damaged \(image file is truncated",
     ),
-    picture("WebP cut in the middle", big("WEBP")[:2000], "named error", r"picture 'bad.png' is damaged"),
+    picture("WebP cut in the middle", big("WEBP")[:2000], "named error", r"image 'bad.png' is damaged"),
     picture(
         "JPEG with a corrupt header",
         flipped(big("JPEG"), 1),
         "named error",
-        "is no picture that can be read: it begins with",
+        "is not an image that can be read: it begins with",
     ),
-    picture("PNG with a corrupt checksum", flipped(big("PNG"), 30), "named error", "is no picture that can be read"),
-    picture("WebP with a corrupt header", flipped(big("WEBP"), 13), "named error", "damaged|no picture"),
+    picture("PNG with a corrupt checksum", flipped(big("PNG"), 30), "named error", "is not an image that can be read"),
+    picture("WebP with a corrupt header", flipped(big("WEBP"), 13), "named error", "damaged|not an image"),
     picture("file of zero bytes", b"", "named error", r"is empty \(0 bytes\)"),
     picture(
         "HTML saved as a picture", b"<!DOCTYPE html>404", "named error", "it begins with b'<!DOCTYPE ht'; expected"
     ),
-    picture("PostScript (would run Ghostscript)", encoded(NOISE, "EPS"), "named error", "is no picture"),
+    picture("PostScript (would run Ghostscript)", encoded(NOISE, "EPS"), "named error", "is not an image"),
     picture("WebP named .png", encoded(NOISE, "WEBP", lossless=True), "repaired", "told by its content", NOISE),
     with_path("sub", "is a directory in the image folder", "directory"),
     with_path("gone.png", "does not exist in the image folder", "missing file"),
@@ -230,10 +230,10 @@ CASES = [
     picture("animated GIF", FRAMES, "repaired", "several frames, the first taken", NOISE.quantize().convert("RGB")),
     picture("EXIF says rotated", turned(), "repaired", "turned upright", NOISE.transpose(Image.Transpose.ROTATE_270)),
     # Fields of pictures
-    talk("picture is None", GOOD, "named error", r"images\[0\]: the picture is None", [None]),
+    talk("picture is None", GOOD, "named error", r"images\[0\]: the image is None", [None]),
     talk("pictures are missing", GOOD, "named error", "stands for image 0 but the row has 0 images", None),
     talk("pictures are an empty list", GOOD, "named error", "stands for image 0 but the row has 0 images", []),
-    talk("pictures are a number", GOOD, "named error", r"images\[0\]: the picture is a int; expected", 5),
+    talk("pictures are a number", GOOD, "named error", r"images\[0\]: the image is a int; expected", 5),
     talk("pictures are a nested list", GOOD, "repaired", "made flat", [["good.png"]], IN_ORDER),
     talk("one picture too many", GOOD, "named error", "2 images but the messages hold 1", ("good.png",) * 2),
     talk(
@@ -478,7 +478,7 @@ CASES = [
     Case(
         "corrupt bytes in datasets.Image",
         "named error",
-        "row 4: the picture is damaged",
+        "row 4: the image is damaged",
         {},
         write=image_struct({"bytes": big("JPEG")[:1500], "path": "x.jpg"}),
     ),

@@ -104,8 +104,8 @@ def test_a_talk_goes_on_from_what_was_said_until_an_empty_line(tiny_dir, photo, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image": "broken.png"}, r"picture 'broken.png' is no picture that can be read: it begins with b'not a"),
-        ({"image": "absent.png"}, r"picture 'absent.png' does not exist"),
+        ({"image": "broken.png"}, r"image 'broken.png' is not an image that can be read: it begins with b'not a"),
+        ({"image": "absent.png"}, r"image 'absent.png' does not exist"),
         ({"image": "."}, "is a directory"),
         ({"model_name_or_path": "no/such/folder"}, "No folder 'no/such/folder'"),
         ({"web": True}, "The page needs Gradio: pip install"),
@@ -156,7 +156,7 @@ def test_command_ends_with_the_sentence_and_no_traceback(tiny_dir):
     command = [sys.executable, chat.__file__, "--model_name_or_path", str(tiny_dir("llava15")), "--image", "absent.png"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
-    assert "picture 'absent.png' does not exist" in ended.stderr.splitlines()[-1]
+    assert "image 'absent.png' does not exist" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
 
 
@@ -218,7 +218,7 @@ def test_page_reads_a_digit_in_a_browser_and_stays_up_after_bad_input(quickstart
         ask("  ")
         error("There is no question; write one.")
         ask(QUESTION, broken)
-        error("picture 'broken.png' is no picture that can be read: it begins with b'<b>not a pic")
+        error("image 'broken.png' is not an image that can be read: it begins with b'<b>not a pic")
         page.get_by_label("Remove Image").click()
 
         ask(QUESTION, picture)

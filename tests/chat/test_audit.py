@@ -107,6 +107,7 @@ def test_counts_are_those_of_the_format_written_by_hand(tiny_processor, capsys):
     assert str(report) in table
     assert f"{without} to {with_image} (row 0)" in table
     assert "ℵ</s>" in table
+    assert audit(ChatCollator(processor, padding_free=True), rows).tokens["pad"] == 0
     assert audit(ChatCollator(processor, pad_to_multiple_of=64), rows).tokens["pad"] == (128 - with_image - without)
 
 

@@ -216,7 +216,7 @@ def test_every_fault_of_a_row_is_told() -> None:
         "messages[1] is a blank answer",
         "messages[3] is a blank answer",
         "images[0]: 2001 x 10 pixels are beyond 200 to 1",
-        "images[1]: the picture is no picture that can be read: it begins with b'no'",
+        "images[1]: the image is not an image that can be read: it begins with b'no'",
         "images[2]: 2001 x 10 pixels are beyond 200 to 1",
     ]
     assert not check_report([example(images=[Image.new("RGB", (2000, 10))])]).faults

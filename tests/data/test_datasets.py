@@ -175,7 +175,7 @@ def test_llava_json(folder: Path, suffix: str, streaming: bool) -> None:
 
 def test_image_folder_elsewhere(folder: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"messages": chat(0), "image": "0.png"}])
-    with pytest.raises(ValueError, match=r"row 0: images\[0\]: picture '0.png' does not exist in the image folder"):
+    with pytest.raises(ValueError, match=r"row 0: images\[0\]: image '0.png' does not exist in the image folder"):
         load_conversations(path)
     assert load_conversations(path, image_folder=folder / "pictures")["train"][0]["images"][0].size == (12, 8)
 
@@ -294,7 +294,7 @@ def test_pictures_inside_the_parts(folder: Path) -> None:
     assert to_rgb(normalise(row["messages"], row["images"]).images[0]).getpixel((0, 0)) == COLOURS[2]
     part["image"] = "/etc/passwd"
     path = write(folder / "a.jsonl", [{"messages": [message, {"role": "assistant", "content": "Blue."}]}])
-    with pytest.raises(ValueError, match=r"messages\[0\].content\[0\]: picture '/etc/passwd' lies outside"):
+    with pytest.raises(ValueError, match=r"messages\[0\].content\[0\]: image '/etc/passwd' lies outside"):
         load_conversations(path)
 
 
@@ -303,7 +303,7 @@ def test_images_are_made_smaller_as_they_are_read(folder: Path) -> None:
     smaller = load_conversations(write(folder / "a.jsonl", rows), max_pixels=8 * 13, eval_fraction=0)["train"]
     assert [row["images"][0].size for row in smaller] == [(12, 8), (13, 8), (13, 7), (13, 7)]
     (folder / "pictures" / "3.png").write_bytes(png(3)[:50])
-    with pytest.raises(ValueError, match=r"row 3: images\[0\]: picture '3.png' is damaged"):
+    with pytest.raises(ValueError, match=r"row 3: images\[0\]: image '3.png' is damaged"):
         smaller[3]
 
 
@@ -400,7 +400,7 @@ def test_text_is_converted_once_and_again_when_the_file_changes(folder: Path, mo
         ({"q": "a", "a": "b"}, {"prompt": "q"}, "'prompt' and 'response' go together"),
         ({"q": "a", "a": "b"}, ["prompt=q", "a"], "'a' names no column; expected FIELD=COLUMN"),
         ({"messages": [{"role": "user"}]}, None, r"none of the first 1 rows.*row 0.*messages\[0\] has a content that"),
-        ({"messages": [], "images": 5}, None, r"row 0: images\[0\]: the picture is a int; expected"),
+        ({"messages": [], "images": 5}, None, r"row 0: images\[0\]: the image is a int; expected"),
         ({"messages": 5}, None, "`messages` is a int"),
         ({"prompt": "q", "response": "a", "history": [1]}, None, r"history is \[1\]; expected a list of"),
         (5, None, "no row is an object with columns"),

@@ -165,7 +165,7 @@ def test_faults_are_remembered_and_go_with_their_cause(folder: Path, collator: C
     whole = (folder / "5.jpg").read_bytes()
     (folder / "5.jpg").write_bytes(whole[:-100])
     for expected in (10, 0):
-        with pytest.raises(ValueError, match=r"(?s)1  row 5\n.*picture '5.jpg' is damaged"):
+        with pytest.raises(ValueError, match=r"(?s)1  row 5\n.*image '5.jpg' is damaged"):
             start(folder, collator)
         assert counted()[0] == expected
     (folder / "5.jpg").write_bytes(whole)

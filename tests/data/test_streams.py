@@ -42,7 +42,7 @@ def test_a_bad_row_raises_when_it_comes(tmp_path: Path, collator: ChatCollator) 
     assert data["test"]["length"][:] == [len(row) for row in collator.encode(list(data["test"]))[0]]
     rows = iter(data["train"])
     assert [next(rows)["row"] for _ in range(3)] == [2, 3, 4]
-    with pytest.raises(ValueError, match=r"^row 5: images\[0\]: picture 'gone.png' does not exist"):
+    with pytest.raises(ValueError, match=r"^row 5: images\[0\]: image 'gone.png' does not exist"):
         next(rows)
 
 
@@ -54,7 +54,7 @@ def test_bad_rows_are_left_out_and_counted(
     assert [row["row"] for row in rows] == [2, 3, 4, 6, 7, 8]
     assert rows[0].keys() == {"messages", "images", "row"}
     assert collator(rows)["input_ids"].shape[0] == 6
-    assert "1 of 4 rows of the stream are left out; the last is row 5: images[0]: pic" in capsys.readouterr().err
+    assert "1 of 4 rows of the stream are left out; the last is row 5: images[0]: ima" in capsys.readouterr().err
     data = check_rows(load(tmp_path, 300, *range(10, 300, 3)), collator, on_bad_rows="drop")
     with pytest.raises(ValueError, match=r"32 of the first 102 rows are bad, more than max_bad_fraction=0\.1"):
         list(data["train"])

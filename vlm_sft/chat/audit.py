@@ -8,6 +8,7 @@ inference; `check_stops`, `check_embedding` and `check_forward` hold it against 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import unicodedata
 from collections import Counter
@@ -226,9 +227,7 @@ def _check_prompts(collator: ChatCollator, row: EncodedRow, prompts: Counter[str
         elif bos[0] == bos[1] and _is_rewritten(collator, row, turn.message, there):
             prompts["cannot, as the processor itself writes a longer conversation differently"] += 1
         else:
-            place = next(
-                (n for n, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there))
-            )
+            place = len(os.path.commonprefix([here, there]))  # noqa: RUF071 (it takes lists as well)
             texts = [tokenizer.decode(ids[place:])[:60] for ids in (here, there)]
             yield (
                 f"{row.name}: the prompt of messages[{turn.message}] has {len(here)} tokens ({bos[0]} BOS), but "

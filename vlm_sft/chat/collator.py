@@ -1,7 +1,7 @@
 """Conversations in, a training batch out, with labels that hold only what the model has to learn.
 
 Pass a `ChatCollator` as `data_collator`. No model family is named here: the processor and its chat template are asked.
-Shapes: `B` rows, `T` tokens of the longest row. The methods stand in the order of a row's trip.
+Shapes: `B` rows, `T` tokens of the longest. The methods stand in the order of a row's trip.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import hashlib
 import json
 import logging
 import os
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import BatchFeature
 
 from vlm_sft.chat.images import to_rgb
-from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, guard_reserved, normalise
+from vlm_sft.chat.messages import Conversation, Message, check_turns, guard_reserved, normalise, split_turns
 from vlm_sft.chat.template import ChatTemplate, Rendered, Turn
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,7 @@ _EMPTY = torch.empty(0)
 _BLANK = {
     "row": -1,
     "images": [Image.new("RGB", (64, 64))],
-    "messages": [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "."}]},
-    ],
+    "messages": [{"role": role, "content": "."} for role in ("user", "assistant")],
 }
 
 
@@ -61,13 +58,9 @@ class CollatorSettings:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{name}={value!r} (one of {', '.join(map(repr, known))})"
-            for name, value, known in (
-                ("train_on", self.train_on, ("assistant", "last_assistant", "all")),
-                ("truncation", self.truncation, ("error", "trim", "drop")),
-                ("reserved_tokens", self.reserved_tokens, ("error", "escape")),
-            )
-            if value not in known
+            f"{name}={getattr(self, name)!r} (one of {', '.join(map(repr, get_args(hint)))})"
+            for name, hint in get_type_hints(type(self)).items()
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint)
         ]
         if self.max_length is not None and self.max_length < 1:
             wrong.append(f"max_length={self.max_length} (None or at least 1)")
@@ -81,10 +74,9 @@ class CollatorSettings:
 class EncodedRow:
     """One conversation on its trip, without padding: what the audit looks at.
 
-    `rendered` has the image placeholders not yet expanded; `text` is what the tokenizer saw. `tokens` holds the
-    per-token model inputs, each [T]; `offsets` [T, 2] are characters of `text`; `image` [T] marks the tokens that
-    images bring; `turns` are all answers as characters of `text`, stop token included, and `trained` those of them that
-    are trained on.
+    `rendered` has the image placeholders not yet expanded; `text` is what the tokenizer saw, and `offsets` [T, 2] and
+    `turns`, all answers with their stop tokens, are characters of it; `trained` are the turns that are trained on.
+    `tokens` holds the per-token model inputs, each [T]; `image` [T] marks the tokens that images bring.
     """
 
     name: str
@@ -101,6 +93,12 @@ class EncodedRow:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def cut(self, length: int) -> EncodedRow:
+        """The row with its first `length` tokens."""
+        tokens = {key: value[:length] for key, value in self.tokens.items()}
+        per_token = {name: getattr(self, name)[:length] for name in ("offsets", "labels", "image")}
+        return replace(self, tokens=tokens, **per_token)
 
 
 class ChatCollator:
@@ -121,9 +119,9 @@ class ChatCollator:
       attention mask (see `vlm_sft.chat.packing`, whose packs it takes as well).
     - `name_rows`: adds `rows` [B], where every example has a number in the column `row`, for `StopOnNaN`, which names
       them and takes them out before the model sees them.
-    - `image_in_every_batch`: a batch without an image gets one more row, with a blank one, on which nothing is trained.
-      Processes that share a model wait for each other at each of its layers, also at those of the tower (FSDP, ZeRO-3;
-      DDP where tower or projector train). None is yes where several processes train.
+    - `image_in_every_batch`: a batch without an image gets one more row, with a blank one, on which nothing is trained:
+      processes that share a model wait for each other, also at the layers of the tower (FSDP, ZeRO-3; DDP where tower
+      or projector train). None is yes where several processes train.
 
     Raises `ValueError` at construction where this cannot be had from the processor, and for each bad row with its name
     (its `row` column where it has one, else its place in the batch).
@@ -132,11 +130,8 @@ class ChatCollator:
     def __init__(self, processor: Any, **settings: Any) -> None:
         self._settings = chosen = CollatorSettings(**settings)
         self._template = ChatTemplate(processor, chosen.chat_template_kwargs, chosen.stop_token)
-        tokenizer = processor.tokenizer
-        if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer")
-        if tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no pad token; set processor.tokenizer.pad_token (it is never trained)")
+        if not processor.tokenizer.is_fast:
+            raise ValueError(f"{type(processor.tokenizer).__name__} gives no character offsets; use a fast tokenizer")
         self._image_ids = torch.tensor(sorted(self._template.image_ids), dtype=torch.long)
         _ = self._template.stops  # raises where they cannot be had
 
@@ -158,20 +153,18 @@ class ChatCollator:
 
     def fingerprint(self) -> str:
         """A sha256 of all that decides a row's tokens and labels, the same in every process; padding, naming and
-        `max_length` aside. What two processors with equal files and settings make has one fingerprint."""
-        tokenizer = self.processor.tokenizer
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        of_last_call = {"padding", "truncation"}  # tokenizers 0.22 writes them out as well
-        names = ("train_on", "chat_template_kwargs", "stop_token", "reserved_tokens")
+        `max_length` aside."""
+        tokenizer, chosen = self.processor.tokenizer, self.settings
+        # As the last call padded, which tokenizers 0.22 writes out as well, says nothing.
+        backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
         described = [
-            f"{type(self).__module__}.{type(self).__qualname__}",
-            {key: value for key, value in backend.items() if key not in of_last_call},
-            tokenizer.special_tokens_map,
-            self.processor.to_dict(),
-            self.processor.chat_template,
-            {name: getattr(self.settings, name) for name in names},
+            *(type(self).__module__, type(self).__qualname__, backend, tokenizer.special_tokens_map),
+            *(self.processor.to_dict(), self.processor.chat_template),
+            *(chosen.train_on, chosen.chat_template_kwargs, chosen.stop_token, chosen.reserved_tokens),
         ]
-        text = json.dumps(described, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else repr(v))
+        text = json.dumps(
+            described, sort_keys=True, default=lambda v: sorted(map(repr, v)) if isinstance(v, set) else repr(v)
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -208,7 +201,7 @@ class ChatCollator:
                 "raise it, or set truncation='trim'"
             )
         rows, inputs = self._process(fitted)
-        return [_cut(row, limit) for row in rows], inputs
+        return [row.cut(limit) for row in rows], inputs
 
     def _read(self, example: Mapping[str, Any], place: int) -> EncodedRow:
         number = example.get("row")
@@ -248,23 +241,22 @@ class ChatCollator:
         inputs, offsets, replacements = self._call_processor(rows)
         attention_mask = inputs.pop("attention_mask").bool()
         per_token = {key: inputs.pop(key) for key in list(inputs) if inputs[key].shape == attention_mask.shape}
-        encoded = []
-        for b, row in enumerate(rows):
-            real = attention_mask[b]
-            tokens = {key: value[b][real] for key, value in per_token.items()}
-            encoded.append(self._label(row, tokens, offsets[b][real], replacements[b]))
+        encoded = [
+            self._label(row, {key: value[b][real] for key, value in per_token.items()}, offsets[b][real], replaced)
+            for b, (row, real, replaced) in enumerate(zip(rows, attention_mask, replacements, strict=True))
+        ]
         return encoded, inputs
 
     def _call_processor(self, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor, list[Replacements]]:
         """Model inputs, right-padded; character offsets [B, T, 2]; what took the place of each placeholder."""
         texts, images = [row.rendered.text for row in rows], [list(row.conversation.images) for row in rows]
-        add_special_tokens = {self.template.add_special_tokens(text) for text in texts}
-        if len(add_special_tokens) > 1:
+        add_special_tokens = self.template.add_special_tokens(texts[0])
+        if any(self.template.add_special_tokens(text) != add_special_tokens for text in texts):
             raise ValueError("the chat template writes BOS for some rows of the batch only; use another template")
         output = self.processor(
             text=texts,
             images=images if any(images) else None,
-            add_special_tokens=add_special_tokens.pop(),
+            add_special_tokens=add_special_tokens,
             padding=True,
             padding_side="right",
             # Tensors for pixels alone: the processors of Idefics3 and InternVL would try to make one of the
@@ -349,20 +341,13 @@ class ChatCollator:
         if self.settings.truncation == "drop":
             logger.warning("%s: dropped, %d tokens are more than max_length=%d", row.name, len(row), limit)
             return None
-        messages, images = row.conversation
-        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        for last in reversed(answers[:-1]):
+        for shorter in reversed(split_turns(row.conversation)[:-1]):
             # Rendered and processed again: a template or tiling may write a shorter conversation differently.
-            kept = messages[: last + 1]
-            shorter = Conversation(kept, images[: count_images(kept)])
             [row], _ = self._process([replace(row, conversation=shorter, rendered=self._render(shorter))])
             if len(row) <= limit:
                 return row
-        trained = (row.labels != IGNORE_INDEX).nonzero()
-        needed = max(
-            int(row.image.nonzero().max()) + 1 if row.image.any() else 0,
-            int(trained.min()) + 1 if len(trained) else len(row),
-        )
+        trained, image = (row.labels != IGNORE_INDEX).nonzero(), row.image.nonzero()
+        needed = max(int(image.max()) + 1 if len(image) else 0, int(trained.min()) + 1 if len(trained) else len(row))
         if needed > limit:
             raise ValueError(
                 f"{row.name}: its first question with its images takes {needed - 1} tokens, so max_length={limit} "
@@ -376,10 +361,10 @@ class ChatCollator:
         fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
         columns = [{**row.tokens, "labels": row.labels, "attention_mask": torch.ones_like(row.labels)} for row in rows]
 
-        def padded(values: Tensor, value: int) -> Tensor:
-            return torch.nn.functional.pad(values, (0, length - len(values)), value=value)
+        def padded(key: str) -> list[Tensor]:
+            return [pad(column[key], (0, length - len(column[key])), value=fill.get(key, 0)) for column in columns]
 
-        return {key: torch.stack([padded(column[key], fill.get(key, 0)) for column in columns]) for key in columns[0]}
+        return {key: torch.stack(padded(key)) for key in columns[0]}
 
     def _join(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """All rows in one. The first token of each is not trained: the last one of the row before would predict it."""
@@ -401,28 +386,13 @@ def tokens_in(offsets: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
 
 def _expand(text: str, replacements: Replacements) -> str:
     """The text that the tokenizer saw: each placeholder replaced by what its image brings."""
-    pieces, copied = [], 0
-    for replaced in replacements:
+    for replaced in reversed(replacements):
         start, end = replaced["span"]
-        pieces += [text[copied:start], replaced["replacement"]]
-        copied = end
-    return "".join([*pieces, text[copied:]])
+        text = text[:start] + replaced["replacement"] + text[end:]
+    return text
 
 
 def _shift(position: int, replacements: Replacements) -> int:
     """Where a character of the rendered text stands in the expanded one."""
-    before = bisect_right([replaced["span"][1] for replaced in replacements], position)
-    if not before:
-        return position
-    last = replacements[before - 1]
-    return position + int(last["new_span"][1]) - int(last["span"][1])
-
-
-def _cut(row: EncodedRow, length: int) -> EncodedRow:
-    return replace(
-        row,
-        tokens={key: value[:length] for key, value in row.tokens.items()},
-        offsets=row.offsets[:length],
-        labels=row.labels[:length],
-        image=row.image[:length],
-    )
+    before = [replaced for replaced in replacements if replaced["span"][1] <= position]
+    return position + int(before[-1]["new_span"][1] - before[-1]["span"][1]) if before else position

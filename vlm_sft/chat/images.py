@@ -1,4 +1,4 @@
-"""Any picture a dataset holds, as the RGB pixels a viewer would show; what cannot be shown is refused and named."""
+"""Decode any image of a dataset to upright RGB; what cannot be shown is refused and named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PILImage = Image.Image
 Size = tuple[int, int]  # (width, height), as Pillow counts
 
 MAX_DECODED_PIXELS = 50_000_000
-"""Pictures of more pixels are refused before they are decoded: 12 KB of PNG can hold 300 MB of pixels."""
+"""Images of more pixels are refused before they are decoded: 12 KB of PNG can hold 300 MB of pixels."""
 
 # Pillow guesses among all it knows, EPS included, which runs Ghostscript. These are what datasets hold.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -26,13 +26,13 @@ _WHITES = (255, 65_535, 2**31 - 1)
 
 
 def to_rgb(image: Any, *, max_pixels: int | None = None) -> PILImage:
-    """The picture in mode RGB, upright, on white where it is transparent.
+    """The image in mode RGB, upright, on white where it is transparent.
 
     Takes a PIL image, encoded bytes, the `{"bytes", "path"}` dict of `datasets.Image(decode=False)`, or a numpy array
     [height, width] or [height, width, channels]. More than 8 bits per pixel and floats are scaled, not clipped. Of an
-    animation, the first frame. A picture of more than `max_pixels` is made smaller, its shape kept.
+    animation, the first frame. An image of more than `max_pixels` is made smaller, its shape kept.
 
-    Raises `ValueError` saying what is wrong with the picture; the argument is left as it is.
+    Raises `ValueError` saying what is wrong with the image; the argument is left as it is.
     """
     opened = open_image(image)
     try:
@@ -47,12 +47,12 @@ def to_rgb(image: Any, *, max_pixels: int | None = None) -> PILImage:
 
 
 def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = False) -> PILImage:
-    """The picture with its header read and, unless it came decoded, its pixels not yet.
+    """The image with its header read and, unless it came decoded, its pixels not yet.
 
     A file path (or a dict with a path and no bytes) is opened only with a `folder`, to which it is relative and which
     it must not leave, links followed, unless `allow_outside` is set.
 
-    Raises `ValueError` for what is no picture, more than `MAX_DECODED_PIXELS`, and every path that is not allowed.
+    Raises `ValueError` for what is not an image, more than `MAX_DECODED_PIXELS`, and every path that is not allowed.
     """
     source = image
     if isinstance(image, Mapping) and {"bytes", "path"} & image.keys():
@@ -67,10 +67,10 @@ def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = 
         case str() | Path():
             opened = _from_file(_allowed(str(source), folder, allow_outside), _name(image))
         case None:
-            raise ValueError("the picture is None; give a picture, or drop it together with its image part")
+            raise ValueError("the image is None; give an image, or drop it together with its image part")
         case _:
             raise ValueError(
-                f"the picture is a {type(source).__name__}; expected a PIL image, encoded bytes, a numpy array or a "
+                f"the image is a {type(source).__name__}; expected a PIL image, encoded bytes, a numpy array or a "
                 "{'bytes', 'path'} dict"
             )
     if math.prod(opened.size) > MAX_DECODED_PIXELS:
@@ -81,15 +81,8 @@ def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = 
     return opened
 
 
-def size_of(image: Any) -> Size:
-    """Width and height of the upright picture, from its header alone."""
-    opened = open_image(image)
-    width, height = opened.size
-    return (height, width) if _orientation(opened) >= 5 else (width, height)
-
-
 def repairs_of(image: Any) -> list[str]:
-    """What `to_rgb` changes about the picture, in words that continue "pictures ..."."""
+    """What `to_rgb` changes about the image, in words that continue "images ..."."""
     opened = open_image(image)
     repairs = []
     if _orientation(opened) != 1:
@@ -116,25 +109,11 @@ def fit_pixels(size: Size, *, max_pixels: int | None) -> Size:
     return min(width, max_pixels), min(height, max_pixels)  # a side raised to 1 pixel must not let the other pass
 
 
-def pad_to_square(image: PILImage, *, background: tuple[int, int, int]) -> PILImage:
-    """The RGB picture centred on a square of its longer side, as LLaVA-1.5's `image_aspect_ratio="pad"` does.
-
-    LLaVA takes the processor's mean as background: `tuple(int(255 * m) for m in processor.image_processor.image_mean)`.
-    Source: `expand2square` in haotian-liu/LLaVA, llava/mm_utils.py.
-    """
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new("RGB", (side, side), background)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
 def _orientation(image: PILImage) -> int:
-    """1 to 8 as in EXIF; 1, upright, where the picture says nothing or its EXIF cannot be read."""
+    """1 to 8 as in EXIF; 1, upright, where the image says nothing or its EXIF cannot be read."""
     try:
         value = int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # viewers show a picture whose EXIF is broken, and so do we
+    except Exception:  # viewers show an image whose EXIF is broken, and so do we
         return 1
     return value if 1 <= value <= 8 else 1
 
@@ -152,7 +131,7 @@ def _from_array(array: np.ndarray[Any, Any]) -> PILImage:
     channels = 1 if array.ndim == 2 else array.shape[-1]
     if array.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or 0 in array.shape:
         raise ValueError(
-            f"the picture is an array of shape {array.shape}; expected [height, width] or [height, width, channels] "
+            f"the image is an array of shape {array.shape}; expected [height, width] or [height, width, channels] "
             "with 1 to 4 channels"
         )
     array = _to_bytes(array)
@@ -165,10 +144,10 @@ def _to_bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind not in "buif":
-        raise ValueError(f"the picture holds {array.dtype} values; expected numbers")
+        raise ValueError(f"the image holds {array.dtype} values; expected numbers")
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= _WHITES[-1]):  # also false for NaN
-        raise ValueError(f"the picture holds values from {low:g} to {high:g}; expected 0 to 1, 255 or 65535: scale it")
+        raise ValueError(f"the image holds values from {low:g} to {high:g}; expected 0 to 1, 255 or 65535: scale it")
     whites = {"b": (1,), "f": (1, *_WHITES)}.get(array.dtype.kind, _WHITES)
     white = 65_535 if array.dtype.itemsize == 2 and array.dtype.kind == "u" else min(w for w in whites if w >= high)
     return (array.astype(np.float64) * (255 / white)).round().astype(np.uint8)
@@ -187,8 +166,8 @@ def _from_file(file: BytesIO | str, name: str) -> PILImage:
         if not start:
             raise ValueError(f"{name} is empty (0 bytes); replace the file or leave the row out") from None
         raise ValueError(
-            f"{name} is no picture that can be read: it begins with {start!r}; expected {', '.join(FORMATS)}: replace "
-            "the file"
+            f"{name} is not an image that can be read: it begins with {start!r}; expected {', '.join(FORMATS)}: "
+            "replace the file"
         ) from None
     except Exception as error:
         raise _damaged(name, error) from None
@@ -211,7 +190,7 @@ def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
     if folder is None:
         raise ValueError(f"{name} is a path, and no folder was named to read from; load with image_folder=...")
     if "\0" in path:
-        raise ValueError(f"{name} is a path with a NUL character; mend it")
+        raise ValueError(f"{name} is a path with a NUL character; fix it")
     root = _real(folder)
     target = os.path.realpath(os.path.join(root, path))
     if not (allow_outside or target == root or target.startswith(os.path.join(root, ""))):
@@ -220,14 +199,14 @@ def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
         )
     if not os.path.isfile(target):
         what = "is a directory" if os.path.isdir(target) else "does not exist"
-        raise ValueError(f"{name} {what} in the image folder; mend the path or add the file")
+        raise ValueError(f"{name} {what} in the image folder; fix the path or add the file")
     return target
 
 
 def _name(image: Any) -> str:
-    """How messages call the picture: by its path as the row gives it, shortened, never by an object's address."""
+    """How messages call the image: by its path as the row gives it, shortened, never by an object's address."""
     if isinstance(image, PILImage):
         path = os.path.basename(str(getattr(image, "filename", ""))) or None
     else:
         path = image.get("path") if isinstance(image, Mapping) else image
-    return f"picture {str(path)[:200]!r}" if isinstance(path, (str, Path)) else "the picture"
+    return f"image {str(path)[:200]!r}" if isinstance(path, (str, Path)) else "the image"

@@ -29,7 +29,7 @@ class Conversation(NamedTuple):
 
 
 def normalise(messages: Any, images: Any = None) -> Conversation:
-    """A `Conversation` with the same words and pictures; the arguments are left as they are.
+    """A `Conversation` with the same words and images; the arguments are left as they are.
 
     Content given as a string becomes one text part. Fields that are None (Arrow fills structs with them) count as
     absent. An image part takes the image it holds (`image`), else the one at its `index`, else the next one. Where
@@ -133,8 +133,8 @@ def text_of(message: Message) -> str:
 def split_turns(conversation: Conversation) -> list[Conversation]:
     """One conversation per assistant message, each ending with it and holding the images up to there.
 
-    For templates that write an earlier assistant turn otherwise than the last one (thinking models): train each piece
-    with `train_on="last_assistant"`.
+    For templates that render an earlier assistant turn differently from the last one (thinking models): train each
+    piece with `train_on="last_assistant"`.
     """
     pieces = []
     for end, message in enumerate(conversation.messages, start=1):
@@ -164,7 +164,7 @@ def _part(part: Any, where: str, role: str, pool: list[Any], used: set[int], ord
             if mark := _PROCESSOR_MARKS.search(text):
                 raise ValueError(
                     f"{where} holds U+{ord(mark[0]):05X} at character {mark.start()}, with which processors mark what "
-                    "is no image placeholder; remove it"
+                    "is not an image placeholder; remove it"
                 )
             return {"type": "text", "text": text}
         case "image":
@@ -176,7 +176,7 @@ def _part(part: Any, where: str, role: str, pool: list[Any], used: set[int], ord
             index = fields.get("index", max(used, default=-1) + 1)
             if not isinstance(index, int) or not 0 <= index < len(pool):
                 raise ValueError(
-                    f"{where} stands for image {index} but the row has {len(pool)} images; add the image, mend the "
+                    f"{where} stands for image {index} but the row has {len(pool)} images; add the image, fix the "
                     "index, or drop the part"
                 )
             used.add(index)
@@ -202,7 +202,7 @@ def _flat(images: Any) -> list[Any]:
     if images is None:
         return []
     if isinstance(images, (list, tuple)):
-        # A None among pictures is a picture that is missing, and is named when it is opened.
+        # A None among images is an image that is missing, and is named when it is opened.
         return [image for item in images for image in ([None] if item is None else _flat(item))]
     return [images]
 

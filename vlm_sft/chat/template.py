@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vlm_sft.chat.messages import Message, text_of, with_texts
+from vlm_sft.chat.messages import ROLES, Message, text_of, with_texts
 from vlm_sft.common import eos_ids
 
 Style = Callable[[Sequence[Message]], list[Message]]
 """How the same messages are handed to a template."""
-Render = Callable[[Sequence[Message], bool], str]
-"""(messages, add_generation_prompt) -> text, in one style."""
-Part = tuple[int, int]
-"""A text part: number of the message, number of the part in it."""
+Render = Callable[[Sequence[Message]], str]
+"""Messages -> text, in one style."""
+Spans = dict[tuple[int, int], tuple[int | None, int]]
+"""Where text parts (number of the message, number of the part in it) stand in a text."""
 
 # One private-use character before and one after each text; plane 16 holds no assigned character.
 _FIRST_MARK = 0x100000
@@ -57,7 +57,7 @@ class ChatTemplate:
     `stop_token`: `"auto"` keeps the one the template writes and inserts EOS after an answer where it writes none
     (LLaVA-1.5); a token to insert instead; `None` inserts nothing.
 
-    Raises `ValueError` for a processor without a chat, and for a stop token that is unknown.
+    Raises `ValueError` for a processor without a chat or a pad token, and for a stop token that is unknown.
     """
 
     processor: Any
@@ -74,6 +74,8 @@ class ChatTemplate:
                 "ChatCollator: call processor(text=..., images=..., suffix=...) in a collator of your own. For a base "
                 "model, set processor.chat_template"
             )
+        if processor.tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no pad token; set processor.tokenizer.pad_token (it is never trained)")
         if self.stop_token not in ("auto", None) and self.stop_token not in processor.tokenizer.get_vocab():
             raise ValueError(f"stop_token={self.stop_token!r} is not a token of {type(processor.tokenizer).__name__}")
 
@@ -102,14 +104,15 @@ class ChatTemplate:
         Raises `ValueError` where the template refuses the messages, leaves out a text, or renders a message of
         `trained` differently from its generation prompt (thinking templates).
         """
-        style, messages, render, plain, texts = self._render_whole(messages, add_generation_prompt)
+        messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+        style, plain, texts = self._first_style(messages, add_generation_prompt)
         pieces: list[str] = []
         turns: list[Turn] = []
         copied = length = 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = render(messages[:number], True)
+            prompt = self.render(style(messages[:number]), True)
             found = [texts[number, part] for part in range(len(message["content"])) if (number, part) in texts]
             # A blank answer may leave no trace; it lies right after the prompt.
             words_start, words_end = (found[0][0], found[-1][1]) if found else (None, len(prompt))
@@ -130,7 +133,7 @@ class ChatTemplate:
             else:
                 header, begin = "", words_end if words_start is None else words_start
             is_whole = number + 1 == len(messages) and not add_generation_prompt
-            tail = _tail(plain, plain if is_whole else render(messages[: number + 1], False), words_end)
+            tail = _tail(plain, plain if is_whole else self.render(style(messages[: number + 1])), words_end)
             written = list(self.added.finditer(tail))
             stop = written[-1].group() if written else self.stop_to_insert
             end = words_end + written[-1].end() if written else words_end
@@ -142,32 +145,29 @@ class ChatTemplate:
             copied = end + len(tail) if inserted and tail.isspace() else end
         return Rendered("".join([*pieces, plain[copied:]]), turns, style)
 
-    def _render_whole(
-        self, messages: Sequence[Message], prompt: bool
-    ) -> tuple[Style, list[Message], Render, str, dict[Part, tuple[int | None, int]]]:
-        """The first style that loses no text: the style, the messages, how to render them in it, their plain text, and
-        the span of each text part in that."""
+    def _first_style(self, messages: Sequence[Message], prompt: bool) -> tuple[Style, str, Spans]:
+        """The first style that loses no text, the text of the messages in it, and where their parts stand there."""
         if any(_MARK.search(text_of(message)) for message in messages):
             raise ValueError("a text holds private-use characters of Unicode plane 16; remove them")
         refusal: Exception | None = None
         lost: int | None = None
-        parts = [{"role": message["role"], "content": message["content"]} for message in messages]
         for style in (_as_parts, _system_as_string, _as_strings, _joined):
-            form = _joined(parts) if style is _joined else parts
-
-            def styled(these: Sequence[Message], add_generation_prompt: bool, style: Style = style) -> str:
-                return self.render(style(these), add_generation_prompt)
-
+            given = style(messages) if style is _joined else messages
             try:
-                plain = styled(form, prompt)
+                plain = self.render(style(given), prompt)
             except Exception as error:  # a template may raise anything; the first refusal explains best
                 refusal = refusal or error
                 continue
-            texts = _find_texts(form, lambda these, styled=styled: styled(these, prompt), plain)  # type: ignore[misc]
-            missing = [key for key, text in _texts(form) if key not in texts and text.strip()]
+            texts = _find_texts(given, lambda these, style=style: self.render(style(these), prompt), plain)  # type: ignore[misc]
+            missing = [
+                number
+                for number, message in enumerate(given)
+                for n, part in enumerate(message["content"])
+                if part.get("text", "").strip() and (number, n) not in texts
+            ]
             if not missing:
-                return style, form, styled, plain, texts
-            lost = missing[0][0] if lost is None else lost
+                return style, plain, texts
+            lost = missing[0] if lost is None else lost
         advice = "(a system text may go to the start of the first user message) or use another chat template"
         if lost is not None:
             role = messages[lost]["role"]
@@ -246,9 +246,7 @@ class ChatTemplate:
         return frozenset((with_image - without) & self.processor.tokenizer.added_tokens_decoder.keys())
 
 
-def _find_texts(
-    messages: list[Message], render: Callable[[Sequence[Message]], str], plain: str
-) -> dict[Part, tuple[int | None, int]]:
+def _find_texts(messages: Sequence[Message], render: Render, plain: str) -> Spans:
     """Where each text part stands in `plain`: (start, end); the start is None where the template moved it (it may split
     an answer at `</think>`). Parts that it leaves out, repeats or rewrites are absent."""
     for inside in (False, True):
@@ -264,15 +262,11 @@ def _find_texts(
 
 
 def _marked(
-    messages: list[Message],
-    render: Callable[[Sequence[Message]], str],
-    plain: str,
-    chosen: Iterable[int],
-    inside: bool,
-) -> dict[Part, tuple[int | None, int]] | None:
+    messages: Sequence[Message], render: Render, plain: str, chosen: Container[int], inside: bool
+) -> Spans | None:
     """Spans of the text parts of the chosen messages, or None where marks change more than the marks' own places.
     `inside` puts them within a text's outer white space, for templates that trim."""
-    keys: list[Part] = []
+    keys: list[tuple[int, int]] = []
 
     def mark(number: int, part: int, text: str) -> str:
         first = _FIRST_MARK + 2 * len(keys)
@@ -281,7 +275,6 @@ def _marked(
         before, _, after = text.partition(core) if core else ("", "", text)
         return f"{before}{chr(first)}{core}{chr(first + 1)}{after}"
 
-    chosen = set(chosen)
     marked = [
         with_texts(message, partial(mark, number)) if number in chosen else message
         for number, message in enumerate(messages)
@@ -323,15 +316,6 @@ def _common(a: str, b: str) -> str:
     return os.path.commonprefix([a, b])  # noqa: RUF071
 
 
-def _texts(messages: Sequence[Message]) -> list[tuple[Part, str]]:
-    return [
-        ((number, part), content["text"])
-        for number, message in enumerate(messages)
-        for part, content in enumerate(message["content"])
-        if content["type"] == "text"
-    ]
-
-
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Matches the longest of the tokens; white space is text, not a token. Equal tokens make an equal pattern."""
     spelled = sorted({token for token in tokens if token.strip()}, key=lambda token: (-len(token), token))
@@ -342,29 +326,29 @@ def _as_parts(messages: Sequence[Message]) -> list[Message]:
     return list(messages)
 
 
+def _as_strings(messages: Sequence[Message], roles: Container[str] = ROLES) -> list[Message]:
+    """Contents as strings where they are all text."""
+    return [
+        {**message, "content": text_of(message)}
+        if message["role"] in roles and all(part["type"] == "text" for part in message["content"])
+        else message
+        for message in messages
+    ]
+
+
 def _system_as_string(messages: Sequence[Message]) -> list[Message]:
-    return [_as_string(message) if message["role"] == "system" else message for message in messages]
-
-
-def _as_strings(messages: Sequence[Message]) -> list[Message]:
-    return [_as_string(message) for message in messages]
-
-
-def _as_string(message: Message) -> Message:
-    only_text = all(part["type"] == "text" for part in message["content"])
-    return {**message, "content": text_of(message)} if only_text else message
+    return _as_strings(messages, ("system",))
 
 
 def _joined(messages: Sequence[Message]) -> list[Message]:
     """Neighbouring text parts as one."""
-    return [{**message, "content": _join_texts(message["content"])} for message in messages]
-
-
-def _join_texts(content: Sequence[Message]) -> list[Message]:
-    joined: list[Message] = []
-    for part in content:
-        if joined and part["type"] == joined[-1]["type"] == "text":
-            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
-        else:
-            joined.append(part)
+    joined = []
+    for message in messages:
+        content: list[Message] = []
+        for part in message["content"]:
+            if content and part["type"] == content[-1]["type"] == "text":
+                content[-1] = {"type": "text", "text": content[-1]["text"] + part["text"]}
+            else:
+                content.append(part)
+        joined.append({**message, "content": content})
     return joined

@@ -74,7 +74,7 @@ def evaluate_answers(
     trainer.callback_handler.callbacks.insert(0, evaluation)
 
 
-@dataclass
+@dataclass(eq=False)
 class AnswerEvaluation(TrainerCallback):
     """What `evaluate_answers` adds. `references` are those of the rows to answer, by their place in `rows`."""
 

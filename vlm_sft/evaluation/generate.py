@@ -66,7 +66,8 @@ def generate(
     """
     if len(rows) == 0:
         raise ValueError("no rows to generate from; give at least one")
-    rank, world_size = _rank_and_world_size()
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     # Sharded models (FSDP, ZeRO-3) need the same number of batches everywhere: short shares start again from row 0.
     share = [i % len(rows) for i in range(rank, -(-len(rows) // world_size) * world_size, world_size)]
     template = prompter.template if isinstance(prompter, ChatCollator) else prompter
@@ -133,8 +134,3 @@ def _answering(model: Any) -> Iterator[None]:
     narrow = min(dtypes - {torch.float32}, key=str, default=None)
     with evaluating(model), torch.autocast(model.device.type, narrow, enabled=len(dtypes) > 1):
         yield
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)

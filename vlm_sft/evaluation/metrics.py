@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
@@ -23,7 +23,7 @@ Metric = Callable[[Sequence[str], Sequence[Reference]], float]
 
 def exact_match(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Share of the rows whose answer equals a reference, outer white space aside."""
-    return _mean(
+    return fmean(
         float(said.strip() in {right.strip() for right in rights}) for said, rights in _pairs(predictions, references)
     )
 
@@ -35,7 +35,7 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Reference]) ->
     Antol et al. 2015, "VQA", and the normalisation of its evaluation code (GT-Vision-Lab/VQA, vqaEval.py); apostrophes
     are dropped in place of its table of contractions.
     """
-    return _mean(_vqa_score(said, rights) for said, rights in _pairs(predictions, references))
+    return fmean(_vqa_score(said, rights) for said, rights in _pairs(predictions, references))
 
 
 def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
@@ -43,32 +43,28 @@ def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
 
     Case and runs of white space do not count. Source: Biten et al. 2019, "Scene Text Visual Question Answering".
     """
-    return _mean(
+    return fmean(
         max(similarity if (similarity := _similarity(said, right)) >= 0.5 else 0.0 for right in rights)
         for said, rights in _pairs(predictions, references)
     )
 
 
-def _lower_is_better(metric: Metric) -> Metric:
-    metric.lower_is_better = True  # type: ignore[attr-defined]
-    return metric
-
-
-@_lower_is_better
 def cer(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Character error rate: edits to the nearest reference, per character of it, over all rows; 0 is best."""
     return _error_rate(predictions, references, str.strip)
 
 
-@_lower_is_better
 def wer(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Word error rate: as `cer`, in words between white space."""
     return _error_rate(predictions, references, str.split)
 
 
+cer.lower_is_better = wer.lower_is_better = True  # type: ignore[attr-defined]
+
+
 def json_validity(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Share of the answers that are one JSON value, alone or in a Markdown fence. References are not looked at."""
-    return _mean(float(_try_json(said) is not _NOTHING) for said, _ in _pairs(predictions, references))
+    return fmean(float(_try_json(said) is not _NOTHING) for said, _ in _pairs(predictions, references))
 
 
 def json_field_f1(predictions: Sequence[str], references: Sequence[Reference]) -> float:
@@ -117,17 +113,13 @@ def _pairs(predictions: Sequence[str], references: Sequence[Reference]) -> list[
     return list(zip(predictions, rights, strict=True))
 
 
-def _mean(scores: Iterable[float]) -> float:
-    return statistics.fmean(scores)
-
-
 def _vqa_score(said: str, rights: list[str]) -> float:
     said, rights = _vqa_normal(said), [_vqa_normal(right) for right in rights]
     if len(rights) == 1:
         return float(said == rights[0])
     matches = [said == right for right in rights]
     enough = min(3, len(rights) - 1)
-    return _mean(min(1.0, (sum(matches) - match) / enough) for match in matches)
+    return fmean(min(1.0, (sum(matches) - match) / enough) for match in matches)
 
 
 def _vqa_normal(answer: str) -> str:

@@ -55,17 +55,19 @@ def make_samples(
     before: Sequence[str] | None = None,
 ) -> list[Sample]:
     """The rows' answers and, where there are, those before training, each scored by the metric (`row_score`)."""
-    samples = []
-    for n, reference in enumerate(references):
-        messages, images, _ = split_reference(rows[n])
-        told = {} if before is None else {"before": before[n], "score_before": row_score(metric, before[n], reference)}
-        right = reference if isinstance(reference, str) else " | ".join(reference)
-        score = row_score(metric, after[n], reference)
-        question = text_of(messages[-1])
-        samples.append(
-            Sample(images=images, question=question, reference=right, after=after[n], score=score, **told)  # type: ignore[arg-type]
+    questions = [split_reference(rows[n]) for n in range(len(references))]
+    return [
+        Sample(
+            images=question.images,
+            question=text_of(question.messages[-1]),
+            reference=reference if isinstance(reference, str) else " | ".join(reference),
+            after=after[n],
+            score=row_score(metric, after[n], reference),
+            before=None if before is None else before[n],
+            score_before=None if before is None else row_score(metric, before[n], reference),
         )
-    return samples
+        for n, (question, reference) in enumerate(zip(questions, references, strict=True))
+    ]
 
 
 def write_samples_html(
@@ -105,7 +107,7 @@ def small_image(image: Any, image_px: int) -> Image.Image:
 def _thumbnail(image: Any, image_px: int) -> tuple[str, bool]:
     """The image as an address that holds it, and whether it is tiny: then it is exact, else a small WebP."""
     small, data = small_image(image, image_px), BytesIO()
-    is_tiny = max(small.size) <= 64 < image_px
+    is_tiny = max(small.size) <= 64
     small.save(data, "WEBP", lossless=is_tiny, quality=80)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}", is_tiny
 
