@@ -408,7 +408,7 @@ CASES = [
     Case(
         "a line that is no JSON",
         "named error",
-        "the line is no JSON",
+        "the line is not JSON",
         {"messages": GOOD, "images": []},
         write=one_line_cut,
     ),

@@ -396,7 +396,7 @@ def test_text_is_converted_once_and_again_when_the_file_changes(folder: Path, mo
     [
         ({"mesages": [], "image": 1}, None, r"among mesages, image \(did you mean 'mesages'\?\).*columns={'messages'"),
         ({"q": "a", "a": "b"}, {"prompt": "q", "response": "x"}, r"no column 'x' for 'response'.*found: q, a"),
-        ({"text": "a"}, {"message": "text"}, r"'message' is no field \(did you mean 'messages'\?\)"),
+        ({"text": "a"}, {"message": "text"}, r"'message' is not a field \(did you mean 'messages'\?\)"),
         ({"q": "a", "a": "b"}, {"prompt": "q"}, "'prompt' and 'response' go together"),
         ({"q": "a", "a": "b"}, ["prompt=q", "a"], "'a' names no column; expected FIELD=COLUMN"),
         ({"messages": [{"role": "user"}]}, None, r"none of the first 1 rows.*row 0.*messages\[0\] has a content that"),
@@ -468,7 +468,7 @@ def test_one_bad_row_raises_when_it_is_read_and_names_itself(folder: Path) -> No
     path = folder / "a.jsonl"
     path.write_text("\n".join(lines))
     loaded = load_conversations(path, eval_fraction=0)["train"]
-    for number, message in ((4, "'pictures/nine.png' does not"), (6, "is None"), (8, "the line is no JSON")):
+    for number, message in ((4, "'pictures/nine.png' does not"), (6, "is None"), (8, "the line is not JSON")):
         with pytest.raises(ValueError, match=rf"^row {number}: .*{message}"):
             loaded[number]
     assert words(loaded[9])[1][1] == "A9"

@@ -19,9 +19,9 @@ from PIL import Image, ImageFile
 from runs import rows as image_rows
 from together import together
 
-from vlm_sft import ChatCollator, check_rows, load_conversations, pack
-from vlm_sft.data import check_rows as module
-from vlm_sft.data.check_rows import check_report, rows_checked
+from vlm_sft import ChatCollator, check_rows, load_conversations, pack, rows_checked
+from vlm_sft.data import records
+from vlm_sft.data.check_rows import check_report
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 HELPER: list[str] = ["A"]
@@ -151,12 +151,12 @@ def test_what_changes_is_decoded_again(
     assert counted()[1] >= 10
     start(folder, ChatCollator(collator.processor, max_length=400, train_on="all"))
     assert counted()[1] >= 10
-    versions = module._versions()
+    versions = records._versions()
     assert set(versions) == {"transformers", "tokenizers", "pillow", "torchvision"}
-    monkeypatch.setattr(module, "_versions", lambda: versions | {"pillow": "0"})
+    monkeypatch.setattr(records, "_versions", lambda: versions | {"pillow": "0"})
     start(folder, collator)
     assert counted() == (10, 10)
-    monkeypatch.setattr(module, "_code", lambda: "edited")
+    monkeypatch.setattr(records, "_code", lambda: "edited")
     start(folder, collator)
     assert counted() == (10, 10)
 
@@ -301,8 +301,8 @@ def share(folder: str, cache: str, base: str) -> Any:
 
     PartialState(cpu=True)
     looked = []
-    record = module._Look.record
-    module._Look.record = lambda self, made: looked.append(1) or record(self, made)  # type: ignore[assignment]
+    record = records.Look.record
+    records.Look.record = lambda self, made: looked.append(1) or record(self, made)  # type: ignore[method-assign]
     collator = ChatCollator(AutoProcessor.from_pretrained(base))
     rows = load_conversations(f"{folder}/rows.jsonl", to_conversation=to_conversation, eval_fraction=0)["train"]
     counts = []

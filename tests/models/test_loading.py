@@ -23,8 +23,9 @@ from vlm_sft.models import loading
 from vlm_sft.models.adapters import check_trains, lora_config
 from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, training_base
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, loaded_from
+from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor
 from vlm_sft.models.quantization import check_quantized, nf4_config
+from vlm_sft.models.source import loaded_from
 from vlm_sft.tools import tiny
 
 TRAINS: Any = {"language": "lora", "projector": "full"}

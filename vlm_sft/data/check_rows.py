@@ -9,58 +9,35 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
-import math
 import os
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from PIL.Image import Image as PILImage
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from vlm_sft.chat.collator import IGNORE_INDEX
-from vlm_sft.chat.images import MAX_DECODED_PIXELS, repairs_of, to_rgb
-from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, normalise, text_of
 from vlm_sft.common import restore_rng, rng_state
-from vlm_sft.data.rows import COLUMNS, STREAMS, ImageFolder, RowReader, reader_of, unpacked
+from vlm_sft.data.records import Look, Record, cache_file, encode_together, read_cache, write_cache
+from vlm_sft.data.rows import COLUMNS, STREAMS, RowReader, reader_of, unpacked
 from vlm_sft.distributed import print_main
 
-MAX_ASPECT = 200  # Qwen's processors refuse what is longer, LLaVA's cut it to a stripe
-_PACKAGES = ("transformers", "tokenizers", "pillow", "torchvision")
-_NAME = re.compile(r"^(?:(row \d+)|example \d+ of the batch): ")
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SHOWN = 5  # rows of each reason
-_DETAIL = 500  # characters of a fault; a template may put a whole row into its message
+_TOGETHER = 8  # rows of one call of the processor
 
 Data = TypeVar("Data")
-
-
-class Record(NamedTuple):
-    """What is remembered of a row: its tokens, or what is wrong with it, and how its images are repaired."""
-
-    length: int = 0
-    image_tokens: int = 0
-    trained_tokens: int = 0
-    faults: tuple[str, ...] = ()
-    repairs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,7 +142,7 @@ def check_rows(
     processes, or not at all if the cache of datasets holds what an earlier pass found of it.
 
     A row is bad if it cannot be read, its roles do not alternate, its images and image parts do not match, an image
-    does not open, is one pixel wide or more than `MAX_ASPECT` times as long as wide, a text is blank or holds control
+    does not open, is one pixel wide or more than 200 times as long as wide, a text is blank or holds control
     characters, the collator refuses it or finds nothing to train on, or it repeats an earlier row.
 
     - `on_bad_rows="error"`: bad rows raise `ValueError` with the report of all splits; rows that only repeat others
@@ -219,11 +196,11 @@ def _report(rows: Any, collator: Any, made_by: str, num_proc: int | None) -> Che
     if not hasattr(rows, "__len__") or not len(rows):
         raise ValueError("the dataset to check has no row, or streams; load it with streaming=False")
     start = time.monotonic()
-    cache = _cache_file(made_by)
-    known = _read_cache(cache)
+    cache = cache_file(made_by)
+    known = read_cache(cache)
     findings = _look_at_all(_Rows(rows, collator, known), num_proc)
     if fresh := {key: record for finding in findings for key, record in finding.fresh}:
-        _write_cache(cache, fresh)
+        write_cache(cache, fresh)
     faults: list[Fault] = []
     seen: dict[bytes, str] = {}
     for finding in findings:
@@ -269,8 +246,10 @@ class _Rows:
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> list[_Finding]:
-        rows = self.stored.__getitems__(indices) if self.reader else map(self._read, indices)
-        return [self._look(index, row) for index, row in zip(indices, rows, strict=True)]
+        rows = self.stored.__getitems__(indices) if self.reader else [self._read(index) for index in indices]
+        looks = [self._look(index, row) for index, row in zip(indices, rows, strict=True)]
+        encode_together([look for look in looks if look.key and look.key not in self.known], self.encoder)
+        return [self._finding(index, look) for index, look in zip(indices, looks, strict=True)]
 
     def _read(self, index: int) -> Any:
         try:
@@ -278,116 +257,35 @@ class _Rows:
         except Exception as error:  # a transform may raise anything
             return error
 
-    def _look(self, index: int, row: Any) -> _Finding:
-        name, key, known = f"row {index}", None, True
+    def _look(self, index: int, row: Any) -> Look:
+        look = Look(f"row {index}", self.reader)
+        try:
+            look.read(row)
+        except Exception as error:
+            look.errors.append(error)
+        return look
+
+    def _finding(self, index: int, look: Look) -> _Finding:
         fresh: dict[bytes, Record] = {}
 
         def record_of(key: bytes, collator: Any) -> Record:
             if (record := self.known.get(key)) is None:
-                record, lasting = look.record(collator)
-                fresh.update({key: record} if lasting else {})
+                record = look.record(collator)
+                fresh.update({key: record} if look.lasts else {})
             return record
 
-        try:
-            if isinstance(row, Exception):
-                raise row
-            name = f"row {row.get('row', index)}"
-            look = _Look(row, self.reader)
-            key = look.key
-            record, known = record_of(key, self.encoder), key in self.known
-            limit = self.collator and self.collator.settings.max_length
-            if limit and record.length > limit:
-                if self.collator.settings.truncation == "trim":
-                    trimmed = hashlib.blake2b(key + b"trim%d" % limit, digest_size=16).digest()
-                    record, known = record_of(trimmed, self.collator), known and trimmed in self.known
-                else:
-                    record = record._replace(faults=(_too_long(record, self.collator.settings),))
-        except Exception as error:
-            name, detail = _words(error, name)
-            record = Record(faults=(detail,))
-        return _Finding(index, name, key, record, known and key is not None, tuple(fresh.items()))
-
-
-class _Look:
-    """One row: what it holds (`key`, for which nothing is decoded), and what the collator makes of it (`record`)."""
-
-    def __init__(self, row: Mapping[str, Any], reader: RowReader | None) -> None:
-        self.reader = reader
-        self.converted = reader.convert(row) if reader else row
-        conversation = normalise(self.converted.get("messages"), self.converted.get("images"))
-        check_turns(conversation.messages)
-        self.conversation = conversation
-        self.decoded: Conversation | None = None
-        self.repairs: list[str] = []
-
-    @functools.cached_property
-    def key(self) -> bytes:
-        folder = self.reader.folder if self.reader else None
-        where = folder and (os.path.realpath(folder.path), *folder[1:])
-        digest = hashlib.blake2b(json.dumps([self.conversation.messages, where]).encode(), digest_size=16)
-        for image in self.conversation.images:
-            digest.update(_identity(image, folder))
-        return digest.digest()
-
-    def record(self, collator: Any) -> tuple[Record, bool]:
-        """What is to be known of the row, and whether it lasts: not so where a disk or the memory failed."""
-        errors: list[Exception] = []
-        try:
-            decoded = self.decoded or self._decode(errors)
-            if not errors and collator is not None:
-                [row] = collator.encode([decoded._asdict()])[0]
-                trained = int((row.labels != IGNORE_INDEX).sum())
-                if trained:
-                    return Record(len(row), int(row.image.sum()), trained, (), tuple(self.repairs)), True
-                errors.append(ValueError("no token is left to train on; give it an answer that is not blank"))
-        except Exception as error:  # a chat template or a processor may raise anything; the pass continues
-            errors.append(error)
-        details = tuple(_words(error)[1] for error in errors)
-        return Record(0, 0, 0, details, tuple(self.repairs)), not any(map(_passes, errors))
-
-    def _decode(self, errors: list[Exception]) -> Conversation:
-        """The conversation with its images decoded; adds what is wrong with texts and images."""
-        opened = self.reader.open(self.converted) if self.reader else self.converted
-        conversation = normalise(opened.get("messages"), opened.get("images"))
-        errors += map(ValueError, _text_faults(conversation.messages))
-        images = []
-        for number, image in enumerate(conversation.images):
-            try:
-                self.repairs += repairs_of(image)
-                images.append(decoded := to_rgb(image))
-            except ValueError as error:
-                errors.append(ValueError(f"images[{number}]: {error}"))
-                continue
-            shape = f"images[{number}]: {decoded.width} x {decoded.height} pixels"
-            if min(decoded.size) == 1:
-                errors.append(ValueError(f"{shape} show nothing; replace the image or drop the row"))
-            elif max(decoded.size) > MAX_ASPECT * min(decoded.size):
-                errors.append(ValueError(f"{shape} are beyond {MAX_ASPECT} to 1; crop the image or drop the row"))
-        self.decoded = Conversation(conversation.messages, images)
-        return self.decoded
-
-
-def _identity(image: Any, folder: ImageFolder | None) -> bytes:
-    """Equal for equal images: by their encoded bytes, their file with its size and time, or their pixels."""
-    if isinstance(image, Mapping):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, (str, Path)) and folder:
-        target = os.path.realpath(os.path.join(folder.path, image))
-        try:
-            found = os.stat(target)
-        except (OSError, ValueError):
-            return f"no file {target!r}".encode()
-        return f"file {target!r} {found.st_size} {found.st_mtime_ns}".encode()
-    if isinstance(image, PILImage):
-        about = (image.mode, image.size, image.getpalette(), sorted(map(repr, image.info.items())))
-        try:
-            pixels = image.tobytes() if math.prod(image.size) <= MAX_DECODED_PIXELS else b""
-        except Exception:  # one that was opened and is damaged
-            pixels = b""
-        return repr(about).encode() + hashlib.blake2b(pixels).digest()
-    if isinstance(image, np.ndarray):
-        return f"{image.dtype} {image.shape}".encode() + hashlib.blake2b(image.tobytes()).digest()
-    return hashlib.blake2b(image if isinstance(image, (bytes, bytearray)) else repr(image).encode()).digest()
+        if look.key is None:
+            return _Finding(index, look.name, None, look.record(None), False, ())
+        record, known = record_of(look.key, self.encoder), look.key in self.known
+        limit = self.collator and self.collator.settings.max_length
+        if limit and record.length > limit:
+            if self.collator.settings.truncation == "trim":
+                trimmed = hashlib.blake2b(look.key + b"trim%d" % limit, digest_size=16).digest()
+                look.encoded = None
+                record, known = record_of(trimmed, self.collator), known and trimmed in self.known
+            else:
+                record = record._replace(faults=(_too_long(record, self.collator.settings),))
+        return _Finding(index, look.name, look.key, record, known, tuple(fresh.items()))
 
 
 def _look_at_all(rows: Any, num_proc: int | None) -> list[_Finding]:
@@ -397,7 +295,7 @@ def _look_at_all(rows: Any, num_proc: int | None) -> list[_Finding]:
     if num_proc is None:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         num_proc = min(len(share) // 256, cores)
-    batches: Any = DataLoader(Subset(rows, share), batch_size=32, collate_fn=list, num_workers=num_proc)
+    batches: Any = DataLoader(Subset(rows, share), batch_size=_TOGETHER, collate_fn=list, num_workers=num_proc)
     findings: list[_Finding] = []
     before = rng_state()  # a DataLoader draws a seed for its workers
     try:
@@ -410,46 +308,12 @@ def _look_at_all(rows: Any, num_proc: int | None) -> list[_Finding]:
     return sorted(gather_object(findings), key=lambda finding: finding.place)
 
 
-def _text_faults(messages: Sequence[Message]) -> Iterator[str]:
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not any(message.get("train", True) for message in answers):
-        yield "no answer is to be trained on; leave one without 'train': false, or drop the row"
-    for number, message in enumerate(messages):
-        text = text_of(message)
-        if control := _CONTROL.search(text):
-            yield f"messages[{number}] holds the control character U+{ord(control[0]):04X}; remove it or drop the row"
-        if text.strip() or not message.get("train", True):
-            continue
-        if message["role"] == "assistant":
-            yield f"messages[{number}] is a blank answer; give it words, mark it 'train': false or drop the row"
-        elif not count_images([message]):
-            yield f"messages[{number}] ({message['role']}) is blank; give it words or drop the row"
-
-
 def _too_long(record: Record, settings: Any) -> str:
     remedy = "set truncation='trim' or 'drop'" if settings.truncation == "error" else "leave the row out"
     return (
         f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
         f"{settings.max_length}; raise it, or {remedy}"
     )
-
-
-def _words(error: Exception, name: str = "") -> tuple[str, str]:
-    """The name of the row, where the error has it, and what is wrong with it: on one line, safe to print."""
-    detail = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    if named := _NAME.match(detail):
-        name, detail = named[1] or name, detail[named.end() :]
-    detail = detail if len(detail) <= _DETAIL else f"{detail[:_DETAIL]} ..."
-    return name, "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in detail)
-
-
-def _passes(error: BaseException | None) -> bool:
-    """Whether an error came of a disk or of memory, and may not come again."""
-    while error is not None:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _with_columns(rows: Dataset, columns: Mapping[str, list[int]]) -> Dataset:
@@ -482,17 +346,15 @@ class _StreamCheck:
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         [row] = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        name = f"row {row.get('row', self.rows)}"
+        look = Look(f"row {self.rows}", self.reader)
         self.rows += 1
         try:
-            look = _Look(row, self.reader)
-            faults = look.record(self.collator)[0].faults
+            look.read(row)
         except ValueError as error:
-            name, detail = _words(error, name)
-            faults = (detail,)
-        if not faults:
-            assert look.decoded is not None
-            return {field: [value] for field, value in {**look.converted, **look.decoded._asdict()}.items()}
+            look.errors.append(error)
+        if not (faults := look.record(self.collator).faults):
+            return {field: [value] for field, value in {**look.converted, **look.example()}.items()}
+        name = look.name
         if self.collator is None:
             raise ValueError(f"{name}: {'; '.join(faults)}")
         self.dropped += 1
@@ -516,57 +378,3 @@ def _checked_stream(stream: IterableDataset, collator: Any, max_bad_fraction: fl
 
 def _fingerprint(collator: Any) -> str:
     return "" if collator is None else str(collator.fingerprint())
-
-
-@functools.cache
-def _code() -> str:
-    """A hash of the files that decide what is made of a row."""
-    room = Path(__file__).parents[1]
-    files = sorted(file for name in ("chat", "data") for file in (room / name).glob("*.py"))
-    return hashlib.blake2b(b"\0".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.distributions(name=name) for name in _PACKAGES}
-    return {name: next((each.version for each in distributions), "none") for name, distributions in found.items()}
-
-
-def _cache_file(made_by: str) -> Path:
-    """One file for all rows that this collator (its `max_length` left aside), this code and these versions read."""
-    described = json.dumps([made_by, _code(), _versions()], sort_keys=True)
-    name = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
-    return Path(datasets.config.HF_DATASETS_CACHE, "vlm_sft", f"{name}.parquet")
-
-
-def _read_cache(file: Path) -> dict[bytes, Record]:
-    if not file.is_file():
-        return {}
-    try:
-        columns = pq.read_table(file).to_pydict()
-        faults, repairs = (map(tuple, columns[name]) for name in ("faults", "repairs"))
-        numbers = (columns[name] for name in COLUMNS)
-        return dict(zip(columns["key"], map(Record, *numbers, faults, repairs), strict=True))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        print_main(f"{file} cannot be read ({error}); all rows are checked again")
-        return {}
-
-
-def _write_cache(file: Path, fresh: Mapping[bytes, Record]) -> None:
-    """Adds to the file what is new, on the main process, by a rename; says so where that cannot be done."""
-    if not PartialState().is_main_process:
-        return
-    merged = {**_read_cache(file), **fresh}  # another run may have written since
-    records = list(merged.values())
-    table = {"key": list(merged), **{name: [getattr(record, name) for record in records] for name in Record._fields}}
-    strings = pa.list_(pa.string())
-    types = [pa.binary(), pa.int64(), pa.int64(), pa.int64(), strings, strings]
-    written = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as written:
-            pq.write_table(pa.table(table, schema=pa.schema(zip(table, types, strict=True))), written)
-        os.replace(written.name, file)
-    except OSError as error:
-        print_main(f"what was found of the rows cannot be kept ({error}); the next start checks all of them again")
-        if written is not None:
-            Path(written.name).unlink(missing_ok=True)

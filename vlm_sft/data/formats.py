@@ -44,7 +44,7 @@ def layout_of(found: Sequence[str], columns: Columns | None = None) -> Layout:
     columns = columns if isinstance(columns, Mapping) else _named(columns or ())
     layout = {field: (name,) if isinstance(name, str) else tuple(name) for field, name in columns.items()}
     faults = [
-        f"{field!r} is no field{closest(field, FIELDS)}; fields are {', '.join(FIELDS)}"
+        f"{field!r} is not a field{closest(field, FIELDS)}; fields are {', '.join(FIELDS)}"
         for field in layout.keys() - set(FIELDS)
     ]
     faults += [
@@ -83,7 +83,7 @@ def _named(pairs: Sequence[str]) -> dict[str, list[str]]:
 
 
 def to_messages(row: Mapping[str, Any], layout: Layout) -> Any:
-    """The row's conversation with `role` and `content`; what is no conversation is left as it is found.
+    """The row's conversation with `role` and `content`; what is not a conversation is left as it is found.
 
     `from` and `value` are renamed (human and gpt to user and assistant), and in a string that is not the assistant's,
     each `<image>`, with the line break next to it, becomes an image part.
@@ -111,7 +111,7 @@ def to_messages(row: Mapping[str, Any], layout: Layout) -> Any:
 
 
 def to_images(row: Mapping[str, Any], layout: Layout) -> list[Any]:
-    """The row's pictures as a flat list; none where the column is absent, None or an empty string."""
+    """The row's images as a flat list; none where the column is absent, None or an empty string."""
     value = row.get(layout["images"][0]) if "images" in layout else None
     if value is None or value == "":
         return []
@@ -121,7 +121,7 @@ def to_images(row: Mapping[str, Any], layout: Layout) -> list[Any]:
 def read_rows(path: Path) -> Iterator[Any]:
     """Each row of a JSON array, of JSON lines, or of a CSV or TSV file (all strings).
 
-    Memory is that of one row, however long the file. A line that is no JSON comes as the `ValueError` that says so.
+    Memory is that of one row, however long the file. A line that is not JSON comes as the `ValueError` that says so.
     Raises `ValueError` where an array cannot be read on.
     """
     if path.suffix.lower() in (".csv", ".tsv"):
@@ -149,7 +149,7 @@ def _parse(line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return ValueError(f"the line is no JSON ({error}); mend or remove it")
+        return ValueError(f"the line is not JSON ({error}); fix or remove it")
 
 
 def _read_array(file: TextIO, name: str) -> Iterator[Any]:
@@ -163,7 +163,7 @@ def _read_array(file: TextIO, name: str) -> Iterator[Any]:
             element, at = decoder.raw_decode(buffer, at)
         except ValueError as error:
             if not (more := file.read(max(1 << 20, len(buffer)))):
-                raise ValueError(f"{name}: row {count} cannot be read, nor what follows: {error}; mend it") from None
+                raise ValueError(f"{name}: row {count} cannot be read, nor what follows: {error}; fix it") from None
             buffer, at = buffer[at:] + more, 0
             continue
         yield element
@@ -199,7 +199,7 @@ def _parts(text: str) -> list[dict[str, Any]]:
 
 
 def _flat(value: Any) -> list[Any]:
-    return [picture for item in value for picture in _flat(item)] if isinstance(value, (list, tuple)) else [value]
+    return [image for item in value for image in _flat(item)] if isinstance(value, (list, tuple)) else [value]
 
 
 def closest(name: str, among: Sequence[str]) -> str:

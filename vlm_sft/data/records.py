@@ -1,0 +1,252 @@
+"""What is to be known of a row before training, found once and remembered in a file of the cache of datasets.
+
+`Look` reads one row: its `key` says what it holds, for which nothing is decoded; its `record` what a collator makes of
+it. `check_rows` looks at all rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from accelerate import PartialState
+from PIL.Image import Image as PILImage
+
+from vlm_sft.chat.collator import IGNORE_INDEX, EncodedRow
+from vlm_sft.chat.images import MAX_DECODED_PIXELS, repairs_of, to_rgb
+from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, normalise, text_of
+from vlm_sft.data.rows import COLUMNS, ImageFolder, RowReader
+from vlm_sft.distributed import print_main
+
+MAX_ASPECT = 200  # Qwen's processors refuse what is longer, LLaVA's cut it to a stripe
+_PACKAGES = ("transformers", "tokenizers", "pillow", "torchvision")
+_NAME = re.compile(r"^(?:row (?:\d+|without a number)|example \d+ of the batch): ")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_DETAIL = 500  # characters of a fault; a template may put a whole row into its message
+
+
+class Record(NamedTuple):
+    """What is remembered of a row: its tokens, or what is wrong with it, and how its images are repaired."""
+
+    length: int = 0
+    image_tokens: int = 0
+    trained_tokens: int = 0
+    faults: tuple[str, ...] = ()
+    repairs: tuple[str, ...] = ()
+
+
+class Look:
+    """One row: what it holds (`key`, for which nothing is decoded), and what the collator makes of it (`record`)."""
+
+    def __init__(self, name: str, reader: RowReader | None) -> None:
+        self.name, self.reader = name, reader
+        self.key: bytes | None = None
+        self.looked_at = False
+        self.decoded: Conversation | None = None
+        self.encoded: EncodedRow | None = None
+        self.errors: list[Exception] = []
+        self.repairs: list[str] = []
+
+    def read(self, row: Any) -> None:
+        """Takes the row as it is stored. Raises what is wrong with it before an image is opened."""
+        if isinstance(row, Exception):
+            raise row
+        self.name = f"row {row['row']}" if row.get("row") is not None else self.name
+        self.converted = self.reader.convert(row) if self.reader else row
+        messages, images = normalise(self.converted.get("messages"), self.converted.get("images"))
+        check_turns(messages)
+        folder = self.reader.folder if self.reader else None
+        where = folder and (os.path.realpath(folder.path), *folder[1:])
+        digest = hashlib.blake2b(json.dumps([messages, where]).encode(), digest_size=16)
+        for image in images:
+            digest.update(_identity(image, folder))
+        self.key = digest.digest()
+
+    @property
+    def lasts(self) -> bool:
+        """Whether what was found will be found again: not so where a disk or the memory failed."""
+        return not any(map(_passes, self.errors))
+
+    def record(self, collator: Any) -> Record:
+        """What is to be known of the row."""
+        self.decode()
+        if not self.errors and collator is not None:
+            try:
+                self.encoded = row = self.encoded or collator.encode([self.example()])[0][0]
+                if trained := int((row.labels != IGNORE_INDEX).sum()):
+                    return Record(len(row), int(row.image.sum()), trained, (), tuple(self.repairs))
+                self.errors.append(ValueError("no token is left to train on; give it an answer that is not blank"))
+            except Exception as error:  # a chat template or a processor may raise anything; the pass continues
+                self.errors.append(error)
+        return Record(0, 0, 0, tuple(map(_words, self.errors)), tuple(self.repairs))
+
+    def decode(self) -> None:
+        """Decodes the images, once; keeps what is wrong with texts and images."""
+        if self.looked_at or self.key is None:
+            return
+        self.looked_at = True
+        try:
+            opened = self.reader.open(self.converted) if self.reader else self.converted
+            conversation = normalise(opened.get("messages"), opened.get("images"))
+        except Exception as error:
+            self.errors.append(error)
+            return
+        self.errors += map(ValueError, _text_faults(conversation.messages))
+        images = []
+        for number, image in enumerate(conversation.images):
+            try:
+                self.repairs += repairs_of(image)
+                images.append(decoded := to_rgb(image))
+            except ValueError as error:
+                self.errors.append(ValueError(f"images[{number}]: {error}"))
+                self.errors[-1].__cause__ = error
+                continue
+            shape = f"images[{number}]: {decoded.width} x {decoded.height} pixels"
+            if min(decoded.size) == 1:
+                self.errors.append(ValueError(f"{shape} show nothing; replace the image or drop the row"))
+            elif max(decoded.size) > MAX_ASPECT * min(decoded.size):
+                self.errors.append(ValueError(f"{shape} are beyond {MAX_ASPECT} to 1; crop the image or drop the row"))
+        self.decoded = Conversation(conversation.messages, images)
+
+    def example(self) -> dict[str, Any]:
+        assert self.decoded is not None
+        return self.decoded._asdict()
+
+
+def encode_together(looks: Sequence[Look], collator: Any) -> None:
+    """Encodes sound rows by one call of the processor, which takes a third less time than one for each. Where that
+    fails, they are encoded one by one, so that the row is found."""
+    for look in looks:
+        look.decode()
+    sound = [look for look in looks if not look.errors]
+    if collator is None or not sound:
+        return
+    try:
+        rows, _ = collator.encode([look.example() for look in sound])
+    except Exception:
+        return
+    for look, row in zip(sound, rows, strict=True):
+        look.encoded = row
+
+
+def _identity(image: Any, folder: ImageFolder | None) -> bytes:
+    """Equal for equal images: by their encoded bytes, their file with its size and time, or their pixels."""
+    if isinstance(image, Mapping):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, (str, Path)) and folder:
+        target = os.path.realpath(os.path.join(folder.path, image))
+        try:
+            found = os.stat(target)
+        except (OSError, ValueError):
+            return f"no file {target!r}".encode()
+        return f"file {target!r} {found.st_size} {found.st_mtime_ns}".encode()
+    if isinstance(image, PILImage):
+        about = (image.mode, image.size, image.getpalette(), sorted(map(repr, image.info.items())))
+        try:
+            pixels = image.tobytes() if math.prod(image.size) <= MAX_DECODED_PIXELS else b""
+        except Exception:  # one that was opened and is damaged
+            pixels = b""
+        return repr(about).encode() + hashlib.blake2b(pixels).digest()
+    if isinstance(image, np.ndarray):
+        return f"{image.dtype} {image.shape}".encode() + hashlib.blake2b(image.tobytes()).digest()
+    return hashlib.blake2b(image if isinstance(image, (bytes, bytearray)) else repr(image).encode()).digest()
+
+
+def _text_faults(messages: Sequence[Message]) -> Iterator[str]:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not any(message.get("train", True) for message in answers):
+        yield "no answer is to be trained on; leave one without 'train': false, or drop the row"
+    for number, message in enumerate(messages):
+        text = text_of(message)
+        if control := _CONTROL.search(text):
+            yield f"messages[{number}] holds the control character U+{ord(control[0]):04X}; remove it or drop the row"
+        if text.strip() or not message.get("train", True):
+            continue
+        if message["role"] == "assistant":
+            yield f"messages[{number}] is a blank answer; give it words, mark it 'train': false or drop the row"
+        elif not count_images([message]):
+            yield f"messages[{number}] ({message['role']}) is blank; give it words or drop the row"
+
+
+def _words(error: Exception) -> str:
+    """What is wrong, without the name of the row: on one line, safe to print."""
+    detail = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    detail = _NAME.sub("", detail)
+    detail = detail if len(detail) <= _DETAIL else f"{detail[:_DETAIL]} ..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in detail)
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether an error came of a disk or of memory, and may not come again."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of the files that decide what is made of a row."""
+    room = Path(__file__).parents[1]
+    files = sorted(file for name in ("chat", "data") for file in (room / name).glob("*.py"))
+    return hashlib.blake2b(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {name: importlib.metadata.distributions(name=name) for name in _PACKAGES}
+    return {name: next((each.version for each in distributions), "none") for name, distributions in found.items()}
+
+
+def cache_file(made_by: str) -> Path:
+    """One file for all rows that this collator (its `max_length` left aside), this code and these versions read."""
+    described = json.dumps([made_by, _code(), _versions()], sort_keys=True)
+    name = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+    return Path(datasets.config.HF_DATASETS_CACHE, "vlm_sft", f"{name}.parquet")
+
+
+def read_cache(file: Path) -> dict[bytes, Record]:
+    if not file.is_file():
+        return {}
+    try:
+        columns = pq.read_table(file).to_pydict()
+        faults, repairs = (map(tuple, columns[name]) for name in ("faults", "repairs"))
+        numbers = (columns[name] for name in COLUMNS)
+        return dict(zip(columns["key"], map(Record, *numbers, faults, repairs), strict=True))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        print_main(f"{file} cannot be read ({error}); all rows are checked again")
+        return {}
+
+
+def write_cache(file: Path, fresh: Mapping[bytes, Record]) -> None:
+    """Adds to the file what is new, on the main process, by a rename; says so where that cannot be done."""
+    if not PartialState().is_main_process:
+        return
+    merged = {**read_cache(file), **fresh}  # another run may have written since
+    records = list(merged.values())
+    table = {"key": list(merged), **{name: [getattr(record, name) for record in records] for name in Record._fields}}
+    strings = pa.list_(pa.string())
+    types = [pa.binary(), pa.int64(), pa.int64(), pa.int64(), strings, strings]
+    written = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as written:
+            pq.write_table(pa.table(table, schema=pa.schema(zip(table, types, strict=True))), written)
+        os.replace(written.name, file)
+    except OSError as error:
+        print_main(f"what was found of the rows cannot be kept ({error}); the next start checks all of them again")
+        if written is not None:
+            Path(written.name).unlink(missing_ok=True)
