@@ -19,9 +19,9 @@ from PIL import Image, ImageFile
 from runs import rows as image_rows
 from together import together
 
-from vlm_sft import ChatCollator, check_rows, load_conversations, pack, rows_checked
+from vlm_sft import ChatCollator, check_rows, load_conversations, pack
 from vlm_sft.data import records
-from vlm_sft.data.check_rows import check_report
+from vlm_sft.data.check_rows import check_report, rows_checked
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 HELPER: list[str] = ["A"]
