@@ -87,10 +87,11 @@ def test_paths_exist(document):
     assert [path for path in [*links, *(ROOT / name for name in named)] if not path.exists()] == []
 
 
-def test_recipe_table_names_every_recipe():
+def test_recipe_table_names_every_recipe_and_its_lines():
     table = (ROOT / "README.md").read_text("utf-8").split("## Recipes")[1].split("##")[0]
     trains = {recipe.name for recipe in RECIPES} - {"chat.py", "evaluate.py"}
-    assert set(re.findall(r"\[`?(\w+\.py)`?\]", table)) == trains
+    counted = {name: int(lines) for name, lines in re.findall(r"\[(\w+\.py)\]\(recipes/\w+\.py\) \| (\d+) \|", table)}
+    assert counted == {name: len((ROOT / "recipes" / name).read_text("utf-8").splitlines()) for name in trains}
 
 
 def test_quoted_errors_are_the_librarys():
