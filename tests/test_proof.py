@@ -401,7 +401,7 @@ def test_a_plan_changes_no_number(make, tmp_path, tiny_dir):
 
 
 def test_the_way_of_a_row_to_the_first_step(make, tmp_path, monkeypatch):
-    """The pass encodes each row once; after it, only the audited ones, the row of the forward, and those of the first batches."""
+    """The pass encodes each row once; after it only the audited ones, that of the forward, and the first batches."""
     encoded = []
     encode = vlm_sft.ChatCollator.encode
     monkeypatch.setattr(
