@@ -228,6 +228,7 @@ def finish(trainer: Any, proof: Proof) -> dict[str, float]:
             "finish() before the training has ended, so there is nothing to finish: call trainer.train("
             "resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer)) before it"
         )
+    trainer.accelerator.wait_for_everyone()  # or a process would leave while the main one still writes
     trainer.end()
     return proof.results
 

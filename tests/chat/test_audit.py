@@ -89,7 +89,7 @@ def test_every_family_passes(family, tiny_model, tiny_processor):
     assert "match the features" in check_forward(collator, report.shortest, model)
 
 
-def test_counts_are_those_of_the_format_written_by_hand(tiny_processor, capsys):
+def test_counts_are_those_of_the_format_written_by_hand(tiny_processor):
     processor = tiny_processor("llava15")
     rows = [one("ℵ"), {"messages": [ask("Hi"), answer("ℵℵ")]}]
     report = audit(ChatCollator(processor), rows)
@@ -103,8 +103,7 @@ def test_counts_are_those_of_the_format_written_by_hand(tiny_processor, capsys):
     prompt = with_image + without - trained - image
     assert report.tokens == {"trained": trained, "prompt": prompt, "image": image, "pad": with_image - without}
     assert [len(row) for row in report.rows] == [with_image, without]
-    table = capsys.readouterr().err
-    assert str(report) in table
+    table = str(report)
     assert f"{without} to {with_image} (row 0)" in table
     assert "ℵ</s>" in table
     assert audit(ChatCollator(processor, padding_free=True), rows).tokens["pad"] == 0
