@@ -6,6 +6,7 @@ loader's workers. Images are read only inside the image folder: nothing in a row
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -24,7 +25,7 @@ from vlm_sft.chat.messages import normalise
 from vlm_sft.data import formats
 from vlm_sft.data import rows as reading
 from vlm_sft.data.formats import TEXT_SUFFIXES, Columns, closest, layout_of, read_rows
-from vlm_sft.data.rows import LINES, STREAMS, Change, ImageFolder, RowReader, lines
+from vlm_sft.data.rows import LINES, Change, ImageFolder, RowReader, named
 
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 FIRST_ROWS = 8  # looked at while loading
@@ -33,9 +34,6 @@ _KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(TEXT_SUFFIXE
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 
 NUMBER = {"row": LINES["row"]}
-
-Source = Any
-"""A tuple of text files, a `Dataset`, or an `IterableDataset`."""
 
 
 def load_conversations(
@@ -61,10 +59,9 @@ def load_conversations(
     Reads a Hub dataset; a folder written by `save_to_disk`; a Parquet, Arrow, JSON, JSON-lines, CSV or TSV file, or a
     folder of them, split by their names; a folder of images with a `metadata.jsonl`. Conversations may be `messages`,
     LLaVA's and ShareGPT's `conversations`, or prompt and response; `columns` says so where yours have other names:
-    `{"prompt": "frage", "response": "antwort", "images": "bild"}`, or `["prompt=frage", ...]` as flags write it.
+    `["prompt=question", "images=photo"]`, as flags write it, or a dict.
 
-    - `to_conversation`: a function of your own from a stored row to a dict of `messages` and `images`, used where
-      no `columns` are given.
+    - `to_conversation`: from a stored row to a dict of `messages` and `images`, used where no `columns` are given.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
       none, `max_eval_rows` rows do, drawn with `seed`, but at most a fifth of all; without a number `eval_fraction` of
       them, where 0 makes none.
@@ -76,8 +73,7 @@ def load_conversations(
     - `max_pixels`: larger images are made smaller, their shape kept.
 
     Raises `ValueError` for a path or folder that does not exist, a column that is not there, a split without rows, and
-    where none of the first rows can be read. One bad row among good ones raises when it is read; `check_rows` finds
-    them all.
+    where none of the first rows can be read. A bad row among good ones raises when it is read.
     """
     if image_folder and not Path(image_folder).expanduser().is_dir():
         raise ValueError(f"image_folder={str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
@@ -89,22 +85,19 @@ def load_conversations(
             if path.exists()
             else _hub_sources(str(name_or_path), config_name=config_name, revision=revision, streaming=streaming)
         )
-    read_from = Path(image_folder).expanduser() if image_folder else root
-    reader = RowReader(ImageFolder(read_from, allow_outside, max_pixels), None if columns else to_conversation)
     wanted = {"train": split}
     if found := eval_split or next((name for name in EVAL_SPLITS if name in sources and name != split), None):
         wanted["test"] = found
-    if missing := [name for name in wanted.values() if name not in sources]:
-        raise ValueError(
-            f"{name_or_path} has no split {missing[0]!r}{closest(missing[0], [*sources])}; found {', '.join(sources)}"
-        )
+    read_from = ImageFolder(Path(image_folder).expanduser() if image_folder else root, allow_outside, max_pixels)
     stored: dict[str, Any] = {}
     readers: dict[str, RowReader] = {}
     for key, name in wanted.items():
         with _named_faults(f"{name_or_path}, split {name!r}"):
+            if name not in sources:
+                raise ValueError(f"no split {name!r}{closest(name, [*sources])}; found {', '.join(sources)}")
             stored[key], names = _stored(sources[name], root, max_rows, streaming)
-            layout = None if reader.change else layout_of(names, columns)
-            readers[key] = replace(reader, layout=layout)
+            how = (None, layout_of(names, columns)) if columns or not to_conversation else (to_conversation, None)
+            readers[key] = RowReader(read_from, *how)
             _check_first_rows(stored[key], readers[key])
     if "test" not in stored and eval_fraction:
         rows = stored["train"]
@@ -115,13 +108,13 @@ def load_conversations(
         raise ValueError(f"{name_or_path}: one row, and none to hold out; give more rows, or an eval_split")
     if "test" in stored:
         stored["test"] = _in_memory(stored["test"], max_eval_rows)
+    split_rows = {k: rows.with_transform(readers[k]) for k, rows in stored.items() if isinstance(rows, Dataset)}
     if not streaming:
-        return DatasetDict({key: rows.with_transform(readers[key]) for key, rows in stored.items()})
-    columns_read = stored["train"].column_names or [*next(iter(stored["train"]))]
-    train = stored["train"].map(readers["train"].read, remove_columns=columns_read)
-    STREAMS[train] = (stored["train"], readers["train"])
-    test = {"test": stored["test"].with_transform(readers["test"])} if "test" in stored else {}
-    return IterableDatasetDict({"train": train, **test})
+        return DatasetDict(split_rows)
+    names = stored["train"].column_names or [*next(iter(stored["train"]))]
+    train = stored["train"].map(readers["train"].read, remove_columns=names)
+    vars(train)["stored"] = (stored["train"], readers["train"])  # for `check_rows`, since the first bad row ends a map
+    return IterableDatasetDict({"train": train, **split_rows})
 
 
 @contextmanager
@@ -134,7 +127,7 @@ def _named_faults(name: str | Path) -> Iterator[None]:
         raise ValueError(f"{name}: {error.__cause__ or error}") from error
 
 
-def _local_sources(path: Path, *, streaming: bool) -> dict[str, Source]:
+def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
     """Splits of a folder written by `save_to_disk`, of a data file, or of a folder of data files, told by their names.
 
     Raises `ValueError` for a path that holds no data, or data of several kinds.
@@ -162,14 +155,14 @@ def _local_sources(path: Path, *, streaming: bool) -> dict[str, Source]:
     return dict(datasets.load_dataset(kinds.pop(), data_files=data_files, streaming=streaming))
 
 
-def _hub_sources(name: str, *, config_name: str | None, revision: str | None, streaming: bool) -> dict[str, Source]:
+def _hub_sources(name: str, *, config_name: str | None, revision: str | None, streaming: bool) -> dict[str, Any]:
     """Splits of a Hub dataset. Raises `ValueError` for what looks like a path, which then does not exist."""
     if name.count("/") > 1 or name.startswith((".", "~")) or Path(name).suffix.lower() in _KINDS:
         raise ValueError("it does not exist; give the path of a file or folder, or the id of a Hub dataset")
     return dict(datasets.load_dataset(name, name=config_name, revision=revision, streaming=streaming))
 
 
-def _stored(source: Source, root: Path, max_rows: int | None, streaming: bool) -> tuple[Any, list[str]]:
+def _stored(source: Any, root: Path, max_rows: int | None, streaming: bool) -> tuple[Any, list[str]]:
     """The source with the column `row`, images left encoded; and the names of its own columns."""
     if isinstance(source, tuple):
         first = islice((row for file in source for row in read_rows(file)), 64)
@@ -199,13 +192,12 @@ def _stored(source: Source, root: Path, max_rows: int | None, streaming: bool) -
 
 
 def _lines(files: tuple[Path, ...], root: Path, max_rows: int | None, stamp: Any) -> Iterator[dict[str, Any]]:
-    def read() -> Iterator[tuple[Any, str]]:
-        for file in files:
-            # Beside a metadata file, names are relative to it.
-            folder = str(file.parent.relative_to(root)) if file.stem == "metadata" else ""
-            yield from ((row, folder) for row in read_rows(file))
-
-    yield from lines(islice(read(), max_rows))
+    read = ((row, file) for file in files for row in read_rows(file))
+    for number, (row, file) in enumerate(islice(read, max_rows)):
+        # Beside a metadata file, names are relative to it.
+        folder = str(file.parent.relative_to(root)) if file.stem == "metadata" else ""
+        fault = str(row) if isinstance(row, ValueError) else None
+        yield {"json": None if fault else json.dumps(row), "fault": fault, "folder": folder, "row": number}
 
 
 def _number(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -228,10 +220,7 @@ def _drawn(rows: Dataset, fraction: float, most: int | None, seed: int) -> dict[
         return {"train": rows}
     count = round(fraction * len(rows)) if most is None else min(most, len(rows) // 5)
     test = set(random.Random(seed).sample(range(len(rows)), max(1, count)))
-    return {
-        "train": rows.select([n for n in range(len(rows)) if n not in test]),
-        "test": rows.select(sorted(test)),
-    }
+    return {"train": rows.select([n for n in range(len(rows)) if n not in test]), "test": rows.select(sorted(test))}
 
 
 def _held_out(stream: IterableDataset, count: int | None) -> dict[str, IterableDataset]:
@@ -253,16 +242,12 @@ def _in_memory(rows: Any, count: int | None) -> Dataset:
 def _check_first_rows(rows: Any, reader: RowReader) -> None:
     """Raises `ValueError` unless one of the first rows reads: a wrong column or folder shows in all of them."""
     faults = []
-    for row in rows.take(FIRST_ROWS) if isinstance(rows, IterableDataset) else rows.take(min(FIRST_ROWS, len(rows))):
+    for row in rows.take(FIRST_ROWS if isinstance(rows, IterableDataset) else min(FIRST_ROWS, len(rows))):
         try:
             read = reader.read(row)
+            with named(row):
+                normalise(read["messages"], read["images"])
+            return
         except ValueError as error:
             faults.append(str(error))
-            continue
-        try:
-            normalise(read["messages"], read["images"])
-        except ValueError as error:
-            faults.append(f"row {row['row']}: {error}")
-        else:
-            return
     raise ValueError(f"none of the first {len(faults)} rows can be read. {faults[0]}" if faults else "it has no row")

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, Value
 
 from vlm_sft.chat.images import open_image, to_rgb
-from vlm_sft.data.formats import Layout, closest, layout_of, to_images, to_messages
+from vlm_sft.data.formats import FLAGS, Layout, closest, layout_of, to_images, to_messages
 
 COLUMNS = ("length", "image_tokens", "trained_tokens")
 """What `check_rows` adds to a row."""
@@ -64,40 +64,37 @@ class RowReader:
         """The row as a conversation whose images are not opened: encoded bytes, file names, or as `change` made them.
         Raises `ValueError` naming the row."""
         numbers = {name: row[name] for name in ("row", *COLUMNS) if name in row}
-        try:
+        with named(row):
             found, folder = (_parse(row), row["folder"]) if row.keys() >= LINES.keys() else (row, "")
             layout = self.layout or CONVERSATION
             if self.change is not None:
                 found, layout = _changed(found, self.change), CONVERSATION
             images = [_within(folder, image) for image in to_images(found, layout)]
             return {"messages": to_messages(found, layout), "images": images, **numbers}
-        except ValueError as error:
-            raise _named(row, error) from None
 
     def open(self, converted: Mapping[str, Any]) -> dict[str, Any]:
         """The conversation with its images opened, those inside of message parts too. Raises as `read` does."""
-        try:
+        with named(converted):
             images = [_open(image, f"images[{n}]", self.folder) for n, image in enumerate(converted["images"])]
             return {**converted, "messages": _open_parts(converted["messages"], self.folder), "images": images}
-        except ValueError as error:
-            raise _named(converted, error) from None
 
 
 CONVERSATION: Layout = {"messages": ("messages",), "images": ("images",)}
 
-STREAMS: WeakKeyDictionary[IterableDataset, tuple[IterableDataset, RowReader]] = WeakKeyDictionary()
-"""Of each stream that `load_conversations` returned, the rows as they are stored and their reader."""
+
+def _transform_of(dataset: Any) -> Any:
+    return dataset.format["format_kwargs"].get("transform") if isinstance(dataset, Dataset) else None
 
 
 def unpacked(dataset: Any) -> Any:
     """The dataset of conversations inside of one that `pack` made; any other as it is."""
-    transform = dataset.format["format_kwargs"].get("transform") if isinstance(dataset, Dataset) else None
+    transform = _transform_of(dataset)
     return transform.keywords.get("dataset", dataset) if isinstance(transform, partial) else dataset
 
 
 def reader_of(dataset: Any) -> RowReader | None:
     """The reader of a dataset that `load_conversations` returned, None for any other."""
-    transform = dataset.format["format_kwargs"].get("transform") if isinstance(dataset, Dataset) else None
+    transform = _transform_of(dataset)
     return transform if isinstance(transform, RowReader) else None
 
 
@@ -105,13 +102,6 @@ def drawn_seed(dataset: Any) -> int | None:
     """The seed by which rows of this dataset were held out; None where the source has its own splits, or streams."""
     reader = reader_of(unpacked(dataset))
     return reader.seed if reader else None
-
-
-def lines(rows: Iterable[tuple[Any, str]]) -> Iterable[dict[str, Any]]:
-    """Rows of text files, and the folder of each, as `LINES`."""
-    for number, (row, folder) in enumerate(rows):
-        fault = str(row) if isinstance(row, ValueError) else None
-        yield {"json": None if fault else json.dumps(row), "fault": fault, "folder": folder, "row": number}
 
 
 def _parse(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -123,8 +113,13 @@ def _parse(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _named(row: Mapping[str, Any], error: ValueError) -> ValueError:
-    return ValueError(f"row {row.get('row', 'without a number')}: {error}")
+@contextmanager
+def named(row: Mapping[str, Any]) -> Iterator[None]:
+    """Puts the row's number into a `ValueError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"row {row.get('row', 'without a number')}: {error}") from None
 
 
 def _within(folder: str, image: Any) -> Any:
@@ -137,11 +132,11 @@ def _within(folder: str, image: Any) -> Any:
 
 
 def _flags(found: list[str]) -> str:
-    """What `--columns` takes for these columns, where their names are those of a common format."""
+    """The flag for these columns, where their names are those of a common format."""
     try:
-        return " ".join(f"{field}={name}" for field, names in layout_of(found).items() for name in names)
+        return "--columns " + " ".join(f"{field}={name}" for field, names in layout_of(found).items() for name in names)
     except ValueError:
-        return "messages=... images=..., or prompt=... response=... images=..."
+        return FLAGS
 
 
 def _changed(row: Mapping[str, Any], change: Change) -> Mapping[str, Any]:
@@ -152,7 +147,7 @@ def _changed(row: Mapping[str, Any], change: Change) -> Mapping[str, Any]:
         columns = ", ".join(map(repr, row))
         raise ValueError(
             f"to_conversation failed with {type(error).__name__}: {error}{near}; this row has the columns {columns}. "
-            f"Edit to_conversation, or name the columns: --columns {_flags(list(row))}"
+            f"Edit to_conversation, or name the columns: {_flags(list(row))}"
         ) from error
     if not isinstance(changed, Mapping) or "messages" not in changed or not changed.keys() <= {"messages", "images"}:
         found = ", ".join(map(repr, changed)) if isinstance(changed, Mapping) else f"a {type(changed).__name__}"
@@ -162,30 +157,29 @@ def _changed(row: Mapping[str, Any], change: Change) -> Mapping[str, Any]:
 
 def _open_parts(messages: Any, folder: ImageFolder) -> Any:
     """The messages with the images opened that stand in the parts themselves."""
-
-    def opened(part: Any, where: str) -> Any:
-        if isinstance(part, Mapping) and part.get("image") is not None:
-            return {**part, "image": _open(part["image"], where, folder)}
-        return part
-
-    def with_images(message: Any, where: str) -> Any:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
-            return message
-        parts = [opened(part, f"{where}.content[{n}]") for n, part in enumerate(message["content"])]
-        return {**message, "content": parts}
-
     if not isinstance(messages, list):
         return messages
-    return [with_images(message, f"messages[{n}]") for n, message in enumerate(messages)]
+    opened = []
+    for n, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list):
+            parts = [
+                {**part, "image": _open(part["image"], f"messages[{n}].content[{i}]", folder)}
+                if isinstance(part, Mapping) and part.get("image") is not None
+                else part
+                for i, part in enumerate(content)
+            ]
+            message = {**message, "content": parts}
+        opened.append(message)
+    return opened
 
 
 def _open(image: Any, where: str, folder: ImageFolder) -> Any:
     try:
         opened = open_image(image, folder=folder.path, allow_outside=folder.allow_outside)
-        if folder.max_pixels is not None and math.prod(opened.size) > folder.max_pixels:
-            opened = to_rgb(opened, max_pixels=folder.max_pixels)
+        smaller = folder.max_pixels is not None and math.prod(opened.size) > folder.max_pixels
+        return to_rgb(opened, max_pixels=folder.max_pixels) if smaller else opened
     except UnicodeEncodeError:
         raise ValueError(f"{where} is the file name {image!r}, which is not Unicode; rename the file") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return opened
