@@ -6,7 +6,6 @@ found of each row, so that a second start decodes only what is new.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -38,8 +37,7 @@ Data = TypeVar("Data")
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a row: `index` is its place in the dataset that was checked, `row` its name. A repetition is
-    no error: it only weighs twice."""
+    """What is wrong with a row: its place in the checked dataset, its name. A repetition is not an error."""
 
     index: int
     row: str
@@ -55,7 +53,7 @@ class Fault:
 @dataclass(frozen=True)
 class CheckReport:
     """`faults` in the order of the rows; `repairs` counts the images that are read differently from how they are
-    stored; `columns` holds the tokens of each row (0 for bad ones); `known` rows were remembered from before."""
+    stored; `columns` holds the tokens of each row (0 for bad ones); `known` rows were remembered."""
 
     rows: int
     checked_with: str
@@ -96,15 +94,13 @@ class CheckReport:
 
     def to_jsonl(self, path: str | Path) -> None:
         """Writes a line for each fault: index, row, reason, detail."""
-        with Path(path).open("w", encoding="utf-8") as file:
-            for fault in self.faults:
-                file.write(json.dumps({**asdict(fault), "reason": fault.reason}, ensure_ascii=False) + "\n")
+        lines = (json.dumps({**asdict(fault), "reason": fault.reason}, ensure_ascii=False) for fault in self.faults)
+        Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Checked:
-    """How a dataset went through `check_rows`: with which collator (its fingerprint, and `max_length` beside it), and
-    of how many rows how many were bad, and known from before."""
+    """How a dataset went through `check_rows`: with which collator (its fingerprint, and `max_length` beside it)."""
 
     on_bad_rows: str
     collator: str
@@ -166,7 +162,10 @@ def check_rows(
             split = split.select(report.keep) if drop and report.faults else split
             counts = (report.rows, report.bad_rows, report.known)
         elif name not in stored and on_bad_rows != "ignore":
-            split = _checked_stream(split, collator if drop else None, max_bad_fraction)
+            rows_of, reader = getattr(split, "stored", (split, None))
+            check = _StreamCheck(reader, collator if drop else None, max_bad_fraction)
+            names = rows_of.column_names or [*next(iter(rows_of))]
+            split = rows_of.map(check, batched=True, batch_size=1, remove_columns=names)
         checked = Checked(on_bad_rows, str(collator.fingerprint()), collator.settings.max_length, *counts)
         if isinstance(split, IterableDataset):
             vars(split)["checked"] = checked
@@ -250,10 +249,11 @@ class _Rows:
         if look.key and settings and settings.max_length and record.length > settings.max_length:
             if settings.truncation == "trim":
                 look.encoded = None
-                trimmed = look.key + b"trim%d" % settings.max_length
-                record = record_of(hashlib.blake2b(trimmed, digest_size=16).digest(), self.collator)
+                record = record_of(look.key + b"trim%d" % settings.max_length, self.collator)
             else:
-                record = record._replace(faults=[_too_long(record, settings)])
+                remedy = "set truncation='trim' or 'drop'" if settings.truncation == "error" else "leave the row out"
+                told = f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
+                record = record._replace(faults=[f"{told}{settings.max_length}; raise it, or {remedy}"])
         return _Finding(look.index, look.name, look.key, record, bool(look.key) and not look.looked_at, fresh)
 
 
@@ -277,25 +277,15 @@ def _look_at_all(rows: Any, num_proc: int | None) -> list[_Finding]:
     return sorted(gather_object(findings), key=lambda finding: finding.place)
 
 
-def _too_long(record: Record, settings: Any) -> str:
-    remedy = "set truncation='trim' or 'drop'" if settings.truncation == "error" else "leave the row out"
-    return (
-        f"{record.length} tokens ({record.image_tokens} from images), more than max_length={settings.max_length}; "
-        f"raise it, or {remedy}"
-    )
-
-
 def _with_columns(rows: Dataset, columns: Mapping[str, list[int]]) -> Dataset:
-    """The rows with these columns. To selected rows, `add_column` (datasets 5.2) would first write anew, images and
-    all; where their numbers tell the place of each, the columns go to the whole, and they are selected again."""
-    # As stored: with a transform, `add_column` may write what that makes.
-    how, rows = rows.format, rows.with_format(None)
+    """The rows with these columns. `add_column` (datasets 5.2) would write selected rows anew, images and all: where
+    their numbers tell the place of each, the columns go to the whole, and the rows are selected again."""
+    how, rows = rows.format, rows.with_format(None)  # as stored: `add_column` may write what a transform makes
     rows = rows.remove_columns([name for name in columns if name in rows.column_names])
     chosen: Sequence[int] = range(len(rows))
     whole = Dataset(rows.data, info=rows.info)
-    numbers = whole["row"][:] if "row" in rows.column_names else ()
-    if len(set(numbers)) == len(whole):
-        place = {number: n for n, number in enumerate(numbers)}
+    place = {number: n for n, number in enumerate(whole["row"][:])} if "row" in rows.column_names else {}
+    if len(place) == len(whole):
         rows, chosen = whole, [place[number] for number in rows["row"][:]]
     for name, values in columns.items():
         of_row = dict(zip(chosen, values, strict=True))
@@ -321,19 +311,9 @@ class _StreamCheck:
             raise ValueError(last)
         self.dropped += 1
         if self.rows >= 100 and self.dropped > self.max_bad_fraction * self.rows:
-            raise ValueError(
-                f"{self.dropped} of the first {self.rows} rows are bad, more than max_bad_fraction="
-                f"{self.max_bad_fraction}; fix them. The last is {last}"
-            )
+            limit = f"max_bad_fraction={self.max_bad_fraction}; fix them. The last is {last}"
+            raise ValueError(f"{self.dropped} of the first {self.rows} rows are bad, more than {limit}")
         if self.dropped == 1 or self.dropped % 100 == 0:
             told = f"{self.dropped} of {self.rows} rows of the stream are left out; the last is {last}"
             print(told, file=sys.stderr, flush=True)
         return {field: [] for field in ("messages", "images", "row")}
-
-
-def _checked_stream(stream: Any, collator: Any, max_bad_fraction: float) -> IterableDataset:
-    stored, reader = getattr(stream, "stored", (stream, None))
-    names = stored.column_names or [*next(iter(stored))]
-    check = _StreamCheck(reader, collator, max_bad_fraction)
-    checked: IterableDataset = stored.map(check, batched=True, batch_size=1, remove_columns=names)
-    return checked

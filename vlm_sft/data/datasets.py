@@ -49,8 +49,6 @@ def load_conversations(
     to_conversation: Change | None = None,
     image_folder: str | Path | None = None,
     allow_outside: bool = False,
-    max_pixels: int | None = None,
-    max_rows: int | None = None,
     max_eval_rows: int | None = None,
     seed: int = 0,
 ) -> DatasetDict | IterableDatasetDict:
@@ -65,37 +63,38 @@ def load_conversations(
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
       none, `max_eval_rows` rows do, drawn with `seed`, but at most a fifth of all; without a number `eval_fraction` of
       them, where 0 makes none.
-    - `max_rows`: only the first rows of each split. `max_eval_rows`: at most so many in "test", which must be there.
+    - `max_eval_rows`: at most so many in "test", which must be there.
     - `streaming`: "train" is an `IterableDataset` in the order of the source; "test" a `Dataset` in memory of
       `max_eval_rows` rows, the first ones where the source has no split for it.
     - `image_folder`: what file names in rows are relative to; the folder of the data unless given. Files outside it
       are refused unless `allow_outside` is set, URLs always.
-    - `max_pixels`: larger images are made smaller, their shape kept.
 
     Raises `ValueError` for a path or folder that does not exist, a column that is not there, a split without rows, and
     where none of the first rows can be read. A bad row among good ones raises when it is read.
     """
     if image_folder and not Path(image_folder).expanduser().is_dir():
         raise ValueError(f"image_folder={str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
-    path = Path(name_or_path).expanduser()
+    path, name = Path(name_or_path).expanduser(), str(name_or_path)
     root = path if path.is_dir() else path.parent if path.exists() else Path(constants.HF_HUB_CACHE)
-    with _named_faults(name_or_path if path.exists() else f"{name_or_path} (no such path, so taken for a Hub id)"):
-        sources = (
-            _local_sources(path, streaming=streaming)
-            if path.exists()
-            else _hub_sources(str(name_or_path), config_name=config_name, revision=revision, streaming=streaming)
-        )
+    with _named_faults(name if path.exists() else f"{name} (no such path, so taken for a Hub id)"):
+        if path.exists():
+            sources = _local_sources(path, streaming=streaming)
+        elif name.count("/") > 1 or name.startswith((".", "~")) or path.suffix.lower() in _KINDS:
+            raise ValueError("it does not exist; give the path of a file or folder, or the id of a Hub dataset")
+        else:
+            sources = dict(datasets.load_dataset(name, name=config_name, revision=revision, streaming=streaming))
     wanted = {"train": split}
     if found := eval_split or next((name for name in EVAL_SPLITS if name in sources and name != split), None):
         wanted["test"] = found
-    read_from = ImageFolder(Path(image_folder).expanduser() if image_folder else root, allow_outside, max_pixels)
+    read_from = ImageFolder(Path(image_folder).expanduser() if image_folder else root, allow_outside)
     stored: dict[str, Any] = {}
     readers: dict[str, RowReader] = {}
-    for key, name in wanted.items():
-        with _named_faults(f"{name_or_path}, split {name!r}"):
-            if name not in sources:
-                raise ValueError(f"no split {name!r}{closest(name, [*sources])}; found {', '.join(sources)}")
-            stored[key], names = _stored(sources[name], root, max_rows, streaming)
+    for key, wanted_split in wanted.items():
+        with _named_faults(f"{name}, split {wanted_split!r}"):
+            if wanted_split not in sources:
+                near = closest(wanted_split, [*sources])
+                raise ValueError(f"no split {wanted_split!r}{near}; found {', '.join(sources)}")
+            stored[key], names = _stored(sources[wanted_split], root, streaming)
             how = (None, layout_of(names, columns)) if columns or not to_conversation else (to_conversation, None)
             readers[key] = RowReader(read_from, *how)
             _check_first_rows(stored[key], readers[key])
@@ -105,22 +104,26 @@ def load_conversations(
         drawn_by = seed if "test" in stored and not streaming else None
         readers["test"] = readers["train"] = replace(readers["train"], seed=drawn_by)
     if max_eval_rows is not None and "test" not in stored:
-        raise ValueError(f"{name_or_path}: one row, and none to hold out; give more rows, or an eval_split")
+        raise ValueError(f"{name}: one row, and none to hold out; give more rows, or an eval_split")
     if "test" in stored:
-        stored["test"] = _in_memory(stored["test"], max_eval_rows)
-    split_rows = {k: rows.with_transform(readers[k]) for k, rows in stored.items() if isinstance(rows, Dataset)}
+        test, count = stored["test"], max_eval_rows
+        if isinstance(test, Dataset):
+            stored["test"] = test if count is None else test.take(min(count, len(test)))
+        else:
+            rows = list(test if count is None else test.take(count))
+            stored["test"] = Dataset.from_list(rows, features=test.features)
+    splits = {key: rows.with_transform(readers[key]) for key, rows in stored.items() if isinstance(rows, Dataset)}
     if not streaming:
-        return DatasetDict(split_rows)
+        return DatasetDict(splits)
     names = stored["train"].column_names or [*next(iter(stored["train"]))]
     train = stored["train"].map(readers["train"].read, remove_columns=names)
-    vars(train)["stored"] = (stored["train"], readers["train"])  # for `check_rows`, since the first bad row ends a map
-    return IterableDatasetDict({"train": train, **split_rows})
+    vars(train)["stored"] = (stored["train"], readers["train"])  # for `check_rows`: an error ends a mapped stream
+    return IterableDatasetDict({"train": train, **splits})
 
 
 @contextmanager
 def _named_faults(name: str | Path) -> Iterator[None]:
-    """Whatever goes wrong in reading `name`, as a `ValueError` that says why: each layer below has its own exceptions,
-    and `DatasetGenerationError` keeps the reason to itself."""
+    """Whatever goes wrong, as a `ValueError` that names the file and why, which `DatasetGenerationError` does not."""
     try:
         yield
     except Exception as error:
@@ -155,14 +158,7 @@ def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
     return dict(datasets.load_dataset(kinds.pop(), data_files=data_files, streaming=streaming))
 
 
-def _hub_sources(name: str, *, config_name: str | None, revision: str | None, streaming: bool) -> dict[str, Any]:
-    """Splits of a Hub dataset. Raises `ValueError` for what looks like a path, which then does not exist."""
-    if name.count("/") > 1 or name.startswith((".", "~")) or Path(name).suffix.lower() in _KINDS:
-        raise ValueError("it does not exist; give the path of a file or folder, or the id of a Hub dataset")
-    return dict(datasets.load_dataset(name, name=config_name, revision=revision, streaming=streaming))
-
-
-def _stored(source: Any, root: Path, max_rows: int | None, streaming: bool) -> tuple[Any, list[str]]:
+def _stored(source: Any, root: Path, streaming: bool) -> tuple[Any, list[str]]:
     """The source with the column `row`, images left encoded; and the names of its own columns."""
     if isinstance(source, tuple):
         first = islice((row for file in source for row in read_rows(file)), 64)
@@ -171,17 +167,14 @@ def _stored(source: Any, root: Path, max_rows: int | None, streaming: bool) -> t
             raise ValueError("no row is an object with columns; expected {'messages': [...], ...} and the like")
         # By the stamp the cache sees that the files, or the code that reads them, have changed.
         stamp = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*source, *_CODE))
-        how = {"files": source, "root": root, "max_rows": max_rows, "stamp": stamp}
         kind: Any = IterableDataset if streaming else Dataset
+        how = {"files": source, "root": root, "stamp": stamp}
         return kind.from_generator(_lines, features=LINES, gen_kwargs=how), names
     if streaming:
         unread = source.decode(False) if source.features else source
         names = [name for name in source.column_names or next(iter(unread), {}) if name != "row"]
         known = source.features and Features({name: _undecode(source.features[name]) for name in names} | NUMBER)
-        numbered = unread.select_columns(names).map(_number, with_indices=True, features=known)
-        return numbered if max_rows is None else numbered.take(max_rows), names
-    if max_rows is not None:
-        source = source.take(min(max_rows, len(source)))
+        return unread.select_columns(names).map(_number, with_indices=True, features=known), names
     if not len(source):
         raise ValueError("it has no row")
     source = source.remove_columns(["row"] if "row" in source.column_names else [])
@@ -191,9 +184,9 @@ def _stored(source: Any, root: Path, max_rows: int | None, streaming: bool) -> t
     return unread.add_column("row", list(range(len(unread))), feature=NUMBER["row"]), source.column_names
 
 
-def _lines(files: tuple[Path, ...], root: Path, max_rows: int | None, stamp: Any) -> Iterator[dict[str, Any]]:
-    read = ((row, file) for file in files for row in read_rows(file))
-    for number, (row, file) in enumerate(islice(read, max_rows)):
+def _lines(files: tuple[Path, ...], root: Path, stamp: Any) -> Iterator[dict[str, Any]]:
+    rows = ((row, file) for file in files for row in read_rows(file))
+    for number, (row, file) in enumerate(rows):
         # Beside a metadata file, names are relative to it.
         folder = str(file.parent.relative_to(root)) if file.stem == "metadata" else ""
         fault = str(row) if isinstance(row, ValueError) else None
@@ -231,12 +224,6 @@ def _held_out(stream: IterableDataset, count: int | None) -> dict[str, IterableD
     if next(iter(train), None) is None:
         raise ValueError(f"max_eval_rows={count} holds out every row of the stream; give less")
     return {"train": train, "test": stream.take(count)}
-
-
-def _in_memory(rows: Any, count: int | None) -> Dataset:
-    if isinstance(rows, Dataset):
-        return rows if count is None else rows.take(min(count, len(rows)))
-    return Dataset.from_list(list(rows if count is None else rows.take(count)), features=rows.features)
 
 
 def _check_first_rows(rows: Any, reader: RowReader) -> None:

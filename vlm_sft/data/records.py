@@ -1,7 +1,6 @@
 """What is to be known of a row before training, found once and remembered in a file of the cache of datasets.
 
-`Look` reads one row: its `key` says what it holds, for which nothing is decoded; its `record` what a collator makes of
-it. `check_rows` looks at all rows.
+`check_rows` looks at all rows by it.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ class Record(NamedTuple):
 
 
 class Look:
-    """One row: what it holds (`key`, for which nothing is decoded), and what the collator makes of it (`record`)."""
+    """One row, as it is stored, or the exception that reading it raised: what it holds (`key`, for which nothing is
+    decoded), and what the collator makes of it (`record`)."""
 
     def __init__(self, index: int, row: Any, reader: RowReader | None) -> None:
-        """Takes the row as it is stored, or the exception that reading it raised."""
         self.index, self.name, self.reader = index, f"row {index}", reader
         self.key: bytes | None = None
         self.looked_at = False
@@ -85,7 +84,6 @@ class Look:
         return self.key is not None and not any(map(_passes, self.errors))
 
     def record(self, collator: Any) -> Record:
-        """What is to be known of the row."""
         self.decode()
         if not self.errors and collator is not None:
             try:
@@ -119,8 +117,7 @@ class Look:
                 self.errors[-1].__cause__ = error
 
     def example(self) -> dict[str, Any]:
-        assert self.decoded is not None
-        return self.decoded._asdict()
+        return self.decoded._asdict() if self.decoded else {}
 
 
 def encode_together(looks: Sequence[Look], collator: Any) -> None:
