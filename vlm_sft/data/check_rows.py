@@ -305,7 +305,7 @@ class _StreamCheck:
         look = Look(self.rows, {name: value for name, [value] in batch.items()}, self.reader)
         self.rows += 1
         if not (faults := look.record(self.collator).faults):
-            return {field: [value] for field, value in {**look.converted, **look.example()}.items()}
+            return {field: [value] for field, value in {**look.converted, **look.decoded._asdict()}.items()}
         last = f"{look.name}: {'; '.join(faults)}"
         if self.collator is None:
             raise ValueError(last)
