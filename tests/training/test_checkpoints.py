@@ -285,7 +285,7 @@ def test_a_disk_without_room_for_another_is_noticed_before_the_save(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     fill = At("on_step_begin", 3, lambda: monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10)))
-    with pytest.raises(ValueError, match=r"no room for checkpoint-4: .*checkpoint-2 takes .* 10 bytes are free"):
+    with pytest.raises(ValueError, match=r"no room for checkpoint-4: .*checkpoint-2 takes .*, 10 bytes are free"):
         train(llava, tmp_path, callbacks=[fill], save_strategy=strategy, dataset=runs.rows(4))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
@@ -447,16 +447,6 @@ def test_a_checkpoint_without_optimizer_is_refused(llava: Path, tmp_path: Path) 
     train(llava, tmp_path, save_only_model=True)
     with pytest.raises(ValueError, match="no optimizer, no scheduler, no random state"):
         latest_checkpoint(untrained(llava, tmp_path, save_only_model=True))
-
-
-def test_a_mismatch_can_be_allowed(
-    adapted: tuple[Path, dict[str, Any]], llava: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    output_dir = shutil.copytree(adapted[0], tmp_path / "out")
-    guard = SafeCheckpoints(allow_mismatch=True)
-    train(llava, output_dir, guard=guard, peft_config=lora(), seed=7, max_steps=6)
-    assert "checkpoint-4 is resumed although seed: recorded 42, now 7" in capfd.readouterr().err
-    assert verify_checkpoint(output_dir / "checkpoint-6") == []
 
 
 def test_other_versions_and_a_longer_run_are_said(broken: Path, llava: Path, capfd: pytest.CaptureFixture[str]) -> None:
