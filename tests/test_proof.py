@@ -277,6 +277,13 @@ def test_rows_checked_with_another_collator(make):
         make(data=data, checked=False).prove()
 
 
+def test_rows_checked_for_another_length(make):
+    run = make()
+    data = vlm_sft.check_rows(run.data, run.collator.with_settings(max_length=600))
+    with pytest.raises(ValueError, match="checked with a collator of other settings"):
+        make(data=data, checked=False).prove()
+
+
 def test_rows_drawn_by_another_seed(make, tmp_path):
     chats(tmp_path / "halves", train=10, test=2)
     data = vlm_sft.load_conversations(tmp_path / "halves" / "train", seed=3, max_eval_rows=2)

@@ -70,7 +70,7 @@ def check_pass(trainer: Any, collator: Any, rows: Any) -> Checked:
                 f"the rows of {name} were not checked: data = vlm_sft.check_rows(data, collator, "
                 "on_bad_rows=args.on_bad_rows), and give its result to SFTTrainer as it is"
             )
-        if checked.collator != collator.fingerprint():
+        if (checked.collator, checked.max_length) != (collator.fingerprint(), collator.settings.max_length):
             raise ValueError(
                 f"the rows of {name} were checked with a collator of other settings than the trainer's; make one "
                 "collator, and give it to check_rows and to SFTTrainer"

@@ -54,22 +54,20 @@ def guards(model: Any) -> list[TrainerCallback]:
 
 @dataclass(frozen=True)
 class Proof:
-    """What `prove` found: `facts` for the run record (subject -> sentence), `report` of the audited rows, `changes`
-    that the library made to model and trainer. `results` fills when training has ended."""
+    """What `prove` found: `facts` for the run record (subject -> sentence; "changed" is what the library changed on
+    model and trainer) and the `report` of the audited rows. `results` fills when training has ended."""
 
-    facts: dict[str, Any]
+    facts: dict[str, str]
     report: AuditReport
-    changes: Sequence[str]
     flags: Mapping[str, Any]
     held: Mapping[str, Any]  # by identity or value, to be found again when training begins
     results: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = []
-        for subject, sentence in self.facts.items():
-            text = [part for line in str(sentence).splitlines() for part in textwrap.wrap(line, 108) or [""]]
-            lines += [f"{subject if n == 0 else '':<11}{line}" for n, line in enumerate(text)]
-        return "\n".join(lines)
+        wrapped = [
+            textwrap.wrap(f"{name:<11}{text}", 120, subsequent_indent=" " * 11) for name, text in self.facts.items()
+        ]
+        return "\n".join([self.facts["trains"], *(line for lines in wrapped[1:] for line in lines)])
 
 
 class Gate(TrainerCallback):
@@ -80,7 +78,6 @@ class Gate(TrainerCallback):
 
     trainer: Any = None
     proof: Proof | None = None
-    require_stop_token: bool = True
     batch_size: int | None = None  # of the training that has begun
     ended: bool = False
 
@@ -154,7 +151,7 @@ def prove(
 
     `require_stop_token=False` for answers that shall end without one; `require_answers=False` for a run that answers no
     held-out rows (`evaluate_answers`). Trainable weights are cast to float32 here, and the trainer's steps are wrapped
-    to explain an out-of-memory error: `Proof.changes` lists all that the library changed.
+    to explain an out-of-memory error; the last line lists all that the library changed.
 
     Raises `ValueError` with what was found, what was expected, and the line or flag to change.
     """
@@ -205,8 +202,8 @@ def prove(
         "changed": "; ".join(changes) or "nothing",
     }
     shortest = report.shortest
-    proof = Proof(facts, report, changes, flags, _held(trainer, collator, plan))
-    gate.trainer, gate.proof, gate.require_stop_token = trainer, proof, require_stop_token
+    proof = Proof(facts, report, flags, _held(trainer, collator, plan))
+    gate.trainer, gate.proof = trainer, proof
     print_main(f"{proof}\n{shortest.name:<11}{draw_mask(shortest, collator.processor.tokenizer)}")
     return proof
 
@@ -323,21 +320,13 @@ def _refuse_exchanged(trainer: Any, proof: Proof, state: TrainerState) -> None:
         if rows is not held[name] or getattr(rows, "_fingerprint", None) != fingerprint:
             faults.append(f"trainer.{name} is another dataset")
     now = _settings(trainer.args)
-    faults += [
-        f"--{name} is {now[name]} and was {was}"
-        for name, was in held["args"].items()
-        if now[name] != was and name not in _MOVING
-    ]
+    faults += [f"--{name} is {now[name]} and was {was}" for name, was in held["args"].items() if now[name] != was]
     if state.max_steps != held["steps"] and state.train_batch_size == held["batch_size"]:
         faults.append(f"{state.max_steps} steps would run, {held['steps']} were planned")
     if faults:
         raise ValueError(
             f"exchanged after prove(): {'; '.join(faults)}. Change it before prove(trainer, ...), which comes last"
         )
-
-
-# Settings that the Trainer itself writes while it begins.
-_MOVING: set[str] = set()
 
 
 def _check_optimizer(optimizer: Any, model: Any) -> None:
