@@ -349,15 +349,6 @@ def test_trimmed_images_leave_with_their_exchange(tiny_processor):
     assert len(batch["pixel_values"]) == 1
 
 
-def test_dropped_rows_are_counted_and_never_all(tiny_processor, example, caplog):
-    short = {"messages": [ask("x"), answer("y")]}
-    collator = ChatCollator(tiny_processor("llava15"), max_length=30, truncation="drop")
-    assert len(collator([example, short])["labels"]) == 1
-    assert "example 0 of the batch: dropped" in caplog.text
-    with pytest.raises(ValueError, match="every row of the batch"):
-        collator([example])
-
-
 def test_reserved_tokens_in_text(tiny_processor):
     for family in tiny.FAMILIES:
         processor = tiny_processor(family)

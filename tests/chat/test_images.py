@@ -69,26 +69,14 @@ def test_half_transparency_is_mixed_with_white() -> None:
 
 
 @pytest.mark.parametrize(
-    "array",
+    ("mode", "dtype", "white"),
     [
-        RAMP.astype(np.float32),
-        RAMP * 255,
-        RAMP * 65_535,
-        (RAMP * 65_535).astype(np.uint16),
-        (RAMP * 255).astype(np.int64),
-        (RAMP * 65_535).astype(np.int32),
-        (RAMP * (2**31 - 1)).astype(np.int32),
-        (RAMP[..., None] * 255).astype(np.uint8),
+        *(("I;16", "<u2", 65_535), ("I;16B", ">u2", 65_535)),
+        *(("I", "i4", white) for white in (255, 65_535, 2**31 - 1)),
+        *(("F", "f4", white) for white in (1, 255, 65_535)),
     ],
-    ids=lambda array: f"{array.dtype} to {array.max():g}",
 )
-def test_deep_arrays_are_scaled_not_clipped(array: np.ndarray[Any, Any]) -> None:
-    assert np.abs(pixels(array)[..., 0] - RAMP * 255).max() <= 1
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
-def test_deep_pictures_are_scaled_not_clipped(mode: str) -> None:
-    dtype, white = {"I;16": ("<u2", 65_535), "I;16B": (">u2", 65_535), "I": ("i4", 65_535), "F": ("f4", 1)}[mode]
+def test_deep_images_are_scaled_not_clipped(mode: str, dtype: str, white: int) -> None:
     image = Image.fromarray((RAMP * white).astype(dtype))
     assert image.mode == mode
     assert np.abs(pixels(image)[..., 0] - RAMP * 255).max() <= 1
@@ -99,12 +87,6 @@ def test_a_16_bit_png_keeps_its_dark_half_dark() -> None:
     data = encoded(Image.fromarray(np.full((2, 2), 0x0FFF, dtype=np.uint16)))
     assert Image.open(io.BytesIO(data)).mode == "I;16"
     assert pixels(data).max() == 16  # white is the type's limit, not the picture's
-
-
-def test_arrays_with_channels() -> None:
-    np.testing.assert_array_equal(pixels(np.asarray(RGB)), np.asarray(RGB))
-    np.testing.assert_array_equal(pixels(np.asarray(see_through("RGBA")))[0, :, 0], [200, 200, 255, 255])
-    assert pixels(np.eye(3, dtype=bool)).max() == 255
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -204,11 +186,9 @@ def test_any_flipped_bytes_give_a_picture_or_a_named_fault(format: str) -> None:
         ("https://example.org/a.png", "is a URL, and nothing is fetched"),
         ("s3://bucket/a.png", "is a URL"),
         ("data:image/png;base64,AAAA", "is a URL"),
-        (np.zeros((0, 3)), r"array of shape \(0, 3\)"),
-        (np.zeros((2, 2, 5)), r"array of shape \(2, 2, 5\)"),
-        (np.full((2, 2), np.nan), "holds values from nan to nan"),
-        (np.full((2, 2), -1.0), "holds values from -1 to -1"),
-        (np.array([["a"]]), "holds <U1 values"),
+        (np.zeros((2, 2)), "the image is a ndarray; expected a PIL image"),
+        (Image.fromarray(np.full((2, 2), np.nan, dtype="f4")), "holds values from nan to nan"),
+        (Image.fromarray(np.full((2, 2), -1, dtype="i4")), "holds values from -1 to -1"),
     ],
 )
 def test_what_is_no_picture_is_named(image: Any, message: str) -> None:

@@ -1,9 +1,8 @@
 """Rows without padding: several conversations in one row, each with positions of its own.
 
-A collator with `padding_free=True` makes the row; attention then tells the conversations apart by their positions
-(transformers 5.23, `masking_utils`), which not every model does. So: `enable_padding_free` prepares the model, and
-`check_padding_free` proves on rows of the dataset that nothing changes. It pays with an attention kernel for variable
-lengths (FlashAttention); with SDPA a row of T tokens costs T squared, so there group by length instead.
+Attention tells the conversations apart by their positions (transformers 5.23, `masking_utils`), which not every model
+does: `enable_padding_free` prepares the model, `check_padding_free` proves on rows of the dataset that nothing changes.
+It pays with FlashAttention; with SDPA a row of T tokens costs T squared, so there group by length instead.
 
     collator = ChatCollator(processor, padding_free=enable_padding_free(model))
 """
@@ -41,10 +40,8 @@ def pack(dataset: Dataset, lengths: Sequence[int] | None = None, *, max_length: 
     if len(lengths) != len(dataset):
         raise ValueError(f"{len(lengths)} lengths for {len(dataset)} rows; give one for each row")
     if too_long := [n for n, length in enumerate(lengths) if length > max_length]:
-        raise ValueError(
-            f"{len(too_long)} rows are longer than max_length={max_length} (the first at {too_long[:5]}); raise it, or "
-            "leave them out"
-        )
+        found = f"{len(too_long)} rows are longer than max_length={max_length} (the first at {too_long[:5]})"
+        raise ValueError(f"{found}; raise it, or leave them out")
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # what is left in each pack, and its number, in order
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):

@@ -309,10 +309,9 @@ def _look_at_all(rows: Any, num_proc: int | None) -> list[_Finding]:
 
 
 def _too_long(record: Record, settings: Any) -> str:
-    remedy = "set truncation='trim' or 'drop'" if settings.truncation == "error" else "leave the row out"
     return (
         f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
-        f"{settings.max_length}; raise it, or {remedy}"
+        f"{settings.max_length}; raise it, set truncation='trim', or drop the row"
     )
 
 
