@@ -66,14 +66,14 @@ class AuditReport:
 def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_token: bool = True) -> AuditReport:
     """The report on `num_rows` rows, evenly spread over `rows` (the first ones of a stream).
 
-    Proved for each row: something is trained, and nothing but answers; each answer reads as in its message and ends
-    with its stop token (or is cut by `max_length`); the tokens before the first and before the last trained answer,
-    BOS and images included, are those of `processor.apply_chat_template(..., add_generation_prompt=True,
-    tokenize=True)` on the messages before it (the last one's text suffices: generation may have cut its tokens
-    elsewhere). They cannot be where the processor itself writes a longer conversation differently, or without stop
-    tokens (LLaVA-1.5): such prompts are counted, and only BOS compared.
+    Proved for each row: something is trained, and nothing but answers; each reads as in its message and ends with its
+    stop token (or is cut by `max_length`); the tokens before the first and the last trained answer, BOS and images
+    included, are those of `processor.apply_chat_template(..., add_generation_prompt=True, tokenize=True)` on the
+    messages before it (before the last, the text suffices: generation may have cut its tokens elsewhere). Where the
+    processor itself writes a longer conversation differently, or without stop tokens (LLaVA-1.5), they cannot be: such
+    prompts are counted, and only BOS compared.
 
-    `require_stop_token=False` says that answers are trained without one, for captions; one that has it is then a fault.
+    `require_stop_token=False`: answers are trained without one, as captions are; one that has it is then a fault.
     Raises `ValueError` naming the rows.
     """
     examples = [{**row, "row": row.get("row", place)} for place, row in _sample(rows, num_rows)]
@@ -113,20 +113,14 @@ def check_embedding(rows: Sequence[EncodedRow], model: Any) -> None:
 
 def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
     """One forward on the row, said in a sentence; the model itself refuses another number of image tokens than of
-    image features. Its modes are left as they were.
-
-    Raises `ValueError` naming the row where the model refuses it or its loss is not finite.
-    """
+    image features. Raises `ValueError` naming the row where it does, or where its loss is not finite."""
     if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "not run: the model is sharded (DeepSpeed ZeRO-3)"
     batch = collator.with_settings(name_rows=False)([row.conversation._asdict()])
     inputs = {key: value.to(model.device) for key, value in batch.items()}
     try:
-        with (
-            evaluating(model),
-            torch.no_grad(),
-            torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32),
-        ):
+        autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
+        with evaluating(model), torch.no_grad(), autocast:
             loss = float(model(**inputs, use_cache=False).loss)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{row.name}: the model refuses it: {error}") from error

@@ -73,8 +73,7 @@ class EncodedRow:
 
     `rendered` has the image placeholders not yet expanded; `text` is what the tokenizer saw, and `offsets` [T, 2] and
     `turns`, all answers with their stop tokens, are characters of it. `tokens` holds the per-token model inputs, each
-    [T]; `image` [T] marks the tokens that images bring.
-    """
+    [T]; `image` [T] marks the tokens that images bring."""
 
     name: str
     number: int | None
@@ -109,8 +108,8 @@ class ChatCollator:
     """Turns rows with `messages` and `images` into model inputs with `labels` [B, T].
 
     The loss covers each assistant turn and the stop token that ends it, from the exact place where the generation
-    prompt ends at inference. Never trained: padding (identified by the attention mask, so it works when pad is EOS) and
-    every token that an image brings. BOS is there once, as at inference.
+    prompt ends at inference. Never trained: padding (told by the attention mask, so that pad may be EOS) and every
+    token that an image brings. BOS is there once, as at inference.
 
     - `train_on`: `"assistant"` (every answer; a message with `"train": False` is left out), `"last_assistant"`, or
       `"all"` (everything but padding and images).
@@ -118,10 +117,9 @@ class ChatCollator:
       their images, then cuts the tail of the answer that is left (which then has no stop token), never an image.
     - `chat_template_kwargs`, `stop_token`: see `ChatTemplate`.
     - `reserved_tokens`: control tokens typed as text are an `"error"`, or `"escape"` makes them plain text.
-    - `padding_free`: one row [1, T] of all conversations with `position_ids` that begin again with each, and no
-      attention mask (see `vlm_sft.chat.packing`, whose packs it takes as well).
-    - `name_rows`: adds `rows` [B], where every example has a number in the column `row`, for `StopOnNaN`, which names
-      them and takes them out before the model sees them.
+    - `padding_free`: one row [1, T] of all conversations (or packs), whose `position_ids` begin again with each, and no
+      attention mask: see `vlm_sft.chat.packing`.
+    - `name_rows`: adds `rows` [B], the column `row` where every example has it, for `StopOnNaN`, which takes it out.
     - `image_in_every_batch`: a batch without an image gets one more row, with a blank one, on which nothing is trained:
       processes that share a model wait for each other, also at the layers of the tower (FSDP, ZeRO-3; DDP where tower
       or projector train). None is yes where several processes train.
@@ -263,9 +261,8 @@ class ChatCollator:
     def _label(
         self, row: EncodedRow, tokens: dict[str, Tensor], offsets: Tensor, replacements: Replacements
     ) -> EncodedRow:
-        """The row with its labels; tokens that hold the start of a trained answer inside are cut there.
-
-        Raises unless each trained answer ends with its stop token: offsets and ids then speak of the same text."""
+        """The row with its labels; tokens that hold the start of a trained answer inside are cut there. Raises unless
+        each trained answer ends with its stop token: offsets and ids then speak of the same text."""
         text, turns = _expand(row.rendered, replacements)
         row = replace(row, text=text, tokens=tokens, offsets=offsets, turns=turns)
         start, end = offsets.unbind(-1)

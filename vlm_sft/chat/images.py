@@ -29,9 +29,7 @@ def to_rgb(image: Any, *, max_pixels: int | None = None) -> PILImage:
 
     Takes a PIL image, encoded bytes, or the `{"bytes", "path"}` dict of `datasets.Image(decode=False)`. More than 8
     bits per pixel and floats are scaled, not clipped. Of an animation, the first frame. An image of more than
-    `max_pixels` is made smaller, its shape kept.
-
-    Raises `ValueError` saying what is wrong with the image; the argument is left as it is.
+    `max_pixels` is made smaller, its shape kept. Raises `ValueError` saying what is wrong with the image.
     """
     opened = open_image(image)
     try:
@@ -48,8 +46,8 @@ def to_rgb(image: Any, *, max_pixels: int | None = None) -> PILImage:
 def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = False) -> PILImage:
     """The image with its header read and, unless it came decoded, its pixels not yet.
 
-    A file path (or a dict with a path and no bytes) is opened only with a `folder`, to which it is relative and which
-    it must not leave, links followed, unless `allow_outside` is set.
+    A file path (or a dict with a path and no bytes) is relative to `folder`, without which none is opened, and which it
+    must not leave, links followed, unless `allow_outside` is set.
 
     Raises `ValueError` for what is not an image, more than `MAX_DECODED_PIXELS`, and every path that is not allowed.
     """
@@ -63,13 +61,10 @@ def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = 
             opened = _from_file(BytesIO(source), _name(image))
         case str() | Path():
             opened = _from_file(_allowed(str(source), folder, allow_outside), _name(image))
-        case None:
-            raise ValueError("the image is None; give an image, or drop it together with its image part")
         case _:
-            kind = type(source).__name__
-            raise ValueError(
-                f"the image is a {kind}; expected a PIL image, encoded bytes or a {{'bytes', 'path'}} dict"
-            )
+            found = "None" if source is None else f"a {type(source).__name__}"
+            expected = "a PIL image, encoded bytes or a {'bytes', 'path'} dict"
+            raise ValueError(f"the image is {found}; expected {expected}, or no image part for it")
     if math.prod(opened.size) > MAX_DECODED_PIXELS:
         found = f"{_name(image)} has {opened.width} x {opened.height} pixels"
         raise ValueError(f"{found}; at most {MAX_DECODED_PIXELS:,} are decoded: make it smaller")
@@ -123,8 +118,7 @@ def _rgb(image: PILImage) -> PILImage:
 
 
 def _to_8_bits(image: PILImage) -> PILImage:
-    """Scaled to 8 bits. White is 65,535 in 16 bits, else the first of 1 (floats), 255, 65,535, 2**31 - 1 that no value
-    exceeds."""
+    """Scaled to 8 bits; white is 65,535 of 16 bits, else the first of `_WHITES` that no value exceeds, 1 for floats only."""
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= _WHITES[-1]):  # also false for NaN
@@ -142,10 +136,8 @@ def _from_file(file: BytesIO | str, name: str) -> PILImage:
     except UnidentifiedImageError:
         with BytesIO(file.getvalue()) if isinstance(file, BytesIO) else open(file, "rb") as again:
             start = again.read(12)
-        if not start:
-            raise ValueError(f"{name} is empty (0 bytes); replace the file or leave the row out") from None
-        found = f"is not an image that can be read: it begins with {start!r}"
-        raise ValueError(f"{name} {found}; expected {', '.join(FORMATS)}: replace the file") from None
+        what = f"not an image that can be read: it begins with {start!r}" if start else "empty (0 bytes)"
+        raise ValueError(f"{name} is {what}; expected {', '.join(FORMATS)}: replace the file") from None
     except Exception as error:
         raise _damaged(name, error) from None
 

@@ -33,7 +33,6 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
     Content given as a string becomes one text part. Fields that are None (Arrow fills structs with them) count as
     absent. An image part takes the image it holds (`image`), else the one at its `index`, else the next one. Where
     every content is a plain string, the images stand in front of the first user message, as in TRL's own data format.
-
     Raises `ValueError` naming message, part, what was found, and what to do.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence):
@@ -72,8 +71,7 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
 
 
 def check_turns(messages: Sequence[Message]) -> None:
-    """Raises `ValueError` unless the messages read: at most one system message, then user and assistant in turn,
-    an assistant at the end."""
+    """Raises `ValueError` unless user and assistant alternate after at most one system message, an assistant last."""
     roles = [message["role"] for message in messages]
     first = int(roles[0] == "system")
     for number, role in enumerate(roles[first:], first):
@@ -91,8 +89,7 @@ def guard_reserved(messages: Sequence[Message], reserved: re.Pattern[str], *, es
     """The messages, free of reserved tokens typed as text; with `escape` a word joiner (U+2060) is put after the
     first character of each, so that the model reads the text and the tokenizer sees no token.
 
-    Raises `ValueError` naming message and token, also for a token that two neighbouring parts form together.
-    """
+    Raises `ValueError` naming message and token, also for one that two neighbouring parts form together."""
 
     def escaped(_: int, text: str) -> str:
         return reserved.sub(lambda token: token[0][0] + _WORD_JOINER + token[0][1:], text)
@@ -125,9 +122,8 @@ def text_of(message: Message) -> str:
 def split_turns(conversation: Conversation) -> list[Conversation]:
     """One conversation per assistant message, each ending with it and holding the images up to there.
 
-    For templates that render an earlier assistant turn differently from the last one (thinking models): train each
-    piece with `train_on="last_assistant"`.
-    """
+    For templates that render an earlier answer differently from the last one (thinking models): train each piece with
+    `train_on="last_assistant"`."""
     messages, images = conversation
     ends = [number for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
     return [Conversation(messages[:end], images[: count_images(messages[:end])]) for end in ends]

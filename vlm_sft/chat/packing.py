@@ -72,8 +72,8 @@ def check_padding_free(model: Any, collator: ChatCollator, rows: Sequence[Mappin
     """The largest difference of a trained token's loss between the first two rows (of packs, the rows in them) in a
     padded batch and in one row. The model should be on its device and in its precision.
 
-    Raises `ValueError` where it is more than the rounding of this precision, which is what padding itself changes: the
-    model then mixes the conversations of a row, or attends to images in both directions (Gemma).
+    Raises `ValueError` where it is more than the rounding of this precision: the model then mixes the conversations of
+    a row, or attends to images in both directions (Gemma).
     """
     rows = [row for example in rows for row in example.get("packed", [example])][:2]
     padded, flat = (

@@ -56,7 +56,6 @@ class ChatTemplate:
 
     `stop_token`: `"auto"` keeps the one the template writes and inserts EOS after an answer where it writes none
     (LLaVA-1.5); a token to insert instead; `None` inserts nothing.
-
     Raises `ValueError` for a processor without a chat or a pad token, and for a stop token that is unknown.
     """
 
@@ -93,11 +92,11 @@ class ChatTemplate:
     ) -> Rendered:
         """The conversation as it is trained on, with the span of each assistant message.
 
-        A span starts where the generation prompt ends, so that training and inference meet at the same character.
-        Where the template writes the header of an answer with other white space than its generation prompt
-        (LLaVA-OneVision), the generation prompt's is used. A span ends with the last added token that the template
-        writes after the answer; where there is none (LLaVA-1.5), the stop token to insert takes the place of the white
-        space there, as in the original LLaVA (`conv_vicuna_v1`, haotian-liu/LLaVA llava/conversation.py).
+        A span starts where the generation prompt ends, so that training and inference meet at the same character; where
+        the template writes the header of an answer with other white space (LLaVA-OneVision), the prompt's is used. It
+        ends with the last added token that the template writes after the answer; where there is none (LLaVA-1.5), the
+        stop token to insert takes the place of the white space there, as in the original LLaVA (`conv_vicuna_v1`,
+        haotian-liu/LLaVA llava/conversation.py).
 
         Raises `ValueError` where the template refuses the messages, leaves out a text, or renders a message of
         `trained` differently from its generation prompt (thinking templates).
@@ -192,10 +191,8 @@ class ChatTemplate:
         """The stop token of a one-turn conversation as it is trained on, if it has one.
 
         Raises `ValueError` where the template writes another one than `stop_token`."""
-        messages = [
-            {"role": role, "content": [{"type": "text", "text": text}]}
-            for role, text in (("user", "x"), ("assistant", "y"))
-        ]
+        word = [{"type": "text", "text": "x"}]
+        messages = [{"role": role, "content": word} for role in ("user", "assistant")]
         found = tuple(turn.stop for turn in self.locate(messages, {1}).turns if turn.stop)
         if self.stop_token not in ("auto", None) and found != (self.stop_token,):
             raise ValueError(
