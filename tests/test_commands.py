@@ -37,7 +37,7 @@ def test_audit_takes_what_it_took() -> None:
 
 
 def test_check_takes_what_it_took() -> None:
-    given = ["--dataset", "d", "--split", "s", "--allow_outside", "--max_rows", "3", "--model", "m"]
+    given = ["--dataset", "d", "--split", "s", "--model", "m"]
     given += ["--max_length", "99", "--num_proc", "2", "--to_jsonl", "faults.jsonl"]
     assert parsed("check", *given) == {
         "command": "check",
@@ -46,8 +46,6 @@ def test_check_takes_what_it_took() -> None:
         "columns": None,
         "image_folder": None,
         "split": "s",
-        "allow_outside": True,
-        "max_rows": 3,
         "max_length": 99,
         "num_proc": 2,
         "to_jsonl": "faults.jsonl",

@@ -113,8 +113,8 @@ def test_a_run_leaves_what_it_promises(name: str, trained: Callable[[str], Run])
     told = json.loads((finished.output / "run.json").read_text("utf-8"))
     assert told["results"].items() >= json.loads(json.dumps(finished.metrics)).items()
     assert told["results"]["train_runtime"] > 0
-    assert "64 audited" in told["audit"]["rows"] or told["data"]["train"]["rows"] < 64
-    assert bool(told["model"]["quantized"]) == (name not in NOT_IN_4_BIT)
+    assert "64 audited" in told["proof"]["audited"] or told["data"]["train"]["rows"] < 64
+    assert (told["proof"]["quantized"] != "nothing") == (name not in NOT_IN_4_BIT)
     assert told["data"]["train"]["rows"] > told["data"]["test"]["rows"] > 0
 
 

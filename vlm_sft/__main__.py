@@ -12,15 +12,9 @@ from typing import Any
 def audit(options: argparse.Namespace) -> None:
     """What would be trained: each token of some rows, as the model's processor has them."""
     from vlm_sft.chat.audit import audit
-    from vlm_sft.chat.collator import ChatCollator
-    from vlm_sft.data.datasets import load_conversations
     from vlm_sft.evaluation.pages import write_audit_html
-    from vlm_sft.models.loading import load_processor
 
-    where = {"columns": options.columns, "image_folder": options.image_folder}
-    rows = load_conversations(options.dataset, eval_fraction=0, **where)["train"]
-    collator = ChatCollator(load_processor(options.model), train_on=options.train_on)
-    report = audit(collator, rows, num_rows=options.num_rows)
+    report = audit(_collator(options.model, train_on=options.train_on), _rows(options), num_rows=options.num_rows)
     print(report)
     if options.html:
         write_audit_html(report, options.html)
@@ -30,20 +24,29 @@ def check(options: argparse.Namespace) -> int:
     """Is every row as it should be? The bad rows of a dataset, by reason."""
     if options.max_length and not options.model:
         raise ValueError("--max_length counts tokens, so it needs --model")
-    from vlm_sft.chat.collator import ChatCollator
     from vlm_sft.data.check_rows import check_report
-    from vlm_sft.data.datasets import load_conversations
-    from vlm_sft.models.loading import load_processor
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or the tokenizer warns in each process
-    where = {name: getattr(options, name) for name in ("split", "columns", "image_folder", "allow_outside", "max_rows")}
-    rows = load_conversations(options.dataset, eval_fraction=0, **where)["train"]
-    collator = ChatCollator(load_processor(options.model), max_length=options.max_length) if options.model else None
-    report = check_report(rows, collator, num_proc=options.num_proc)
+    collator = _collator(options.model, max_length=options.max_length) if options.model else None
+    report = check_report(_rows(options, split=options.split), collator, num_proc=options.num_proc)
     print(report)
     if options.to_jsonl:
         report.to_jsonl(options.to_jsonl)
     return 1 if report.faults else 0
+
+
+def _rows(options: argparse.Namespace, **which: Any) -> Any:
+    from vlm_sft.data.datasets import load_conversations
+
+    where = {"columns": options.columns, "image_folder": options.image_folder}
+    return load_conversations(options.dataset, eval_fraction=0, **where, **which)["train"]
+
+
+def _collator(model: str, **settings: Any) -> Any:
+    from vlm_sft.chat.collator import ChatCollator
+    from vlm_sft.models.loading import load_processor
+
+    return ChatCollator(load_processor(model), **settings)
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -85,40 +88,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vlm_sft", description="Commands around a run of vlm_sft.")
     commands = parser.add_subparsers(required=True, metavar="audit|check|merge|memory|tiny")
-
-    def flags_of(command: Callable[[argparse.Namespace], int | None]) -> Callable[..., Any]:
+    flags = {}
+    for command in (audit, check, merge, memory, tiny):
         added = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         added.set_defaults(command=command)
-        return added.add_argument
-
-    for command in (audit, check):
-        flag = flags_of(command)
-        flag("--model", required=command is audit, help="Hub id or folder; only its processor is loaded")
+        flags[command.__name__] = added.add_argument
+    for name in ("audit", "check"):
+        flag = flags[name]
+        flag("--model", required=name == "audit", help="Hub id or folder; only its processor is loaded")
         flag("--dataset", required=True, help="Hub id, file or folder")
         flag("--columns", nargs="*", metavar="FIELD=COLUMN", help="as in prompt=question")
         flag("--image_folder", help="what file names in rows are relative to")
-        if command is audit:
-            flag("--train_on", default="assistant", choices=["assistant", "last_assistant", "all"])
-            flag("--num_rows", type=int, default=64, help="how many rows, evenly spread")
-            flag("--html", metavar="FILE", help="write a page with each row's images and tokens")
-        else:
-            flag("--split", default="train")
-            flag("--allow_outside", action="store_true", help="let file names lead out of the image folder")
-            flag("--max_rows", type=int, help="check the first rows only")
-            flag("--max_length", type=int, help="rows of more tokens are bad (needs --model)")
-            flag("--num_proc", type=int, help="processes (default: one per core)")
-            flag("--to_jsonl", metavar="FILE", help="write the faults, one on each line")
-
-    flag = flags_of(merge)
+    flag = flags["audit"]
+    flag("--train_on", default="assistant", choices=["assistant", "last_assistant", "all"])
+    flag("--num_rows", type=int, default=64, help="how many rows, evenly spread")
+    flag("--html", metavar="FILE", help="write a page with each row's images and tokens")
+    flag = flags["check"]
+    flag("--split", default="train")
+    flag("--max_length", type=int, help="rows of more tokens are bad (needs --model)")
+    flag("--num_proc", type=int, help="processes (default: one per core)")
+    flag("--to_jsonl", metavar="FILE", help="write the faults, one on each line")
+    flag = flags["merge"]
     flag("adapter", metavar="ADAPTER", help="the folder that training saved the adapter in")
     flag("out", metavar="OUT", help="a folder that does not exist yet")
     flag("--base", choices=["as-trained", "original"], default="as-trained", help="the weights to merge into")
     flag("--base_model", help="where the base is now, if it has moved")
     flag("--dtype", choices=["float32", "float16", "bfloat16"], help="of the result; by default the base's in training")
-    flag("--tolerance", type=float, help="relative error of the logits that is allowed")
     flag("--trust_remote_code", action="store_true", help="run code from the base's repository")
-
-    flag = flags_of(memory)
+    flag = flags["memory"]
     flag("--model", help="Hub id or folder; only its config is read")
     flag("--table", action="store_true", help="the table of docs/scaling.md")
     flag("--method", choices=["qlora", "lora", "full"], default="qlora")
@@ -130,8 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw")
     flag("--no_checkpointing", dest="checkpointing", action="store_false", help="without activation checkpointing")
     flag("--gpu_memory", type=float, help="GiB of each GPU (default: this machine's, or 80)")
-
-    flag = flags_of(tiny)
+    flag = flags["tiny"]
     flag("family", metavar="FAMILY", help="such as llava15 or qwen2_5_vl; a wrong name lists them all")
     flag("folder", metavar="DIR", help="a new or empty folder")
     return parser

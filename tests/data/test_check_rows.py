@@ -153,7 +153,7 @@ def test_all_splits_are_reported_together_by_name(collator: ChatCollator) -> Non
     data = splits(with_one_too_many(rows, 7), with_one_too_many(rows, 3))
     with pytest.raises(
         ValueError,
-        match=r"(?s)^train: 30 rows checked .*1 bad.*row 7.*\ntest: 30 rows.*1 bad.*row 3.*on_bad_rows='drop'",
+        match=r"(?s)^train: 30 rows checked .*1 bad.*row 7.*\ntest: 30 rows.*1 bad.*row 3.*--on_bad_rows drop",
     ):
         check_rows(data, collator)
 

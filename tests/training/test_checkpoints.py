@@ -285,7 +285,7 @@ def test_a_disk_without_room_for_another_is_noticed_before_the_save(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     fill = At("on_step_begin", 3, lambda: monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10)))
-    with pytest.raises(ValueError, match=r"no room for checkpoint-4: .*checkpoint-2 takes .* 10 bytes are free"):
+    with pytest.raises(ValueError, match=r"no room for checkpoint-4: .*checkpoint-2 takes .*, 10 bytes are free"):
         train(llava, tmp_path, callbacks=[fill], save_strategy=strategy, dataset=runs.rows(4))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 

@@ -8,7 +8,7 @@ import matplotlib.figure
 import pytest
 from PIL import Image
 
-from vlm_sft.training.plots import plot_loss
+from vlm_sft.training.reports import plot_loss
 
 HISTORY = [
     {"step": 1, "loss": 4.0, "learning_rate": 1e-3},

@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig
 from trl import SFTConfig
 
 from vlm_sft.chat.audit import audit
@@ -30,19 +29,11 @@ def report(path: Path, **options) -> tuple[dict, str]:
     return json.loads(text), text
 
 
-def test_run_json_tells_what_was_quantized_and_trained(tmp_path, tiny_model):
-    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head"])
-    model = tiny_model("llava15", quantization_config=quantized)
+def test_run_json_tells_data_sizes_and_machine(tmp_path, tiny_model):
+    model = tiny_model("llava15")
     lora = LoraConfig(target_modules=r"model\.language_model.*\.[qv]_proj")
     data = {"train": runs.rows(8), "eval": runs.rows(3)}
     found, _ = report(tmp_path, model=get_peft_model(model, lora), datasets=data, results={"eval_loss": 1.5})
-    layers = "base_model.model.model.language_model.layers.*"
-    assert found["model"]["trained"] == {
-        f"{layers}.self_attn.{name}.lora_{half}.default.weight": 2 for name in ("q_proj", "v_proj") for half in "AB"
-    }
-    assert found["model"]["quantized"][f"{layers}.self_attn.q_proj.base_layer.weight"] == 2
-    assert found["model"]["quantized"][f"{layers}.mlp.up_proj.weight"] == 2
-    assert not any("lm_head" in name or "norm" in name for name in found["model"]["quantized"])
     assert found["model"]["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = tiny_model("llava15").num_parameters()
     assert found["model"]["parameters"] == whole + found["model"]["trainable_parameters"]
@@ -98,10 +89,10 @@ def test_run_json_names_the_commit_of_the_script(tmp_path, tiny_model, monkeypat
     for verb in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *verb], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert report(tmp_path, model=model)[0]["git"] == {"commit": commit, "changed_files": 0}
+    assert report(tmp_path, model=model)[0]["git"] == commit
     script.write_text("print()")
     (script.parent / "outputs").write_text("not of the repository")
-    assert report(tmp_path, model=model)[0]["git"] == {"commit": commit, "changed_files": 1}
+    assert report(tmp_path, model=model)[0]["git"] == f"{commit}-dirty"
 
 
 def finished(folder: Path, base: Path, *, dataset_name: str, results: dict, **options) -> tuple[dict, ModelCard, str]:
@@ -112,7 +103,14 @@ def finished(folder: Path, base: Path, *, dataset_name: str, results: dict, **op
     checked = audit(ChatCollator(load_processor(base)), runs.rows(4), num_rows=2).facts()
     settings = {"dataset_name": dataset_name, "model_name_or_path": str(base)}
     data = {"train": runs.rows(8), "test": runs.rows(3)}
-    write_reports(trainer, settings=settings, datasets=data, results=results, facts={"audit": checked})
+    facts = {"trains": "language   DoRA\nhead       -", "audit": checked}
+    write_reports(
+        trainer,
+        settings=settings,
+        datasets=data,
+        results=results,
+        facts=facts,
+    )
     card = ModelCard.load(folder / "README.md")
     return json.loads((folder / "run.json").read_text()), card, (folder / "README.md").read_text()
 
@@ -143,17 +141,14 @@ def test_model_card_tells_data_method_and_results_and_its_lines_run(tiny_dir, tm
     for line in (
         "| train | 8 |",
         "| test | 3 |",
-        "| adapters | DoRA, r 4, alpha 8, dropout 0.0 |",
-        "| base | float32 |",
-        "| rows a step | 2 |",
-        "| steps | 4 (1 epochs) |",
+        "optimizer  adamw_torch_fused",
+        "trains     language   DoRA",
+        "           head       -",
         "| eval_loss | 1.25 |",
         "| eval_exact_match | 0.75 |",
         "- TRL: 1.16.0",
     ):
         assert line in lines
-    trainable = run["model"]["trainable_parameters"]
-    assert f"| trained | {trainable:,} of {run['model']['parameters']:,} parameters |" in lines
     for absent in (str(tmp_path), str(tiny_dir("llava15").parent), token, "None", "text-generation", "eval_runtime"):
         assert absent not in text
 
@@ -175,7 +170,6 @@ def test_model_card_of_a_full_model_and_local_data(tmp_path):
         tmp_path / "run", base, dataset_name=str(tmp_path / "secret" / "rows.jsonl"), results={"eval_loss": 1.0}
     )
     assert "Fine-tuned from `my_base` on `rows.jsonl` with" in text
-    assert "| adapters | none, the weights themselves |" in text
     assert card.data.library_name == "transformers"
     assert card.data.datasets is None
     assert str(tmp_path) not in text

@@ -1,27 +1,22 @@
 """`check_rows`: each row is read, decoded and encoded once before training: which would fail or teach nothing, and why.
 
 It adds the columns `length`, `image_tokens` and `trained_tokens`, leaves bad rows out on request, and remembers what it
-found of each row, so that a second start decodes only what is new. Call it on what `load_conversations` returns, with
-the collator of the training.
+found of each row, so that a second start decodes only what is new.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import os
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
 
-import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
@@ -30,7 +25,7 @@ from tqdm.auto import tqdm
 
 from vlm_sft.common import restore_rng, rng_state
 from vlm_sft.data.records import Look, Record, cache_file, encode_together, read_cache, write_cache
-from vlm_sft.data.rows import COLUMNS, STREAMS, RowReader, reader_of, unpacked
+from vlm_sft.data.rows import COLUMNS, RowReader, reader_of, unpacked
 from vlm_sft.distributed import print_main
 
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
@@ -42,8 +37,7 @@ Data = TypeVar("Data")
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a row: `index` is its place in the dataset that was checked, `row` its name. A repetition is
-    no error: it only weighs twice."""
+    """What is wrong with a row: its place in the checked dataset, its name. A repetition is not an error."""
 
     index: int
     row: str
@@ -59,7 +53,7 @@ class Fault:
 @dataclass(frozen=True)
 class CheckReport:
     """`faults` in the order of the rows; `repairs` counts the images that are read differently from how they are
-    stored; `columns` holds the tokens of each row (0 for bad ones); `known` rows were remembered from before."""
+    stored; `columns` holds the tokens of each row (0 for bad ones); `known` rows were remembered."""
 
     rows: int
     checked_with: str
@@ -76,7 +70,7 @@ class CheckReport:
 
     @property
     def bad_rows(self) -> int:
-        return len({fault.index for fault in self.faults})
+        return self.rows - len(self.keep)
 
     @property
     def errors(self) -> int:
@@ -100,15 +94,13 @@ class CheckReport:
 
     def to_jsonl(self, path: str | Path) -> None:
         """Writes a line for each fault: index, row, reason, detail."""
-        with Path(path).open("w", encoding="utf-8") as file:
-            for fault in self.faults:
-                file.write(json.dumps({**asdict(fault), "reason": fault.reason}, ensure_ascii=False) + "\n")
+        lines = (json.dumps({**asdict(fault), "reason": fault.reason}, ensure_ascii=False) for fault in self.faults)
+        Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Checked:
-    """How a dataset went through `check_rows`: with which collator (its fingerprint, and `max_length` beside it), and
-    of how many rows how many were bad, and known from before."""
+    """How a dataset went through `check_rows`: with which collator (its fingerprint, and `max_length` beside it)."""
 
     on_bad_rows: str
     collator: str
@@ -118,16 +110,13 @@ class Checked:
     cached: int | None = None
 
 
-_CHECKED: dict[str, Checked] = {}
-_CHECKED_STREAMS: WeakKeyDictionary[IterableDataset, Checked] = WeakKeyDictionary()
+_CHECKED: dict[str, Checked] = {}  # by fingerprint; a stream, which has none, holds its own as `checked`
 
 
 def rows_checked(dataset: Any) -> Checked | None:
     """How this very dataset, or the one that `pack` packed, went through `check_rows`; None if it did not."""
     dataset = unpacked(dataset)
-    if isinstance(dataset, IterableDataset):
-        return _CHECKED_STREAMS.get(dataset)
-    return _CHECKED.get(getattr(dataset, "_fingerprint", ""))
+    return getattr(dataset, "checked", None) or _CHECKED.get(getattr(dataset, "_fingerprint", ""))
 
 
 def check_rows(
@@ -154,74 +143,64 @@ def check_rows(
     """
     if on_bad_rows not in ("error", "drop", "ignore"):
         raise ValueError(f"on_bad_rows={on_bad_rows!r}; expected 'error', 'drop' or 'ignore'")
+    drop = on_bad_rows == "drop"
     splits: dict[str, Any] = dict(data) if isinstance(data, dict) else {"": data}
-    streams = {name: rows for name, rows in splits.items() if isinstance(rows, IterableDataset)}
-    stored = {name: rows for name, rows in splits.items() if name not in streams and on_bad_rows != "ignore"}
-    made_by = _fingerprint(collator)
-    reports = {name: _report(rows, collator, made_by, num_proc) for name, rows in stored.items()}
-    text = "\n".join(f"{name}: {report}" if name else str(report) for name, report in reports.items())
-    errors = sum(report.errors for report in reports.values())
-    if on_bad_rows == "error" and errors:
-        raise ValueError(f"{text}\nfix these rows, or leave them out with on_bad_rows='drop'")
-    if on_bad_rows == "drop" and errors > max_bad_fraction * sum(report.rows for report in reports.values()):
-        raise ValueError(f"{text}\nmore than max_bad_fraction={max_bad_fraction} of the rows are bad; fix them")
-    if any(report.faults for report in reports.values()):
-        bad, rows = (sum(getattr(report, of) for report in reports.values()) for of in ("bad_rows", "rows"))
-        dropped = f"{bad:,} of {rows:,} rows are left out."
-        print_main(f"{dropped if on_bad_rows == 'drop' else 'These rows stay (drop leaves them out):'}\n{text}")
-    mark = functools.partial(Checked, on_bad_rows, made_by, collator.settings.max_length)
-    for name, rows in splits.items():
-        if name in reports:
-            report = reports[name]
-            checked = _with_columns(rows, report.columns)
-            if on_bad_rows == "drop" and report.faults:
-                checked = checked.select(report.keep)
-            splits[name] = checked
-            _CHECKED[checked._fingerprint] = mark(report.rows, report.bad_rows, report.known)
-        elif name in streams:
-            if on_bad_rows != "ignore":
-                splits[name] = _checked_stream(rows, collator if on_bad_rows == "drop" else None, max_bad_fraction)
-            _CHECKED_STREAMS[splits[name]] = mark()
+    stored = {name: rows for name, rows in splits.items() if not isinstance(rows, IterableDataset)}
+    looked_at = {} if on_bad_rows == "ignore" else stored
+    reports = {name: check_report(rows, collator, num_proc=num_proc) for name, rows in looked_at.items()}
+    text = "\n".join(f"{name}: {report}".removeprefix(": ") for name, report in reports.items())
+    rows, bad, errors = (sum(getattr(r, of) for r in reports.values()) for of in ("rows", "bad_rows", "errors"))
+    if errors > (max_bad_fraction * rows if drop else 0):
+        why = f"more than max_bad_fraction={max_bad_fraction} of the rows are bad; fix them"
+        raise ValueError(f"{text}\n{why if drop else 'fix these rows, or leave them out with --on_bad_rows drop'}")
+    if bad:
+        print_main(f"{f'{bad:,} of {rows:,} rows are left out.' if drop else 'These rows stay:'}\n{text}")
+    for name, split in splits.items():
+        counts: tuple[int, ...] = ()
+        if report := reports.get(name):
+            split = _with_columns(split, report.columns)
+            split = split.select(report.keep) if drop and report.faults else split
+            counts = (report.rows, report.bad_rows, report.known)
+        elif name not in stored and on_bad_rows != "ignore":
+            rows_of, reader = getattr(split, "stored", (split, None))
+            check = _StreamCheck(reader, collator if drop else None, max_bad_fraction)
+            names = rows_of.column_names or [*next(iter(rows_of))]
+            split = rows_of.map(check, batched=True, batch_size=1, remove_columns=names)
+        checked = Checked(on_bad_rows, str(collator.fingerprint()), collator.settings.max_length, *counts)
+        if isinstance(split, IterableDataset):
+            vars(split)["checked"] = checked
         else:
-            _CHECKED[rows._fingerprint] = mark()
+            _CHECKED[split._fingerprint] = checked
+        splits[name] = split
     return type(data)(splits) if isinstance(data, dict) else splits[""]
 
 
 def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None) -> CheckReport:
     """What is wrong with which of `rows`, a dataset or a list; without a collator, of their texts and images alone."""
-    return _report(rows, collator, _fingerprint(collator), num_proc)
-
-
-def _report(rows: Any, collator: Any, made_by: str, num_proc: int | None) -> CheckReport:
     if not hasattr(rows, "__len__") or not len(rows):
         raise ValueError("the dataset to check has no row, or streams; load it with streaming=False")
     start = time.monotonic()
-    cache = cache_file(made_by)
-    known = read_cache(cache)
-    findings = _look_at_all(_Rows(rows, collator, known), num_proc)
-    if fresh := {key: record for finding in findings for key, record in finding.fresh}:
+    cache = cache_file("" if collator is None else str(collator.fingerprint()))
+    findings = _look_at_all(_Rows(rows, collator, read_cache(cache)), num_proc)
+    if fresh := {key: record for finding in findings for key, record in finding.fresh.items()}:
         write_cache(cache, fresh)
     faults: list[Fault] = []
     seen: dict[bytes, str] = {}
-    for finding in findings:
-        index, name, key, record, *_ = finding
+    for index, name, key, record, *_ in findings:
         faults += [Fault(index, name, detail) for detail in record.faults]
         # A row that a mixture draws again has the same name, and is meant.
         if key and not record.faults and (first := seen.setdefault(key, name)) != name:
             faults.append(Fault(index, name, f"repeats {first}; drop one of them", is_error=False))
-    repairs = Counter(repair for finding in findings for repair in finding.record.repairs)
-    columns = {
-        name: [0 if finding.record.faults else getattr(finding.record, name) for finding in findings]
-        for name in COLUMNS
-    }
+    records = [finding.record for finding in findings]
+    repairs = Counter(repair for record in records for repair in record.repairs)
+    columns = {name: [0 if record.faults else getattr(record, name) for record in records] for name in COLUMNS}
     with_what = "no model's processor" if collator is None else type(collator.processor).__name__
-    remembered = sum(finding.known for finding in findings)
-    seconds = time.monotonic() - start
+    known, seconds = sum(finding.known for finding in findings), time.monotonic() - start
     print_main(
-        f"{len(rows):,} rows checked in {seconds:,.0f} s ({len(rows) / seconds:,.0f} rows a second), {remembered:,} of "
-        "them known from before"
+        f"{len(rows):,} rows checked in {seconds:,.0f} s ({len(rows) / seconds:,.0f} rows a second), {known:,} of them "
+        "known from before"
     )
-    return CheckReport(len(rows), with_what, tuple(faults), dict(repairs.most_common()), columns, remembered)
+    return CheckReport(len(rows), with_what, tuple(faults), dict(repairs.most_common()), columns, known)
 
 
 class _Finding(NamedTuple):
@@ -230,7 +209,7 @@ class _Finding(NamedTuple):
     key: bytes | None  # what the row holds; None where it holds no conversation
     record: Record
     known: bool
-    fresh: tuple[tuple[bytes, Record], ...]  # what is to be remembered
+    fresh: dict[bytes, Record]  # what is to be remembered
 
 
 class _Rows:
@@ -246,10 +225,10 @@ class _Rows:
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> list[_Finding]:
-        rows = self.stored.__getitems__(indices) if self.reader else [self._read(index) for index in indices]
-        looks = [self._look(index, row) for index, row in zip(indices, rows, strict=True)]
+        rows = self.stored.__getitems__(indices) if self.reader else map(self._read, indices)
+        looks = [Look(index, row, self.reader) for index, row in zip(indices, rows, strict=True)]
         encode_together([look for look in looks if look.key and look.key not in self.known], self.encoder)
-        return [self._finding(index, look) for index, look in zip(indices, looks, strict=True)]
+        return [self._finding(look) for look in looks]
 
     def _read(self, index: int) -> Any:
         try:
@@ -257,35 +236,25 @@ class _Rows:
         except Exception as error:  # a transform may raise anything
             return error
 
-    def _look(self, index: int, row: Any) -> Look:
-        look = Look(f"row {index}", self.reader)
-        try:
-            look.read(row)
-        except Exception as error:
-            look.errors.append(error)
-        return look
-
-    def _finding(self, index: int, look: Look) -> _Finding:
+    def _finding(self, look: Look) -> _Finding:
         fresh: dict[bytes, Record] = {}
 
-        def record_of(key: bytes, collator: Any) -> Record:
-            if (record := self.known.get(key)) is None:
+        def record_of(key: bytes | None, collator: Any) -> Record:
+            if key is None or (record := self.known.get(key)) is None:
                 record = look.record(collator)
-                fresh.update({key: record} if look.lasts else {})
+                fresh.update({key: record} if key and look.lasts else {})
             return record
 
-        if look.key is None:
-            return _Finding(index, look.name, None, look.record(None), False, ())
-        record, known = record_of(look.key, self.encoder), look.key in self.known
-        limit = self.collator and self.collator.settings.max_length
-        if limit and record.length > limit:
-            if self.collator.settings.truncation == "trim":
-                trimmed = hashlib.blake2b(look.key + b"trim%d" % limit, digest_size=16).digest()
+        record, settings = record_of(look.key, self.encoder), self.collator and self.collator.settings
+        if look.key and settings and settings.max_length and record.length > settings.max_length:
+            if settings.truncation == "trim":
                 look.encoded = None
-                record, known = record_of(trimmed, self.collator), known and trimmed in self.known
+                record = record_of(look.key + b"trim%d" % settings.max_length, self.collator)
             else:
-                record = record._replace(faults=(_too_long(record, self.collator.settings),))
-        return _Finding(index, look.name, look.key, record, known, tuple(fresh.items()))
+                told = f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
+                remedy = "raise it, set truncation='trim', or drop the row"
+                record = record._replace(faults=[f"{told}{settings.max_length}; {remedy}"])
+        return _Finding(look.index, look.name, look.key, record, bool(look.key) and not look.looked_at, fresh)
 
 
 def _look_at_all(rows: Any, num_proc: int | None) -> list[_Finding]:
@@ -308,31 +277,20 @@ def _look_at_all(rows: Any, num_proc: int | None) -> list[_Finding]:
     return sorted(gather_object(findings), key=lambda finding: finding.place)
 
 
-def _too_long(record: Record, settings: Any) -> str:
-    return (
-        f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
-        f"{settings.max_length}; raise it, set truncation='trim', or drop the row"
-    )
-
-
 def _with_columns(rows: Dataset, columns: Mapping[str, list[int]]) -> Dataset:
-    """The rows with these columns. To selected rows, `add_column` (datasets 5.2) would first write anew, images and
-    all; where their numbers tell the place of each, the columns go to the whole, and they are selected again."""
-    # As stored: with a transform, `add_column` may write what that makes.
-    how, rows = rows.format, rows.with_format(None)
+    """The rows with these columns. `add_column` (datasets 5.2) would write selected rows anew, images and all: where
+    their numbers tell the place of each, the columns go to the whole, and the rows are selected again."""
+    how, rows = rows.format, rows.with_format(None)  # as stored: `add_column` may write what a transform makes
     rows = rows.remove_columns([name for name in columns if name in rows.column_names])
-    whole, chosen = Dataset(rows.data, info=rows.info), None
-    if "row" in rows.column_names:
-        place = {number: n for n, number in enumerate(whole["row"][:])}
-        if len(place) == len(whole):
-            chosen = [place[number] for number in rows["row"][:]]
-    added = rows if chosen is None else whole
+    chosen: Sequence[int] = range(len(rows))
+    whole = Dataset(rows.data, info=rows.info)
+    place = {number: n for n, number in enumerate(whole["row"][:])} if "row" in rows.column_names else {}
+    if len(place) == len(whole):
+        rows, chosen = whole, [place[number] for number in rows["row"][:]]
     for name, values in columns.items():
-        column = np.zeros(len(added), dtype=np.int64)
-        column[... if chosen is None else chosen] = values
-        added = added.add_column(name, column.tolist())
-    added = added if chosen is None else added.select(chosen)
-    return added.with_format(how["type"], **how["format_kwargs"])
+        of_row = dict(zip(chosen, values, strict=True))
+        rows = rows.add_column(name, [of_row.get(n, 0) for n in range(len(rows))])
+    return rows.select(chosen).with_format(how["type"], **how["format_kwargs"])
 
 
 class _StreamCheck:
@@ -344,36 +302,18 @@ class _StreamCheck:
         self.rows = self.dropped = 0
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        [row] = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        look = Look(f"row {self.rows}", self.reader)
+        look = Look(self.rows, {name: value for name, [value] in batch.items()}, self.reader)
         self.rows += 1
-        try:
-            look.read(row)
-        except ValueError as error:
-            look.errors.append(error)
         if not (faults := look.record(self.collator).faults):
             return {field: [value] for field, value in {**look.converted, **look.example()}.items()}
-        name = look.name
+        last = f"{look.name}: {'; '.join(faults)}"
         if self.collator is None:
-            raise ValueError(f"{name}: {'; '.join(faults)}")
+            raise ValueError(last)
         self.dropped += 1
         if self.rows >= 100 and self.dropped > self.max_bad_fraction * self.rows:
-            raise ValueError(
-                f"{self.dropped} of the first {self.rows} rows are bad, more than max_bad_fraction="
-                f"{self.max_bad_fraction}; fix them. The last is {name}: {faults[0]}"
-            )
+            limit = f"max_bad_fraction={self.max_bad_fraction}; fix them. The last is {last}"
+            raise ValueError(f"{self.dropped} of the first {self.rows} rows are bad, more than {limit}")
         if self.dropped == 1 or self.dropped % 100 == 0:
-            last = f"the last is {name}: {faults[0]}"
-            print(f"{self.dropped} of {self.rows} rows of the stream are left out; {last}", file=sys.stderr, flush=True)
+            told = f"{self.dropped} of {self.rows} rows of the stream are left out; the last is {last}"
+            print(told, file=sys.stderr, flush=True)
         return {field: [] for field in ("messages", "images", "row")}
-
-
-def _checked_stream(stream: IterableDataset, collator: Any, max_bad_fraction: float) -> IterableDataset:
-    stored, reader = STREAMS.get(stream, (stream, None))
-    names = stored.column_names or [*next(iter(stored))]
-    check = _StreamCheck(reader, collator, max_bad_fraction)
-    return stored.map(check, batched=True, batch_size=1, remove_columns=names)
-
-
-def _fingerprint(collator: Any) -> str:
-    return "" if collator is None else str(collator.fingerprint())

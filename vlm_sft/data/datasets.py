@@ -6,6 +6,7 @@ loader's workers. Images are read only inside the image folder: nothing in a row
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -24,7 +25,7 @@ from vlm_sft.chat.messages import normalise
 from vlm_sft.data import formats
 from vlm_sft.data import rows as reading
 from vlm_sft.data.formats import TEXT_SUFFIXES, Columns, closest, layout_of, read_rows
-from vlm_sft.data.rows import LINES, STREAMS, Change, ImageFolder, RowReader, lines
+from vlm_sft.data.rows import LINES, Change, ImageFolder, RowReader, named
 
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 FIRST_ROWS = 8  # looked at while loading
@@ -33,9 +34,6 @@ _KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(TEXT_SUFFIXE
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 
 NUMBER = {"row": LINES["row"]}
-
-Source = Any
-"""A tuple of text files, a `Dataset`, or an `IterableDataset`."""
 
 
 def load_conversations(
@@ -51,8 +49,6 @@ def load_conversations(
     to_conversation: Change | None = None,
     image_folder: str | Path | None = None,
     allow_outside: bool = False,
-    max_pixels: int | None = None,
-    max_rows: int | None = None,
     max_eval_rows: int | None = None,
     seed: int = 0,
 ) -> DatasetDict | IterableDatasetDict:
@@ -61,50 +57,46 @@ def load_conversations(
     Reads a Hub dataset; a folder written by `save_to_disk`; a Parquet, Arrow, JSON, JSON-lines, CSV or TSV file, or a
     folder of them, split by their names; a folder of images with a `metadata.jsonl`. Conversations may be `messages`,
     LLaVA's and ShareGPT's `conversations`, or prompt and response; `columns` says so where yours have other names:
-    `{"prompt": "frage", "response": "antwort", "images": "bild"}`, or `["prompt=frage", ...]` as flags write it.
+    `["prompt=question", "images=photo"]`, as flags write it, or a dict.
 
-    - `to_conversation`: a function of your own from a stored row to a dict of `messages` and `images`, used where
-      no `columns` are given.
+    - `to_conversation`: from a stored row to a dict of `messages` and `images`, used where no `columns` are given.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
       none, `max_eval_rows` rows do, drawn with `seed`, but at most a fifth of all; without a number `eval_fraction` of
       them, where 0 makes none.
-    - `max_rows`: only the first rows of each split. `max_eval_rows`: at most so many in "test", which must be there.
+    - `max_eval_rows`: at most so many in "test", which must be there.
     - `streaming`: "train" is an `IterableDataset` in the order of the source; "test" a `Dataset` in memory of
       `max_eval_rows` rows, the first ones where the source has no split for it.
     - `image_folder`: what file names in rows are relative to; the folder of the data unless given. Files outside it
       are refused unless `allow_outside` is set, URLs always.
-    - `max_pixels`: larger images are made smaller, their shape kept.
 
     Raises `ValueError` for a path or folder that does not exist, a column that is not there, a split without rows, and
-    where none of the first rows can be read. One bad row among good ones raises when it is read; `check_rows` finds
-    them all.
+    where none of the first rows can be read. A bad row among good ones raises when it is read.
     """
     if image_folder and not Path(image_folder).expanduser().is_dir():
         raise ValueError(f"image_folder={str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
-    path = Path(name_or_path).expanduser()
+    path, name = Path(name_or_path).expanduser(), str(name_or_path)
     root = path if path.is_dir() else path.parent if path.exists() else Path(constants.HF_HUB_CACHE)
-    with _named_faults(name_or_path if path.exists() else f"{name_or_path} (no such path, so taken for a Hub id)"):
-        sources = (
-            _local_sources(path, streaming=streaming)
-            if path.exists()
-            else _hub_sources(str(name_or_path), config_name=config_name, revision=revision, streaming=streaming)
-        )
-    read_from = Path(image_folder).expanduser() if image_folder else root
-    reader = RowReader(ImageFolder(read_from, allow_outside, max_pixels), None if columns else to_conversation)
+    with _named_faults(name if path.exists() else f"{name} (no such path, so taken for a Hub id)"):
+        if path.exists():
+            sources = _local_sources(path, streaming=streaming)
+        elif name.count("/") > 1 or name.startswith((".", "~")) or path.suffix.lower() in _KINDS:
+            raise ValueError("it does not exist; give the path of a file or folder, or the id of a Hub dataset")
+        else:
+            sources = dict(datasets.load_dataset(name, name=config_name, revision=revision, streaming=streaming))
     wanted = {"train": split}
     if found := eval_split or next((name for name in EVAL_SPLITS if name in sources and name != split), None):
         wanted["test"] = found
-    if missing := [name for name in wanted.values() if name not in sources]:
-        raise ValueError(
-            f"{name_or_path} has no split {missing[0]!r}{closest(missing[0], [*sources])}; found {', '.join(sources)}"
-        )
+    read_from = ImageFolder(Path(image_folder).expanduser() if image_folder else root, allow_outside)
     stored: dict[str, Any] = {}
     readers: dict[str, RowReader] = {}
-    for key, name in wanted.items():
-        with _named_faults(f"{name_or_path}, split {name!r}"):
-            stored[key], names = _stored(sources[name], root, max_rows, streaming)
-            layout = None if reader.change else layout_of(names, columns)
-            readers[key] = replace(reader, layout=layout)
+    for key, wanted_split in wanted.items():
+        with _named_faults(f"{name}, split {wanted_split!r}"):
+            if wanted_split not in sources:
+                near = closest(wanted_split, [*sources])
+                raise ValueError(f"no split {wanted_split!r}{near}; found {', '.join(sources)}")
+            stored[key], names = _stored(sources[wanted_split], root, streaming)
+            how = (None, layout_of(names, columns)) if columns or not to_conversation else (to_conversation, None)
+            readers[key] = RowReader(read_from, *how)
             _check_first_rows(stored[key], readers[key])
     if "test" not in stored and eval_fraction:
         rows = stored["train"]
@@ -112,29 +104,33 @@ def load_conversations(
         drawn_by = seed if "test" in stored and not streaming else None
         readers["test"] = readers["train"] = replace(readers["train"], seed=drawn_by)
     if max_eval_rows is not None and "test" not in stored:
-        raise ValueError(f"{name_or_path}: one row, and none to hold out; give more rows, or an eval_split")
+        raise ValueError(f"{name}: one row, and none to hold out; give more rows, or an eval_split")
     if "test" in stored:
-        stored["test"] = _in_memory(stored["test"], max_eval_rows)
+        test, count = stored["test"], max_eval_rows
+        if isinstance(test, Dataset):
+            stored["test"] = test if count is None else test.take(min(count, len(test)))
+        else:
+            rows = list(test if count is None else test.take(count))
+            stored["test"] = Dataset.from_list(rows, features=test.features)
+    splits = {key: rows.with_transform(readers[key]) for key, rows in stored.items() if isinstance(rows, Dataset)}
     if not streaming:
-        return DatasetDict({key: rows.with_transform(readers[key]) for key, rows in stored.items()})
-    columns_read = stored["train"].column_names or [*next(iter(stored["train"]))]
-    train = stored["train"].map(readers["train"].read, remove_columns=columns_read)
-    STREAMS[train] = (stored["train"], readers["train"])
-    test = {"test": stored["test"].with_transform(readers["test"])} if "test" in stored else {}
-    return IterableDatasetDict({"train": train, **test})
+        return DatasetDict(splits)
+    names = stored["train"].column_names or [*next(iter(stored["train"]))]
+    train = stored["train"].map(readers["train"].read, remove_columns=names)
+    vars(train)["stored"] = (stored["train"], readers["train"])  # for `check_rows`: an error ends a mapped stream
+    return IterableDatasetDict({"train": train, **splits})
 
 
 @contextmanager
 def _named_faults(name: str | Path) -> Iterator[None]:
-    """Whatever goes wrong in reading `name`, as a `ValueError` that says why: each layer below has its own exceptions,
-    and `DatasetGenerationError` keeps the reason to itself."""
+    """Whatever goes wrong, as a `ValueError` that names the file and why, which `DatasetGenerationError` does not."""
     try:
         yield
     except Exception as error:
         raise ValueError(f"{name}: {error.__cause__ or error}") from error
 
 
-def _local_sources(path: Path, *, streaming: bool) -> dict[str, Source]:
+def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
     """Splits of a folder written by `save_to_disk`, of a data file, or of a folder of data files, told by their names.
 
     Raises `ValueError` for a path that holds no data, or data of several kinds.
@@ -162,14 +158,7 @@ def _local_sources(path: Path, *, streaming: bool) -> dict[str, Source]:
     return dict(datasets.load_dataset(kinds.pop(), data_files=data_files, streaming=streaming))
 
 
-def _hub_sources(name: str, *, config_name: str | None, revision: str | None, streaming: bool) -> dict[str, Source]:
-    """Splits of a Hub dataset. Raises `ValueError` for what looks like a path, which then does not exist."""
-    if name.count("/") > 1 or name.startswith((".", "~")) or Path(name).suffix.lower() in _KINDS:
-        raise ValueError("it does not exist; give the path of a file or folder, or the id of a Hub dataset")
-    return dict(datasets.load_dataset(name, name=config_name, revision=revision, streaming=streaming))
-
-
-def _stored(source: Source, root: Path, max_rows: int | None, streaming: bool) -> tuple[Any, list[str]]:
+def _stored(source: Any, root: Path, streaming: bool) -> tuple[Any, list[str]]:
     """The source with the column `row`, images left encoded; and the names of its own columns."""
     if isinstance(source, tuple):
         first = islice((row for file in source for row in read_rows(file)), 64)
@@ -178,17 +167,14 @@ def _stored(source: Source, root: Path, max_rows: int | None, streaming: bool) -
             raise ValueError("no row is an object with columns; expected {'messages': [...], ...} and the like")
         # By the stamp the cache sees that the files, or the code that reads them, have changed.
         stamp = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*source, *_CODE))
-        how = {"files": source, "root": root, "max_rows": max_rows, "stamp": stamp}
         kind: Any = IterableDataset if streaming else Dataset
+        how = {"files": source, "root": root, "stamp": stamp}
         return kind.from_generator(_lines, features=LINES, gen_kwargs=how), names
     if streaming:
         unread = source.decode(False) if source.features else source
         names = [name for name in source.column_names or next(iter(unread), {}) if name != "row"]
         known = source.features and Features({name: _undecode(source.features[name]) for name in names} | NUMBER)
-        numbered = unread.select_columns(names).map(_number, with_indices=True, features=known)
-        return numbered if max_rows is None else numbered.take(max_rows), names
-    if max_rows is not None:
-        source = source.take(min(max_rows, len(source)))
+        return unread.select_columns(names).map(_number, with_indices=True, features=known), names
     if not len(source):
         raise ValueError("it has no row")
     source = source.remove_columns(["row"] if "row" in source.column_names else [])
@@ -198,14 +184,13 @@ def _stored(source: Source, root: Path, max_rows: int | None, streaming: bool) -
     return unread.add_column("row", list(range(len(unread))), feature=NUMBER["row"]), source.column_names
 
 
-def _lines(files: tuple[Path, ...], root: Path, max_rows: int | None, stamp: Any) -> Iterator[dict[str, Any]]:
-    def read() -> Iterator[tuple[Any, str]]:
-        for file in files:
-            # Beside a metadata file, names are relative to it.
-            folder = str(file.parent.relative_to(root)) if file.stem == "metadata" else ""
-            yield from ((row, folder) for row in read_rows(file))
-
-    yield from lines(islice(read(), max_rows))
+def _lines(files: tuple[Path, ...], root: Path, stamp: Any) -> Iterator[dict[str, Any]]:
+    rows = ((row, file) for file in files for row in read_rows(file))
+    for number, (row, file) in enumerate(rows):
+        # Beside a metadata file, names are relative to it.
+        folder = str(file.parent.relative_to(root)) if file.stem == "metadata" else ""
+        fault = str(row) if isinstance(row, ValueError) else None
+        yield {"json": None if fault else json.dumps(row), "fault": fault, "folder": folder, "row": number}
 
 
 def _number(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -228,10 +213,7 @@ def _drawn(rows: Dataset, fraction: float, most: int | None, seed: int) -> dict[
         return {"train": rows}
     count = round(fraction * len(rows)) if most is None else min(most, len(rows) // 5)
     test = set(random.Random(seed).sample(range(len(rows)), max(1, count)))
-    return {
-        "train": rows.select([n for n in range(len(rows)) if n not in test]),
-        "test": rows.select(sorted(test)),
-    }
+    return {"train": rows.select([n for n in range(len(rows)) if n not in test]), "test": rows.select(sorted(test))}
 
 
 def _held_out(stream: IterableDataset, count: int | None) -> dict[str, IterableDataset]:
@@ -244,25 +226,15 @@ def _held_out(stream: IterableDataset, count: int | None) -> dict[str, IterableD
     return {"train": train, "test": stream.take(count)}
 
 
-def _in_memory(rows: Any, count: int | None) -> Dataset:
-    if isinstance(rows, Dataset):
-        return rows if count is None else rows.take(min(count, len(rows)))
-    return Dataset.from_list(list(rows if count is None else rows.take(count)), features=rows.features)
-
-
 def _check_first_rows(rows: Any, reader: RowReader) -> None:
     """Raises `ValueError` unless one of the first rows reads: a wrong column or folder shows in all of them."""
     faults = []
-    for row in rows.take(FIRST_ROWS) if isinstance(rows, IterableDataset) else rows.take(min(FIRST_ROWS, len(rows))):
+    for row in rows.take(FIRST_ROWS if isinstance(rows, IterableDataset) else min(FIRST_ROWS, len(rows))):
         try:
             read = reader.read(row)
+            with named(row):
+                normalise(read["messages"], read["images"])
+            return
         except ValueError as error:
             faults.append(str(error))
-            continue
-        try:
-            normalise(read["messages"], read["images"])
-        except ValueError as error:
-            faults.append(f"row {row['row']}: {error}")
-        else:
-            return
     raise ValueError(f"none of the first {len(faults)} rows can be read. {faults[0]}" if faults else "it has no row")

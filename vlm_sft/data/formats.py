@@ -7,12 +7,14 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-PLACEHOLDER = "<image>"
+_PLACEHOLDER = re.compile("\n?<image>\n?")
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 FIELDS = ("messages", "prompt", "response", "system", "history", "images")
+FLAGS = "--columns messages=... or prompt=... response=... images=..."
 Layout = dict[str, tuple[str, ...]]
 """Which columns hold each of `FIELDS`; more than one for `prompt` alone."""
 
@@ -29,20 +31,16 @@ _KNOWN: tuple[Layout, ...] = (
 )
 _IMAGES = ("images", "image", "file_names", "file_name")
 _BETWEEN = re.compile(r"[\s,]*")
-
-
 Columns = Mapping[str, str | Sequence[str]] | Sequence[str]
 
 
 def layout_of(found: Sequence[str], columns: Columns | None = None) -> Layout:
     """Where the parts of a conversation are among the columns found: as `columns` says, else as the common formats do.
 
-    `columns` maps `FIELDS` to column names, as in `{"prompt": ["instruction", "input"], "response": "output"}`, or as a
-    command's flags do: `["prompt=instruction", "prompt=input", "response=output"]`.
-    Raises `ValueError` with the columns found, the closest match and the remedy.
+    `columns` says which columns hold each of `FIELDS`, as flags do (`["prompt=instruction", "prompt=input"]`) or as a
+    dict. Raises `ValueError` with the columns found, the closest match and the remedy.
     """
-    columns = columns if isinstance(columns, Mapping) else _named(columns or ())
-    layout = {field: (name,) if isinstance(name, str) else tuple(name) for field, name in columns.items()}
+    layout = _layout(columns or ())
     faults = [
         f"{field!r} is not a field{closest(field, FIELDS)}; fields are {', '.join(FIELDS)}"
         for field in layout.keys() - set(FIELDS)
@@ -53,33 +51,34 @@ def layout_of(found: Sequence[str], columns: Columns | None = None) -> Layout:
         for name in names
         if name not in found
     ]
+    if "messages" not in layout and len({"prompt", "response"} & layout.keys()) == 1:
+        faults.append("'prompt' and 'response' go together; name both")
     if faults:
-        raise ValueError(f"columns={dict(columns)}: {'; '.join(faults)}. Columns found: {', '.join(found)}")
-    if not {"messages", "prompt", "response"} & layout.keys():
+        raise ValueError(f"--columns: {'; '.join(faults)}. Columns found: {', '.join(found)}")
+    if not {"messages", "prompt"} & layout.keys():
         known = next((k for k in _KNOWN if {name for names in k.values() for name in names} <= set(found)), None)
         if known is None:
             raise ValueError(
                 f"no column of conversations among {', '.join(found)}{closest('messages', found)}; expected messages, "
-                "conversations, or prompt and response; name yours with columns={'messages': ...} or "
-                "columns={'prompt': ..., 'response': ...}"
+                f"conversations, or prompt and response: name yours with {FLAGS}, or edit to_conversation"
             )
         layout |= known
         layout |= {field: (field,) for field in ("system", "history") if "prompt" in known and field in found}
-    elif "messages" not in layout and not {"prompt", "response"} <= layout.keys():
-        raise ValueError(f"columns={dict(columns)}: 'prompt' and 'response' go together; name both")
     if "images" not in layout and (images := next((name for name in _IMAGES if name in found), None)):
         layout["images"] = (images,)
     return layout
 
 
-def _named(pairs: Sequence[str]) -> dict[str, list[str]]:
-    named: dict[str, list[str]] = {}
-    for pair in pairs:
+def _layout(columns: Columns) -> Layout:
+    if isinstance(columns, Mapping):
+        return {field: (name,) if isinstance(name, str) else tuple(name) for field, name in columns.items()}
+    layout: Layout = {}
+    for pair in columns:
         field, _, name = pair.partition("=")
         if not name:
-            raise ValueError(f"columns: {pair!r} names no column; expected FIELD=COLUMN, as in prompt=question")
-        named.setdefault(field, []).append(name)
-    return named
+            raise ValueError(f"--columns: {pair!r} names no column; expected FIELD=COLUMN, as in prompt=question")
+        layout[field] = (*layout.get(field, ()), name)
+    return layout
 
 
 def to_messages(row: Mapping[str, Any], layout: Layout) -> Any:
@@ -91,10 +90,8 @@ def to_messages(row: Mapping[str, Any], layout: Layout) -> Any:
     if "messages" in layout:
         messages = row.get(layout["messages"][0])
         if isinstance(messages, str):
-            try:
+            with suppress(ValueError):
                 messages = json.loads(messages)
-            except ValueError:
-                return messages
         return [_message(message) for message in messages] if isinstance(messages, list) else messages
     values = {field: row.get(names[0]) for field, names in layout.items()}
     prompts = [row.get(name) for name in layout["prompt"]]
@@ -119,10 +116,9 @@ def to_images(row: Mapping[str, Any], layout: Layout) -> list[Any]:
 
 
 def read_rows(path: Path) -> Iterator[Any]:
-    """Each row of a JSON array, of JSON lines, or of a CSV or TSV file (all strings).
+    """Each row of a JSON array, of JSON lines, or of a CSV or TSV file (all strings), in the memory of one row.
 
-    Memory is that of one row, however long the file. A line that is not JSON comes as the `ValueError` that says so.
-    Raises `ValueError` where an array cannot be read on.
+    A line that is not JSON comes as the `ValueError` that says so. Raises `ValueError` where an array is broken.
     """
     if path.suffix.lower() in (".csv", ".tsv"):
         import pandas as pd  # half a second, for CSV alone
@@ -178,7 +174,7 @@ def _message(message: Any) -> Any:
         sender = fields.pop("from")
         fields = {"role": _ROLES.get(str(sender), sender), "content": fields.pop("value"), **fields}
     content = fields.get("content")
-    if isinstance(content, str) and PLACEHOLDER in content and fields.get("role") != "assistant":
+    if isinstance(content, str) and "<image>" in content and fields.get("role") != "assistant":
         fields["content"] = _parts(content)
     return fields
 
@@ -186,15 +182,9 @@ def _message(message: Any) -> Any:
 def _parts(text: str) -> list[dict[str, Any]]:
     """LLaVA sets the placeholder on a line of its own; the chat template brings its own line break."""
     parts: list[dict[str, Any]] = []
-    pieces = text.split(PLACEHOLDER)
-    for number, piece in enumerate(pieces):
-        if number > 0:
-            parts.append({"type": "image"})
-            piece = piece.removeprefix("\n")
-        if number < len(pieces) - 1:
-            piece = piece.removesuffix("\n")
-        if piece:
-            parts.append({"type": "text", "text": piece})
+    for number, piece in enumerate(_PLACEHOLDER.split(text)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece else []
     return parts
 
 

@@ -1,7 +1,6 @@
 """What is to be known of a row before training, found once and remembered in a file of the cache of datasets.
 
-`Look` reads one row: its `key` says what it holds, for which nothing is decoded; its `record` what a collator makes of
-it. `check_rows` looks at all rows.
+`check_rows` looks at all rows by it.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from PIL.Image import Image as PILImage
 from vlm_sft.chat.collator import IGNORE_INDEX, EncodedRow
 from vlm_sft.chat.images import MAX_DECODED_PIXELS, repairs_of, to_rgb
 from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, normalise, text_of
-from vlm_sft.data.rows import COLUMNS, ImageFolder, RowReader
+from vlm_sft.data.rows import ImageFolder, RowReader
 from vlm_sft.distributed import print_main
 
 MAX_ASPECT = 200  # Qwen's processors refuse what is longer, LLaVA's cut it to a stripe
@@ -44,24 +43,28 @@ class Record(NamedTuple):
     length: int = 0
     image_tokens: int = 0
     trained_tokens: int = 0
-    faults: tuple[str, ...] = ()
-    repairs: tuple[str, ...] = ()
+    faults: Sequence[str] = ()
+    repairs: Sequence[str] = ()
 
 
 class Look:
-    """One row: what it holds (`key`, for which nothing is decoded), and what the collator makes of it (`record`)."""
+    """One row, as it is stored, or the exception that reading it raised: what it holds (`key`, for which nothing is
+    decoded), and what the collator makes of it (`record`)."""
 
-    def __init__(self, name: str, reader: RowReader | None) -> None:
-        self.name, self.reader = name, reader
+    def __init__(self, index: int, row: Any, reader: RowReader | None) -> None:
+        self.index, self.name, self.reader = index, f"row {index}", reader
         self.key: bytes | None = None
         self.looked_at = False
         self.decoded: Conversation | None = None
         self.encoded: EncodedRow | None = None
         self.errors: list[Exception] = []
         self.repairs: list[str] = []
+        try:
+            self._read(row)
+        except Exception as error:
+            self.errors.append(error)
 
-    def read(self, row: Any) -> None:
-        """Takes the row as it is stored. Raises what is wrong with it before an image is opened."""
+    def _read(self, row: Any) -> None:
         if isinstance(row, Exception):
             raise row
         self.name = f"row {row['row']}" if row.get("row") is not None else self.name
@@ -78,20 +81,19 @@ class Look:
     @property
     def lasts(self) -> bool:
         """Whether what was found will be found again: not so where a disk or the memory failed."""
-        return not any(map(_passes, self.errors))
+        return self.key is not None and not any(map(_passes, self.errors))
 
     def record(self, collator: Any) -> Record:
-        """What is to be known of the row."""
         self.decode()
         if not self.errors and collator is not None:
             try:
                 self.encoded = row = self.encoded or collator.encode([self.example()])[0][0]
                 if trained := int((row.labels != IGNORE_INDEX).sum()):
-                    return Record(len(row), int(row.image.sum()), trained, (), tuple(self.repairs))
+                    return Record(len(row), int(row.image.sum()), trained, (), self.repairs)
                 self.errors.append(ValueError("no token is left to train on; give it an answer that is not blank"))
             except Exception as error:  # a chat template or a processor may raise anything; the pass continues
                 self.errors.append(error)
-        return Record(0, 0, 0, tuple(map(_words, self.errors)), tuple(self.repairs))
+        return Record(0, 0, 0, [*map(_words, self.errors)], self.repairs)
 
     def decode(self) -> None:
         """Decodes the images, once; keeps what is wrong with texts and images."""
@@ -100,30 +102,22 @@ class Look:
         self.looked_at = True
         try:
             opened = self.reader.open(self.converted) if self.reader else self.converted
-            conversation = normalise(opened.get("messages"), opened.get("images"))
+            messages, images = normalise(opened.get("messages"), opened.get("images"))
         except Exception as error:
             self.errors.append(error)
             return
-        self.errors += map(ValueError, _text_faults(conversation.messages))
-        images = []
-        for number, image in enumerate(conversation.images):
+        self.errors += map(ValueError, _text_faults(messages))
+        self.decoded = Conversation(messages, [])
+        for number, image in enumerate(images):
             try:
                 self.repairs += repairs_of(image)
-                images.append(decoded := to_rgb(image))
+                self.decoded.images.append(_shown(to_rgb(image)))
             except ValueError as error:
                 self.errors.append(ValueError(f"images[{number}]: {error}"))
                 self.errors[-1].__cause__ = error
-                continue
-            shape = f"images[{number}]: {decoded.width} x {decoded.height} pixels"
-            if min(decoded.size) == 1:
-                self.errors.append(ValueError(f"{shape} show nothing; replace the image or drop the row"))
-            elif max(decoded.size) > MAX_ASPECT * min(decoded.size):
-                self.errors.append(ValueError(f"{shape} are beyond {MAX_ASPECT} to 1; crop the image or drop the row"))
-        self.decoded = Conversation(conversation.messages, images)
 
     def example(self) -> dict[str, Any]:
-        assert self.decoded is not None
-        return self.decoded._asdict()
+        return self.decoded._asdict() if self.decoded else {}
 
 
 def encode_together(looks: Sequence[Look], collator: Any) -> None:
@@ -146,23 +140,32 @@ def _identity(image: Any, folder: ImageFolder | None) -> bytes:
     """Equal for equal images: by their encoded bytes, their file with its size and time, or their pixels."""
     if isinstance(image, Mapping):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    data: bytes | bytearray = b""
+    about = repr(image) if isinstance(image, str) else type(image).__name__
     if isinstance(image, (str, Path)) and folder:
-        target = os.path.realpath(os.path.join(folder.path, image))
-        try:
-            found = os.stat(target)
-        except (OSError, ValueError):
-            return f"no file {target!r}".encode()
-        return f"file {target!r} {found.st_size} {found.st_mtime_ns}".encode()
-    if isinstance(image, PILImage):
-        about = (image.mode, image.size, image.getpalette(), sorted(map(repr, image.info.items())))
-        try:
-            pixels = image.tobytes() if math.prod(image.size) <= MAX_DECODED_PIXELS else b""
-        except Exception:  # one that was opened and is damaged
-            pixels = b""
-        return repr(about).encode() + hashlib.blake2b(pixels).digest()
-    if isinstance(image, np.ndarray):
-        return f"{image.dtype} {image.shape}".encode() + hashlib.blake2b(image.tobytes()).digest()
-    return hashlib.blake2b(image if isinstance(image, (bytes, bytearray)) else repr(image).encode()).digest()
+        about = os.path.realpath(os.path.join(folder.path, image))
+        with suppress(OSError, ValueError):  # such as no file
+            found = os.stat(about)
+            about = f"{about!r} {found.st_size} {found.st_mtime_ns}"
+    elif isinstance(image, PILImage):
+        about = repr((image.mode, image.size, image.getpalette(), sorted(map(repr, image.info.items()))))
+        with suppress(Exception):  # one that was opened and is damaged
+            data = image.tobytes() if math.prod(image.size) <= MAX_DECODED_PIXELS else b""
+    elif isinstance(image, np.ndarray):
+        about, data = f"{image.dtype} {image.shape}", image.tobytes()
+    else:
+        data = image if isinstance(image, (bytes, bytearray)) else repr(image).encode()
+    return about.encode("utf-8", "backslashreplace") + hashlib.blake2b(data).digest()
+
+
+def _shown(image: PILImage) -> PILImage:
+    """The image. Raises `ValueError` for one that shows nothing."""
+    shape = f"{image.width} x {image.height} pixels"
+    if min(image.size) == 1:
+        raise ValueError(f"{shape} show nothing; replace the image or drop the row")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{shape} are beyond {MAX_ASPECT} to 1; crop the image or drop the row")
+    return image
 
 
 def _text_faults(messages: Sequence[Message]) -> Iterator[str]:
@@ -191,11 +194,9 @@ def _words(error: Exception) -> str:
 
 def _passes(error: BaseException | None) -> bool:
     """Whether an error came of a disk or of memory, and may not come again."""
-    while error is not None:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    if error is None or isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+        return error is not None
+    return _passes(error.__cause__ or error.__context__)
 
 
 @functools.cache
@@ -222,10 +223,8 @@ def read_cache(file: Path) -> dict[bytes, Record]:
     if not file.is_file():
         return {}
     try:
-        columns = pq.read_table(file).to_pydict()
-        faults, repairs = (map(tuple, columns[name]) for name in ("faults", "repairs"))
-        numbers = (columns[name] for name in COLUMNS)
-        return dict(zip(columns["key"], map(Record, *numbers, faults, repairs), strict=True))
+        found = pq.read_table(file).to_pydict()
+        return {key: Record(*json.loads(record)) for key, record in zip(found["key"], found["record"], strict=True)}
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         print_main(f"{file} cannot be read ({error}); all rows are checked again")
         return {}
@@ -236,17 +235,13 @@ def write_cache(file: Path, fresh: Mapping[bytes, Record]) -> None:
     if not PartialState().is_main_process:
         return
     merged = {**read_cache(file), **fresh}  # another run may have written since
-    records = list(merged.values())
-    table = {"key": list(merged), **{name: [getattr(record, name) for record in records] for name in Record._fields}}
-    strings = pa.list_(pa.string())
-    types = [pa.binary(), pa.int64(), pa.int64(), pa.int64(), strings, strings]
-    written = None
+    table = pa.table({"key": list(merged), "record": [*map(json.dumps, merged.values())]})
+    part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as written:
-            pq.write_table(pa.table(table, schema=pa.schema(zip(table, types, strict=True))), written)
-        os.replace(written.name, file)
+        pq.write_table(table, part)
+        part.replace(file)
     except OSError as error:
         print_main(f"what was found of the rows cannot be kept ({error}); the next start checks all of them again")
-        if written is not None:
-            Path(written.name).unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()

@@ -1,24 +1,22 @@
 """A stored row becomes a conversation when it is read: columns to messages, file names to opened images.
 
-Rows stay as their source stores them (text files as one line of JSON each), so nothing is copied, and an edited
-`to_conversation` acts at once. `convert` gives the words and what the images are; `open` reads the images' headers.
+Rows stay as their source stores them, so nothing is copied, and an edited `to_conversation` acts at once.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, Value
 
-from vlm_sft.chat.images import open_image, to_rgb
-from vlm_sft.data.formats import Layout, closest, layout_of, to_images, to_messages
+from vlm_sft.chat.images import open_image
+from vlm_sft.data.formats import FLAGS, Layout, closest, to_images, to_messages
 
 COLUMNS = ("length", "image_tokens", "trained_tokens")
 """What `check_rows` adds to a row."""
@@ -31,19 +29,17 @@ Change = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class ImageFolder(NamedTuple):
-    """What file names in rows are relative to, whether they may lead out of it, and the pixels of the largest image:
-    larger ones are made smaller."""
+    """Where file names in rows start, and whether they may lead out of it."""
 
     path: Path
     allow_outside: bool = False
-    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
 class RowReader:
     """Stored rows in, `{"messages", "images", "row"}` and the columns of `check_rows` out; a single column
-    (`dataset["row"]`) is read as it is. `change` or else `layout` says where the conversation is. `seed` is the one by
-    which rows were held out, None where the source had its own splits."""
+    (`dataset["row"]`) is read as it is. `change` or else `layout` says where the conversation is; `seed` is the one by
+    which rows were held out."""
 
     folder: ImageFolder
     change: Change | None = None
@@ -61,57 +57,45 @@ class RowReader:
         return self.open(self.convert(row))
 
     def convert(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row as a conversation whose images are not opened: encoded bytes, file names, or as `change` made them.
-        Raises `ValueError` naming the row."""
+        """`read` with the images as they are stored: encoded bytes, file names, or what `change` made."""
         numbers = {name: row[name] for name in ("row", *COLUMNS) if name in row}
-        try:
+        with named(row):
             found, folder = (_parse(row), row["folder"]) if row.keys() >= LINES.keys() else (row, "")
             layout = self.layout or CONVERSATION
             if self.change is not None:
                 found, layout = _changed(found, self.change), CONVERSATION
             images = [_within(folder, image) for image in to_images(found, layout)]
             return {"messages": to_messages(found, layout), "images": images, **numbers}
-        except ValueError as error:
-            raise _named(row, error) from None
 
     def open(self, converted: Mapping[str, Any]) -> dict[str, Any]:
-        """The conversation with its images opened, those inside of message parts too. Raises as `read` does."""
-        try:
+        """What `convert` returned with its images opened, those inside of message parts too."""
+        with named(converted):
             images = [_open(image, f"images[{n}]", self.folder) for n, image in enumerate(converted["images"])]
             return {**converted, "messages": _open_parts(converted["messages"], self.folder), "images": images}
-        except ValueError as error:
-            raise _named(converted, error) from None
 
 
 CONVERSATION: Layout = {"messages": ("messages",), "images": ("images",)}
 
-STREAMS: WeakKeyDictionary[IterableDataset, tuple[IterableDataset, RowReader]] = WeakKeyDictionary()
-"""Of each stream that `load_conversations` returned, the rows as they are stored and their reader."""
+
+def _transform_of(dataset: Any) -> Any:
+    return dataset.format["format_kwargs"].get("transform") if isinstance(dataset, Dataset) else None
 
 
 def unpacked(dataset: Any) -> Any:
     """The dataset of conversations inside of one that `pack` made; any other as it is."""
-    transform = dataset.format["format_kwargs"].get("transform") if isinstance(dataset, Dataset) else None
+    transform = _transform_of(dataset)
     return transform.keywords.get("dataset", dataset) if isinstance(transform, partial) else dataset
 
 
 def reader_of(dataset: Any) -> RowReader | None:
     """The reader of a dataset that `load_conversations` returned, None for any other."""
-    transform = dataset.format["format_kwargs"].get("transform") if isinstance(dataset, Dataset) else None
+    transform = _transform_of(dataset)
     return transform if isinstance(transform, RowReader) else None
 
 
 def drawn_seed(dataset: Any) -> int | None:
     """The seed by which rows of this dataset were held out; None where the source has its own splits, or streams."""
-    reader = reader_of(unpacked(dataset))
-    return reader.seed if reader else None
-
-
-def lines(rows: Iterable[tuple[Any, str]]) -> Iterable[dict[str, Any]]:
-    """Rows of text files, and the folder of each, as `LINES`."""
-    for number, (row, folder) in enumerate(rows):
-        fault = str(row) if isinstance(row, ValueError) else None
-        yield {"json": None if fault else json.dumps(row), "fault": fault, "folder": folder, "row": number}
+    return getattr(reader_of(unpacked(dataset)), "seed", None)
 
 
 def _parse(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -123,8 +107,13 @@ def _parse(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _named(row: Mapping[str, Any], error: ValueError) -> ValueError:
-    return ValueError(f"row {row.get('row', 'without a number')}: {error}")
+@contextmanager
+def named(row: Mapping[str, Any]) -> Iterator[None]:
+    """Puts the row's number into a `ValueError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"row {row.get('row', 'without a number')}: {error}") from None
 
 
 def _within(folder: str, image: Any) -> Any:
@@ -136,23 +125,14 @@ def _within(folder: str, image: Any) -> Any:
     return image
 
 
-def _flags(found: list[str]) -> str:
-    """What `--columns` takes for these columns, where their names are those of a common format."""
-    try:
-        return " ".join(f"{field}={name}" for field, names in layout_of(found).items() for name in names)
-    except ValueError:
-        return "messages=... images=..., or prompt=... response=... images=..."
-
-
 def _changed(row: Mapping[str, Any], change: Change) -> Mapping[str, Any]:
     try:
         changed = change(row)
     except Exception as error:  # a user's own function
         near = closest(str(error.args[0]), [*row]) if isinstance(error, KeyError) and error.args else ""
-        columns = ", ".join(map(repr, row))
         raise ValueError(
-            f"to_conversation failed with {type(error).__name__}: {error}{near}; this row has the columns {columns}. "
-            f"Edit to_conversation, or name the columns: --columns {_flags(list(row))}"
+            f"to_conversation failed with {type(error).__name__}: {error}{near}; this row has the columns "
+            f"{', '.join(map(repr, row))}. Edit to_conversation, or name the columns: {FLAGS}"
         ) from error
     if not isinstance(changed, Mapping) or "messages" not in changed or not changed.keys() <= {"messages", "images"}:
         found = ", ".join(map(repr, changed)) if isinstance(changed, Mapping) else f"a {type(changed).__name__}"
@@ -162,30 +142,27 @@ def _changed(row: Mapping[str, Any], change: Change) -> Mapping[str, Any]:
 
 def _open_parts(messages: Any, folder: ImageFolder) -> Any:
     """The messages with the images opened that stand in the parts themselves."""
-
-    def opened(part: Any, where: str) -> Any:
-        if isinstance(part, Mapping) and part.get("image") is not None:
-            return {**part, "image": _open(part["image"], where, folder)}
-        return part
-
-    def with_images(message: Any, where: str) -> Any:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
-            return message
-        parts = [opened(part, f"{where}.content[{n}]") for n, part in enumerate(message["content"])]
-        return {**message, "content": parts}
-
     if not isinstance(messages, list):
         return messages
-    return [with_images(message, f"messages[{n}]") for n, message in enumerate(messages)]
+    opened = []
+    for n, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list):
+            parts = [
+                {**part, "image": _open(part["image"], f"messages[{n}].content[{i}]", folder)}
+                if isinstance(part, Mapping) and part.get("image") is not None
+                else part
+                for i, part in enumerate(content)
+            ]
+            message = {**message, "content": parts}
+        opened.append(message)
+    return opened
 
 
 def _open(image: Any, where: str, folder: ImageFolder) -> Any:
     try:
-        opened = open_image(image, folder=folder.path, allow_outside=folder.allow_outside)
-        if folder.max_pixels is not None and math.prod(opened.size) > folder.max_pixels:
-            opened = to_rgb(opened, max_pixels=folder.max_pixels)
+        return open_image(image, folder=folder.path, allow_outside=folder.allow_outside)
     except UnicodeEncodeError:
         raise ValueError(f"{where} is the file name {image!r}, which is not Unicode; rename the file") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return opened

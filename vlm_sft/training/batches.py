@@ -1,10 +1,9 @@
 """Batches of rows of one length, in an order that is the same on every process and after a resume.
 
-Use it with `train_sampling_strategy="group_by_length"` or `"batch_rebalance"`: transformers groups by the column
-`length` (`check_rows` adds it). This callback fixes what it leaves to chance (5.23): the order of `"group_by_length"`
-comes from the global random state, which differs between processes after an epoch and is not there again when an epoch
-is resumed, and `"batch_rebalance"` resumes on several processes in the order of the first epoch. Rows would be skipped
-and others trained twice.
+transformers groups by the column `length` (`check_rows` adds it) for `train_sampling_strategy="group_by_length"` and
+`"batch_rebalance"`. `GroupByLength` fixes what it leaves to chance (5.23): the order of the first comes from the global
+random state, which differs between processes after an epoch and is not there again when an epoch is resumed; the second
+resumes on several processes in the order of the first epoch. Rows would be skipped and others trained twice.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 class GroupByLength(TrainerCallback):
     """Draws the order of each epoch from `data_seed` (else `seed`) and the epoch alone; every row comes once an epoch.
 
-    Without one of the two strategies nothing is changed. Raises `ValueError` where the Trainer would drop the lengths
-    or the rows have none.
+    Raises `ValueError` where the Trainer would drop the lengths or the rows have none.
     """
 
     def __init__(self) -> None:
@@ -35,16 +33,20 @@ class GroupByLength(TrainerCallback):
             )
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        loader = kwargs["train_dataloader"]
-        self._sampler = _sampler_of(loader)
+        rows, column = kwargs["train_dataloader"].dataset, args.length_column_name
+        self._sampler = _sampler_of(kwargs["train_dataloader"])
         if not isinstance(self._sampler, (LengthGroupedSampler, BatchRebalanceSampler)):
             return
-        check_lengths(args, loader.dataset)
+        if column not in getattr(rows, "column_names", ()):
+            raise ValueError(
+                f"--train_sampling_strategy {args.train_sampling_strategy}, but the training rows have no column "
+                f"{column!r}; add it with check_rows(...), or set --train_sampling_strategy random"
+            )
         if isinstance(self._sampler, LengthGroupedSampler):
             # All rows of a step, or the order would be another one on another number of processes.
             self._sampler.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             # As a column, each length would be read from the dataset, with its whole row, each time it is compared.
-            self._sampler.lengths = loader.dataset.with_format(None)[args.length_column_name][:]
+            self._sampler.lengths = rows.with_format(None)[column][:]
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)
@@ -59,19 +61,6 @@ class GroupByLength(TrainerCallback):
         sampler = _sampler_of(kwargs["eval_dataloader"])
         if isinstance(sampler, LengthGroupedSampler):
             sampler.generator = torch.Generator().manual_seed(_seed(args))
-
-
-def check_lengths(args: TrainingArguments, rows: Any) -> None:
-    """Raises `ValueError` where rows are to be grouped by a length that they do not have.
-
-    Before training, the Trainer (transformers 5.23) would ask such rows for `pixel_values` instead.
-    """
-    strategy, column = args.train_sampling_strategy, args.length_column_name
-    if strategy in ("group_by_length", "batch_rebalance") and column not in getattr(rows, "column_names", ()):
-        raise ValueError(
-            f"--train_sampling_strategy {strategy}, but the training rows have no column {column!r}; add it with "
-            "check_rows(...), or set --train_sampling_strategy random"
-        )
 
 
 def _sampler_of(loader: Any) -> Any:

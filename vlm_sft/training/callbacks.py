@@ -27,8 +27,7 @@ class RestoreGenerationConfig(TrainerCallback):
 
     Make it before the Trainer, which writes `use_cache=False` into the config and changes special tokens
     (transformers 5.23). End tokens that the Trainer adds stay, and so does a pad or start token where none was set:
-    generation stops at the token that training taught. SFTTrainer passes `use_cache=False` to each training forward
-    by itself.
+    generation stops at the token that training taught.
 
     Raises ValueError at the start of training for a generation config that could not be saved at its end.
     """
@@ -98,10 +97,10 @@ class StopOnNaN(TrainerCallback):
     """Stops before the optimizer steps on a loss or gradient that is NaN or infinite, and names the rows.
 
     The Trainer (transformers 5.23) takes that step, keeps its loss out of the log and saves the wreck. `max_skipped`
-    such steps may be skipped instead, without an update; `skipped` counts them.
+    such steps may be skipped instead, without an update.
 
     Rows are named by the batch's `rows` [B], numbers that are taken out before the model sees them; without, by their
-    place in the step. With the fp16 gradient scaler an infinite gradient alone is no fault as long as the scale is
+    place in the step. With the fp16 gradient scaler an infinite gradient alone is not a fault as long as the scale is
     at least 1: the scaler skips the step and lowers its scale. DeepSpeed steps inside `backward`: there the stop comes
     after the step and before the next save.
     """
@@ -144,9 +143,7 @@ class StopOnNaN(TrainerCallback):
             else:  # the scaler has to find what it can skip
                 parameter.grad.fill_(torch.nan)
 
-    def _take_rows(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _take_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._rows = kwargs.get("rows")
         return args, {name: value for name, value in kwargs.items() if name != "rows"}
 
@@ -155,12 +152,9 @@ class StopOnNaN(TrainerCallback):
             return
         # TRL's fused head (trl 1.16) gives log-probabilities [B, T - 1], so a row can be told; others give a loss.
         if (log_probs := getattr(output, "log_probs", None)) is not None:
-            bad = ~torch.isfinite(log_probs.detach()).all(dim=-1)
+            self._seen.append((self._rows, ~torch.isfinite(log_probs.detach()).all(dim=-1)))
         elif (loss := getattr(output, "loss", None)) is not None:
-            bad = ~torch.isfinite(loss.detach())
-        else:
-            return
-        self._seen.append((self._rows, bad))
+            self._seen.append((self._rows, ~torch.isfinite(loss.detach())))
 
     def _named(self, *, bad_only: bool) -> list[str]:
         names = []
@@ -201,38 +195,33 @@ def _explained(trainer: Any, method: Callable[..., Any]) -> Callable[..., Any]:
             full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
             if full and ": out of memory" not in "".join(getattr(error, "__notes__", ())):
                 batch = {} if method.__name__ == "train" else args[1]  # (model, inputs, ...)
-                evaluates = method.__name__ == "prediction_step"
-                error.add_note(_note(batch, trainer.args, trainer.state.global_step, evaluates))
+                error.add_note(_note(batch, trainer, evaluates=method.__name__ == "prediction_step"))
             raise
 
     return call
 
 
-def _note(batch: dict[str, Any], args: TrainingArguments, step: int, evaluates: bool) -> str:
+def _note(batch: dict[str, Any], trainer: Any, *, evaluates: bool) -> str:
+    args, step = trainer.args, trainer.state.global_step
     where = f"evaluation after step {step}" if evaluates else f"step {step + 1}"
     where += f", process {args.process_index}: out of memory"
     if (ids := batch.get("input_ids")) is not None:
-        mask = batch.get("attention_mask", torch.ones_like(ids))
-        lengths = mask.reshape(len(ids), -1).sum(dim=1).tolist()
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
-        rows = batch.get("rows")
+        lengths = batch.get("attention_mask", torch.ones_like(ids)).reshape(len(ids), -1).sum(dim=1)
+        rows, longest = batch.get("rows"), int(lengths.argmax())
         name = f"row {longest} of the batch" if rows is None or len(rows) != len(ids) else f"row {int(rows[longest])}"
         where += (
             f" in a batch of {ids.shape[0]} rows of {ids.shape[1]} tokens. The longest is {name}, {lengths[longest]} "
             f"tokens of at most max_length={getattr(args, 'max_length', None)}"
         )
     train, evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
-    ways = [
-        "a lower --max_length or smaller images",
-        "--load_in_4bit, or the model sharded on several GPUs (accelerate_configs/fsdp2.yaml)",
-    ]
-    if evaluates and evaluation > 1:
-        ways.insert(0, f"--per_device_eval_batch_size {evaluation // 2}")
-    elif not evaluates and train > 1:
-        twice = 2 * args.gradient_accumulation_steps
-        ways.insert(
-            0, f"--per_device_train_batch_size {train // 2} --gradient_accumulation_steps {twice} (the same step)"
-        )
-    elif not evaluates:
-        ways.insert(0, "--activation_checkpointing (slower by some 20%)")
-    return f"{where}.\nWays out: {'; '.join(ways)}. What fits: python -m vlm_sft memory."
+    if evaluates:
+        first = f"--per_device_eval_batch_size {evaluation // 2}; " if evaluation > 1 else ""
+    elif train > 1:
+        twice = f"--gradient_accumulation_steps {2 * args.gradient_accumulation_steps}"
+        first = f"--per_device_train_batch_size {train // 2} {twice} (the same step); "
+    else:
+        first = "--activation_checkpointing (slower by some 20%); "
+    return (
+        f"{where}.\nWays out: {first}a lower --max_length or smaller images; --load_in_4bit, or the model sharded on "
+        "several GPUs (accelerate_configs/fsdp2.yaml). What fits: python -m vlm_sft memory."
+    )

@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from vlm_sft.distributed import any_rank, on_main, print_main
 from vlm_sft.models.fingerprints import TRAINING_BASE, data_settings, differences, model_settings, plain, training_base
 from vlm_sft.training.optim import RATES
+from vlm_sft.upstream import save_with_own_names
 
 MANIFEST = "manifest.json"
 # What a checkpoint's optimizer and scheduler bring along whatever the flags say, and what decides the order of rows.
@@ -47,9 +48,8 @@ class SafeCheckpoints(TrainerCallback):
 
     - The last file of a save is `manifest.json`, with size and sha256 of every other. Without it, or where a file
       differs, a checkpoint does not count; the next run moves it to `incomplete-checkpoint-N`.
-    - Checkpoints of a full fine-tune keep the names of its parameters. The Trainer (transformers 5.23) writes the
-      Hub's names, finds none of them on resume or for `load_best_model_at_end`, and continues with the weights it has.
-      The final `save_model` writes the Hub's names.
+    - Checkpoints of a full fine-tune keep the names of its parameters (`upstream.save_with_own_names`), or a resume and
+      `load_best_model_at_end` would change nothing. The final `save_model` writes the Hub's names.
     - SIGTERM: the step is finished and saved, and the process exits with 0. Two runs never share an `output_dir`.
     - Beside an adapter lies `training_base.json`: the base it was trained on, as merging needs it.
 
@@ -75,8 +75,7 @@ class SafeCheckpoints(TrainerCallback):
         rates = getattr(kwargs["optimizer"], "defaults", {}).get(RATES)
         self._settings = self.settings(args, kwargs["train_dataloader"].dataset, rates)
         if state.global_step:
-            resumed = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            on_main(lambda: self.check(resumed, self._settings, model))
+            on_main(lambda: self.check(_folder(args, state), self._settings, model))
         on_main(lambda: _move_incomplete(output_dir, state.global_step))
         if isinstance(model, PreTrainedModel):
             # On this one instance, because no argument of the Trainer reaches `save_original_format`.
@@ -100,10 +99,10 @@ class SafeCheckpoints(TrainerCallback):
         if state.global_step > state.max_steps:
             control.should_save = control.should_evaluate = False
         if control.should_save:
-            on_main(lambda: _check_room(Path(str(args.output_dir)), state.global_step))
+            on_main(lambda: _check_room(_folder(args, state)))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = _folder(args, state)
         PartialState().wait_for_everyone()
         if args.should_save:
             _write_base(folder, self._base)
@@ -135,6 +134,10 @@ class SafeCheckpoints(TrainerCallback):
             return
         if faults := verify_checkpoint(folder):
             raise ValueError(f"cannot resume from {folder}: {'; '.join(faults)}")
+        self.compare(folder, settings, model)
+
+    def compare(self, folder: Path, settings: dict[str, Any], model: nn.Module) -> None:
+        """`check` for a checkpoint that is known to be complete."""
         manifest = _read_manifest(folder)
         # The Trainer drops the columns that nothing reads, so a checkpoint may know fewer than the dataset has.
         columns = {name: settings["data"]["columns"].get(name) for name in manifest["settings"]["data"]["columns"]}
@@ -143,10 +146,9 @@ class SafeCheckpoints(TrainerCallback):
             found.append("it was saved with --save_only_model: no optimizer, no scheduler, no random state")
         found += _key_differences(folder, model)
         if found and not self.allow_mismatch:
-            listed = "".join(f"\n  {line}" for line in found)
             raise ValueError(
-                f"{folder} belongs to another run:{listed}\nPut these settings back, or choose another --output_dir. "
-                "SafeCheckpoints(allow_mismatch=True) resumes in spite of them."
+                "\n  ".join([f"{folder} belongs to another run:", *found]) + "\nPut these settings back, or choose "
+                "another --output_dir. SafeCheckpoints(allow_mismatch=True) resumes in spite of them."
             )
         for line in found:
             print_main(f"{folder} is resumed although {line}")
@@ -189,7 +191,6 @@ def latest_checkpoint(trainer: Any) -> str | None:
             f"complete checkpoint in --output_dir {args.output_dir} by itself; leave it out (to resume from an older "
             "one, move the newer ones away)"
         )
-
     rates = dict((trainer.optimizer_cls_and_kwargs or (None, {}))[1]).get(RATES)
 
     def find() -> str | None:
@@ -197,7 +198,7 @@ def latest_checkpoint(trainer: Any) -> str | None:
             if faults := verify_checkpoint(folder):
                 print_main(f"{folder} is skipped: {'; '.join(faults)}")
                 continue
-            guard.check(folder, guard.settings(args, trainer.train_dataset, rates), trainer.model)
+            guard.compare(folder, guard.settings(args, trainer.train_dataset, rates), trainer.model)
             for line in differences(_read_manifest(folder)["notes"], _notes(args)):
                 print_main(f"{folder} is resumed; {line}")
             return str(folder)
@@ -221,10 +222,10 @@ def verify_checkpoint(folder: str | Path) -> list[str]:
             faults.append(f"{name} is missing")
         elif (size := (folder / name).stat().st_size) != recorded["size"]:
             faults.append(f"{name} has {size} bytes instead of {recorded['size']}")
-    if not faults:
-        digests = _digests(folder / name for name in files)
-        faults = [f"{n} has changed" for n, found in zip(files, digests, strict=True) if found != files[n]["sha256"]]
-    return faults
+    if faults:
+        return faults
+    digests = _digests(folder / name for name in files)
+    return [f"{n} has changed" for n, digest in zip(files, digests, strict=True) if digest != files[n]["sha256"]]
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -288,13 +289,16 @@ def _checkpoints(output_dir: Path) -> dict[int, Path]:
     return dict(sorted((int(step), path) for step, path in folders if step.isdigit() and path.is_dir()))
 
 
-def _check_room(output_dir: Path, step: int) -> None:
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _check_room(folder: Path) -> None:
     """Raises before a save that the disk cannot take, going by the last one: torch's own error names no cause."""
-    saved = [folder for folder in _checkpoints(output_dir).values() if (folder / MANIFEST).is_file()]
+    saved = [former for former in _checkpoints(folder.parent).values() if (former / MANIFEST).is_file()]
     needed = sum(file["size"] for file in _read_manifest(saved[-1])["files"].values()) if saved else 0
-    if (free := shutil.disk_usage(output_dir).free) < needed:
-        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        raise ValueError(f"no room for {name}: {saved[-1]} takes {needed} bytes, and {free} bytes are free; make room")
+    if (free := shutil.disk_usage(folder.parent).free) < needed:
+        raise ValueError(f"no room for {folder.name}: {saved[-1]} takes {needed} bytes, {free} bytes are free")
 
 
 def _move_incomplete(output_dir: Path, step: int) -> None:
@@ -317,8 +321,7 @@ def _key_differences(folder: Path, model: nn.Module) -> list[str]:
     strict = PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if strict or hasattr(model, "peft_config"):
         return []  # FSDP and DeepSpeed load files of their own, strictly
-    held = model.state_dict()
-    saved: set[str] = set()
+    held, saved = model.state_dict(), set[str]()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             saved |= set(tensors.keys())
@@ -326,34 +329,29 @@ def _key_differences(folder: Path, model: nn.Module) -> list[str]:
     # A tied weight is saved under one of its names.
     missing = [name for name, tensor in held.items() if name not in saved and tensor.data_ptr() not in there]
     unknown = sorted(saved - held.keys())
-    return [
-        f"{len(names)} tensors {where}, such as {names[0]}"
-        for names, where in ((missing, "of the model are not in it"), (unknown, "in it are not the model's"))
-        if names
-    ]
+    told = ((missing, "of the model are not in it"), (unknown, "in it are not the model's"))
+    return [f"{len(names)} tensors {where}, such as {names[0]}" for names, where in told if names]
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    if Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
-        kwargs["save_original_format"] = False
-    type(model).save_pretrained(model, save_directory, **kwargs)
+    is_checkpoint = Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    save = save_with_own_names if is_checkpoint else type(model).save_pretrained
+    save(model, save_directory, **kwargs)
 
 
 def _check_arguments(args: TrainingArguments) -> None:
-    faults = []
-    if args.hub_token is not None:
-        faults.append(
-            "--hub_token would be written in clear text into training_args.bin of every checkpoint; log in with "
-            "`hf auth login` or set HF_TOKEN instead"
-        )
-    if args.enable_jit_checkpoint:
-        faults.append("--enable_jit_checkpoint saves past this callback, which saves on SIGTERM itself; leave it out")
     # The Trainer deletes old checkpoints before the manifest of the new one is written.
     least = 3 if args.metric_for_best_model is not None else 2
-    if args.save_total_limit is not None and 0 < args.save_total_limit < least:
-        faults.append(
-            f"--save_total_limit {args.save_total_limit} deletes the last good checkpoint before the new is proven; "
-            f"at least {least} here (the new one, the last one{', the best one' if least == 3 else ''}), or None"
-        )
-    if faults:
+    defeating = {
+        "--hub_token would be written in clear text into training_args.bin of every checkpoint; log in with "
+        "`hf auth login` or set HF_TOKEN instead": args.hub_token is not None,
+        "--enable_jit_checkpoint saves past this callback, which saves on SIGTERM itself; leave it out": (
+            args.enable_jit_checkpoint
+        ),
+        f"--save_total_limit {args.save_total_limit} deletes the last good checkpoint before the new is proven; at "
+        f"least {least} here (the new one, the last one, the best one), or None": (
+            0 < (args.save_total_limit or 0) < least
+        ),
+    }
+    if faults := [fault for fault, is_so in defeating.items() if is_so]:
         raise ValueError("SafeCheckpoints: " + "; ".join(faults))

@@ -25,9 +25,9 @@ def lr_by_part(args: TrainingArguments, learning_rates: Mapping[str, float]) -> 
 
         trainer = SFTTrainer(..., optimizer_cls_and_kwargs=lr_by_part(args, {"projector": 2e-5}))
 
-    The optimizer is the one that `args.optim` names, with its settings. A part that is not named has
-    `args.learning_rate`; biases and norms have no weight decay, as with the Trainer. The scheduler scales every group
-    from its own rate. Logged is the rate of the first group, `args.learning_rate` where any part keeps it.
+    The optimizer is the one that `args.optim` names. A part that is not named has `args.learning_rate`; biases and
+    norms have no weight decay, as with the Trainer. The scheduler scales every group from its own rate; logged is that
+    of the first group, `args.learning_rate` where any part keeps it.
 
     Raises ValueError for an unknown part, a negative rate, and, when training starts, for a part that trains nothing
     and an optimizer that makes its own groups (GaLore, Apollo, LOMO, Muon).
@@ -56,7 +56,7 @@ def _build(model: nn.Module, *, args: TrainingArguments, lr_by_part: dict[str, f
 
 
 def _groups(model: nn.Module, args: TrainingArguments, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """One group for each part and for with and without decay, those at `args.learning_rate` first."""
+    """One group for each part, with and without decay."""
     # Reads nothing of the Trainer that it belongs to (transformers 5.23).
     decaying = set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))
     parts = parts_of(model)
@@ -66,6 +66,7 @@ def _groups(model: nn.Module, args: TrainingArguments, rates: Mapping[str, float
             members[part_of(name, parts), name in decaying].append(parameter)
     if idle := rates.keys() - {part for part, _ in members}:
         raise ValueError(f"lr_by_part: nothing trains in {', '.join(sorted(idle))}; drop its rate, or train the part")
+    # The parts without a rate of their own come first, so that the logged rate is `args.learning_rate`.
     return [
         {
             "params": members[part, decays],
@@ -73,7 +74,7 @@ def _groups(model: nn.Module, args: TrainingArguments, rates: Mapping[str, float
             "weight_decay": args.weight_decay if decays else 0.0,
             "part": part,
         }
-        for part in sorted(PARTS, key=lambda part: (part in rates, PARTS.index(part)))
+        for part in sorted(PARTS, key=rates.__contains__)
         for decays in (True, False)
         if members[part, decays]
     ]

@@ -1,12 +1,13 @@
 """What a finished run leaves beside its weights: the loss as an image, its record as JSON, a model card.
 
-Every process may call these; the main one writes.
+Every process may call `write_reports`; the main one writes.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -14,20 +15,26 @@ import resource
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence, Sized
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from accelerate import PartialState
+from huggingface_hub import ModelCard
+from jinja2 import StrictUndefined, Template
+from matplotlib.figure import Figure
 
-from vlm_sft.common import is_quantized
-from vlm_sft.models.fingerprints import data_settings, model_settings, plain
-from vlm_sft.training.cards import write_model_card
-from vlm_sft.training.plots import plot_loss
+from vlm_sft.models.fingerprints import base_settings, data_settings, model_settings, plain
+
+_COSTS = re.compile(r"_runtime$|_per_second$|_num_tokens$|_generation_s$|^epoch$")  # run.json holds them
+_TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+_PACKAGES = ("vlm_sft", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "pillow")
+_SECRET_NAME = re.compile(r"(^|_)(api_key|password|secret)$|^token$|(hub|auth|access)_token$")
+_SECRET_VALUE = re.compile(r"\b(hf|sk|ghp|gho|github_pat|glpat|xoxb|xoxp)[-_][A-Za-z0-9_-]{16,}")
 
 
 def write_reports(
@@ -40,32 +47,33 @@ def write_reports(
 ) -> None:
     """Writes `loss.png`, `run.json` and the model card into the output folder of a run that has come to its end.
 
-    `settings` are the recipe's own; those of the Trainer join them. `facts` are what was proven before the first step.
-    The dataset's name on the card is `settings["dataset_name"]`. Call it after `trainer.save_model()`, where PEFT
-    leaves a card of its own.
+    `settings` are the recipe's own, among them `dataset_name`; `facts` are what was proven before the first step. Call
+    it after `trainer.save_model()`, where PEFT leaves a card of its own.
     """
+    if not PartialState().is_main_process:
+        return
     output, history = Path(trainer.args.output_dir), trainer.state.log_history
     plot_loss(history, output / "loss.png", title=output.name)
     times = {name: value for entry in history for name, value in entry.items() if name in _TIMES}
     recorded = {"recipe": dict(settings), "training": trainer.args.to_dict()}
     everything = {"settings": recorded, "proof": facts, "results": times | dict(results)}
     write_run_json(output / "run.json", model=trainer.model, datasets=datasets, **everything)
-    write_model_card(trainer, dataset_name=settings.get("dataset_name"), datasets=datasets, results=results)
+    name = settings.get("dataset_name")
+    write_model_card(trainer, dataset_name=name, datasets=datasets, results=results, facts=facts)
 
 
 def write_run_json(path: str | Path, *, model: Any, datasets: Mapping[str, Any], **facts: Any) -> None:
-    """Writes what a run was: versions, git commit, data, what was quantized and trained, memory, and the `facts`.
+    """Writes what a run was: versions, git commit, data, model, memory, and the `facts`, any nesting of dicts.
 
-    `datasets` maps split to dataset; `facts` are any nesting of dicts. No token or other secret is written, and of a
-    path outside the working directory only the last part.
+    `datasets` maps split to dataset. No token or other secret is written, and of a path outside the working directory
+    only the last part.
     """
-    if not PartialState().is_main_process:
-        return
-    parameters = dict(model.named_parameters())
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    sizes = {"parameters": model.num_parameters(), "trainable_parameters": model.num_parameters(only_trainable=True)}
     record = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "process_runtime_s": round(time.time() - psutil.Process().create_time(), 1),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: installed.get(name) for name in _PACKAGES},
         "git": _git_state(),
         "hardware": {
             "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -73,13 +81,7 @@ def write_run_json(path: str | Path, *, model: Any, datasets: Mapping[str, Any],
             "processes": PartialState().num_processes,
         },
         "data": {split: data_settings(dataset) for split, dataset in datasets.items()},
-        "model": model_settings(model)
-        | {
-            "parameters": model.num_parameters(),
-            "trainable_parameters": model.num_parameters(only_trainable=True),
-            "trained": _patterns(name for name, weight in parameters.items() if weight.requires_grad),
-            "quantized": _patterns(name for name, weight in parameters.items() if is_quantized(weight)),
-        },
+        "model": model_settings(model) | sizes,
         "peak_memory_bytes": {
             "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             "accelerators": [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())],
@@ -90,55 +92,123 @@ def write_run_json(path: str | Path, *, model: Any, datasets: Mapping[str, Any],
     Path(path).write_text(json.dumps(_scrubbed(plain(record)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-_TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
-_PACKAGES = ("vlm_sft", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "pillow")
-_SECRET_NAME = re.compile(r"(^|_)(api_key|password|secret)$|^token$|(hub|auth|access)_token$")
-_SECRET_VALUE = re.compile(r"\b(hf|sk|ghp|gho|github_pat|glpat|xoxb|xoxp)[-_][A-Za-z0-9_-]{16,}")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the folder that the running script lies in, and whether files differ from it; None outside of git."""
+def _git_state() -> str | None:
+    """Commit of the folder that the running script lies in, `-dirty` where files differ; None outside of git."""
     script = getattr(sys.modules["__main__"], "__file__", None)
-    command = ["git", "-C", str(Path(script).resolve().parent if script else Path.cwd())]
+    folder = str(Path(script).resolve().parent if script else Path.cwd())
+    command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        commit, changes = (
-            subprocess.run([*command, *verb], capture_output=True, text=True, check=True).stdout.strip()
-            for verb in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit, "changed_files": len(changes.splitlines())}
 
 
-def _patterns(names: Iterable[str]) -> dict[str, int]:
-    """How many parameters have each name, layer numbers written as `*`."""
-    return dict(sorted(Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names).items()))
-
-
-def _scrubbed(value: Any) -> Any:
+def _scrubbed(value: Any, name: str = "") -> Any:
     """The value without secrets, told by name or by spelling, and without paths of the machine."""
+    if value is not None and _SECRET_NAME.search(name.lower()):
+        return "(hidden)"
     match value:
         case dict():
-            return {
-                key: "(hidden)" if item is not None and _SECRET_NAME.search(key.lower()) else _scrubbed(item)
-                for key, item in value.items()
-            }
+            return {key: _scrubbed(item, key) for key, item in value.items()}
         case list():
             return [_scrubbed(item) for item in value]
         case str():
-            return _without_folders(_SECRET_VALUE.sub("(hidden)", value))
+            text = _SECRET_VALUE.sub("(hidden)", value)
+            if not text.startswith("~") and not Path(text).is_absolute():
+                return text.replace(str(Path.home()), "~")
+            path = Path(text).expanduser()
+            return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f".../{path.name}"
     return value
 
 
-def _without_folders(text: str) -> str:
-    if not text.startswith("~") and not Path(text).is_absolute():
-        return text.replace(str(Path.home()), "~")
-    path = Path(text).expanduser()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f".../{path.name}"
+def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "Loss") -> None:
+    """Draws the training loss (raw, and smoothed over a fifteenth of the points), the evaluation loss with its best
+    step, and the learning rate, of `trainer.state.log_history`.
+
+    The axis is logarithmic where the smoothed loss falls to a twentieth; values that are not finite are marked on the
+    upper edge. Raises `ValueError` for a history without any loss.
+    """
+    train, evaluation, rate = (_series(log_history, key) for key in ("loss", "eval_loss", "learning_rate"))
+    if not (len(train) or len(evaluation)):
+        raise ValueError("log_history holds neither 'loss' nor 'eval_loss'; train or evaluate first")
+    figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [5, 1]})
+    broken = [step for series in (train, evaluation) for step, value in series if not math.isfinite(value)]
+    train, evaluation = (series[np.isfinite(series[:, 1])] for series in (train, evaluation))
+    smooth = _smoothed(train[:, 1])
+    if len(train):
+        upper.plot(*train.T, color="tab:blue", alpha=0.3, linewidth=1)
+        upper.plot(train[:, 0], smooth, color="tab:blue", label=f"training, {smooth[-1]:.3g} at the end")
+    if len(evaluation):
+        step, best = min(evaluation.tolist(), key=lambda point: point[1])
+        label = f"evaluation, best {best:.3g} at step {step:.0f}"
+        upper.plot(*evaluation.T, color="tab:orange", marker=".", label=label)
+        upper.plot(step, best, color="tab:orange", marker="o", markersize=10, fillstyle="none")
+    if broken:
+        edge = {"transform": upper.get_xaxis_transform(), "clip_on": False}
+        upper.plot(broken, [1] * len(broken), "x", color="tab:red", label=f"{len(broken)} not finite", **edge)
+    values = np.concatenate([smooth, evaluation[:, 1]])
+    falls_far = len(values) and 0 < values.min() < values.max() / 20
+    upper.set(title=title, ylabel="loss", yscale="log" if falls_far else "linear")
+    upper.legend()
+    lower.plot(*rate.T, color="tab:gray")
+    lower.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> Any:
+    """Points [N, 2] of (step, value), by step; of a step logged twice (resumed), the later value."""
+    points = {float(entry["step"]): float(entry[key]) for entry in log_history if key in entry and "step" in entry}
+    return np.array(sorted(points.items())).reshape(-1, 2)
+
+
+def _smoothed(values: Any) -> Any:
+    """Centred moving average, over what there is of the window at both ends."""
+    if not len(values):
+        return values
+    window = np.ones(2 * (len(values) // 30) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+def write_model_card(
+    trainer: Any,
+    *,
+    dataset_name: str | None,
+    datasets: Mapping[str, Any],
+    results: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> None:
+    """Writes `README.md` into the output folder: TRL's card with data, method, results and lines that run the model.
+
+    TRL 1.16 calls every model a text generator and links what lies in a folder as if it were on the Hub; here the task
+    is image-text-to-text, and of a folder only the name is told.
+    """
+    output, args = Path(trainer.args.output_dir), trainer.args
+    adapters = getattr(trainer.model, "peft_config", {})
+    names = {"base": base_settings(trainer.model)["base_model_name_or_path"], "data": dataset_name}
+    on_hub = {f"{kind}_on_hub": _on_hub(name) for kind, name in names.items()}
+    trainer.create_model_card(model_name=output.name, dataset_name=dataset_name if on_hub["data_on_hub"] else None)
+    card = ModelCard.load(output / "README.md", repo_type="model")
+    card.data.pop("licence", None)  # TRL's placeholder; the base's license holds
+    card.data.pipeline_tag = "image-text-to-text"
+    card.data.library_name = "peft" if adapters else "transformers"
+    numbers = {name: value for name, value in results.items() if isinstance(value, (int, float))}
+    template = Path(__file__).with_name("card.md.jinja").read_text("utf-8")
+    card.text = Template(template, undefined=StrictUndefined).render(
+        title=output.name,
+        name=args.hub_model_id or output.name,
+        adapters=adapters,
+        rows={split: len(data) if isinstance(data, Sized) else "streamed" for split, data in datasets.items()},
+        facts={"optimizer": getattr(args.optim, "value", args.optim), "seed": args.seed, **facts},
+        results={name: f"{value:.4g}" for name, value in numbers.items() if not _COSTS.search(name)},
+        procedure=card.text.partition("## Training procedure")[2],
+        **{kind: name if on_hub[f"{kind}_on_hub"] or not name else Path(name).name for kind, name in names.items()},
+        **on_hub,
+    )
+    card.save(output / "README.md")
+
+
+def _on_hub(name: str | None) -> bool:
+    """Of what lies in a folder, only the name is told."""
+    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
