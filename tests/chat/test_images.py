@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from vlm_sft.chat.images import MAX_DECODED_PIXELS, fit_pixels, open_image, to_rgb
+from vlm_sft.chat.images import MAX_DECODED_PIXELS, open_image, to_rgb
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8))
 RAMP = np.linspace(0, 1, 48).reshape(6, 8)
@@ -134,7 +134,7 @@ def test_bytes_path_dicts() -> None:
 def test_the_argument_is_left_as_it_is() -> None:
     image = see_through("RGBA")
     before = image.copy()
-    to_rgb(image, max_pixels=2)
+    to_rgb(image)
     assert (image.mode, image.size, image.tobytes()) == (before.mode, before.size, before.tobytes())
 
 
@@ -214,25 +214,7 @@ def test_just_below_the_limit_is_decoded() -> None:
     side = int(MAX_DECODED_PIXELS**0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert to_rgb(bomb(side), max_pixels=100).size == (10, 10)
-
-
-@pytest.mark.parametrize("size", [(640, 480), (1, 100), (20_000, 10), (7, 7), (3, 10**7)])
-@pytest.mark.parametrize("max_pixels", [1, 2, 100, 10_000])
-def test_max_pixels_bounds_the_size_and_keeps_the_shape(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = fit_pixels(size, max_pixels=max_pixels)
-    assert 1 <= width * height <= max_pixels
-    if min(width, height) > 9:
-        assert width / height == pytest.approx(size[0] / size[1], rel=0.1)
-    assert fit_pixels(size, max_pixels=None) == size
-
-
-def test_max_pixels_shrinks_the_picture_smoothly() -> None:
-    checkers = Image.fromarray(np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255)
-    assert to_rgb(checkers, max_pixels=64).size == (8, 8)
-    assert np.abs(np.asarray(to_rgb(checkers, max_pixels=64)).astype(int) - 128).max() < 30
-    with pytest.raises(ValueError, match="max_pixels is 0"):
-        to_rgb(checkers, max_pixels=0)
+        assert to_rgb(bomb(side)).size == (side, side)
 
 
 def test_files_open_inside_their_folder_only(tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 _WHITES = (1, 255, 65_535, 2**31 - 1)
 
 
-def to_rgb(image: Any, *, max_pixels: int | None = None) -> PILImage:
+def to_rgb(image: Any) -> PILImage:
     """The image in mode RGB, upright, on white where it is transparent.
 
     Takes a PIL image, encoded bytes, or the `{"bytes", "path"}` dict of `datasets.Image(decode=False)`. More than 8
-    bits per pixel and floats are scaled, not clipped. Of an animation, the first frame. An image of more than
-    `max_pixels` is made smaller, its shape kept. Raises `ValueError` saying what is wrong with the image.
+    bits per pixel and floats are scaled, not clipped. Of an animation, the first frame.
+    Raises `ValueError` saying what is wrong with the image.
     """
     opened = open_image(image)
     try:
@@ -38,9 +38,12 @@ def to_rgb(image: Any, *, max_pixels: int | None = None) -> PILImage:
             opened = ImageOps.exif_transpose(opened)
     except Exception as error:  # each of Pillow's decoders has exceptions of its own: struct.error, SyntaxError, ...
         raise _damaged(_name(image), error) from None
-    rgb = _rgb(opened)
-    size = fit_pixels(rgb.size, max_pixels=max_pixels)
-    return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)
+    if opened.mode[0] in "IF":
+        return _to_8_bits(opened).convert("RGB")
+    if opened.has_transparency_data:
+        straight = opened.convert({"La": "LA", "RGBa": "RGBA"}.get(opened.mode, opened.mode)).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", opened.size, "white"), straight).convert("RGB")
+    return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
 def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = False) -> PILImage:
@@ -88,17 +91,6 @@ def repairs_of(image: Any) -> list[str]:
     return repairs
 
 
-def fit_pixels(size: tuple[int, int], *, max_pixels: int | None) -> tuple[int, int]:
-    """The largest size (width, height) of the same shape with at most `max_pixels`; the size itself where it fits."""
-    if max_pixels is None or math.prod(size) <= max_pixels:
-        return size
-    if max_pixels < 1:
-        raise ValueError(f"max_pixels is {max_pixels}; expected at least 1, or None for no limit")
-    scale = math.sqrt(max_pixels / math.prod(size))
-    width, height = (max(1, math.floor(side * scale)) for side in size)
-    return min(width, max_pixels), min(height, max_pixels)  # a side raised to 1 pixel must not let the other pass
-
-
 def _orientation(image: PILImage) -> int:
     """1 to 8 as in EXIF; 1, upright, where the image says nothing or its EXIF cannot be read."""
     try:
@@ -108,17 +100,8 @@ def _orientation(image: PILImage) -> int:
     return value if 1 <= value <= 8 else 1
 
 
-def _rgb(image: PILImage) -> PILImage:
-    if image.mode[0] in "IF":
-        return _to_8_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), straight).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 def _to_8_bits(image: PILImage) -> PILImage:
-    """Scaled to 8 bits; white is 65,535 of 16 bits, else the first of `_WHITES` that no value exceeds, 1 for floats only."""
+    """Scaled to 8 bits; white is 65,535 of 16 bits, else the first of `_WHITES` that no value exceeds (1: floats)."""
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= _WHITES[-1]):  # also false for NaN

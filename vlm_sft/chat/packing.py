@@ -24,21 +24,16 @@ from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
 from vlm_sft.common import base_of, evaluating
 
 
-def pack(dataset: Dataset, lengths: Sequence[int] | None = None, *, max_length: int) -> Dataset:
+def pack(dataset: Dataset, *, max_length: int) -> Dataset:
     """Rows `{"packed", "length"}`, each of whole conversations of `dataset` with at most `max_length` tokens together.
 
     Best fit, longest first: each conversation goes where the least room is left (Krell et al., arXiv 2107.02027). Every
-    row of the dataset is in exactly one pack, and is read, images and all, when its pack is. `lengths` holds the
-    tokens of each row, images included; the column `length` (`check_rows`) unless given.
+    row of the dataset is in exactly one pack, and is read, images and all, when its pack is.
 
-    Raises `ValueError` naming the rows that are longer than `max_length`, and for lengths that do not fit the dataset.
-    """
-    if lengths is None:
-        if "length" not in dataset.column_names:
-            raise ValueError("no lengths: give them, or a dataset with the column `length` (check_rows adds it)")
-        lengths = dataset.with_format(None)["length"][:]
-    if len(lengths) != len(dataset):
-        raise ValueError(f"{len(lengths)} lengths for {len(dataset)} rows; give one for each row")
+    Raises `ValueError` naming the rows that are longer than `max_length`, and without the column `length`."""
+    if "length" not in dataset.column_names:
+        raise ValueError("no column `length` of each row's tokens; check_rows adds it")
+    lengths = dataset.with_format(None)["length"][:]
     if too_long := [n for n, length in enumerate(lengths) if length > max_length]:
         found = f"{len(too_long)} rows are longer than max_length={max_length} (the first at {too_long[:5]})"
         raise ValueError(f"{found}; raise it, or leave them out")
