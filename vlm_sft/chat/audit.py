@@ -116,7 +116,7 @@ def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
     image features. Raises `ValueError` naming the row where it does, or where its loss is not finite."""
     if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "not run: the model is sharded (DeepSpeed ZeRO-3)"
-    batch = collator.with_settings(name_rows=False)([row.conversation._asdict()])
+    batch = collator([row.conversation._asdict()])
     inputs = {key: value.to(model.device) for key, value in batch.items()}
     try:
         autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)

@@ -46,8 +46,8 @@ def evaluate_answers(
     appended to `samples.jsonl` in the output folder; `samples.html` there shows the newest answers next to the oldest,
     those before training with `eval_on_start=True`. The trackers that the run reports to get some of the images.
 
-    - `metrics`: name -> function of (predictions, references), from the metrics module or your own. The first one
-      scores the rows of the page, where 1 is right.
+    - `metrics`: name -> function of (predictions, references), of the metrics module or your own. The first one scores
+      the rows of the page, where 1 is right.
     - `references`: the right answers, one entry per row (several for `vqa_accuracy`); default: each row's last answer.
 
     Raises `ValueError` naming all rows that have no reference.
@@ -136,12 +136,9 @@ class AnswerEvaluation(TrainerCallback):
 
 
 def log_samples(trainer: Any, samples: Sequence[Sample]) -> None:
-    """Shows the first samples that have an image under `samples/0`, `samples/1`, ... at this step of the trackers that
-    the run reports to: TensorBoard, Trackio, Weights & Biases.
-
-    Question, prediction and reference are each image's caption, in TensorBoard the text of the same name. Call it after
-    `trainer.log`, which opens a tracker's run, on the main process.
-    """
+    """Shows the first samples that have an image, with question, prediction and reference, under `samples/0`, ... at
+    this step of the trackers that the run reports to: TensorBoard, Trackio, Weights & Biases. Call it on the main
+    process after `trainer.log`, which opens a tracker's run."""
     captioned = {}
     for number, sample in enumerate([sample for sample in samples if sample.images][:TRACKED_IMAGES]):
         caption = f"{sample.question}\n\nprediction: {sample.after}\n\nreference: {sample.reference}"

@@ -24,7 +24,8 @@ Metric = Callable[[Sequence[str], Sequence[Reference]], float]
 def exact_match(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Share of the rows whose answer equals a reference, outer white space aside."""
     return fmean(
-        float(said.strip() in {right.strip() for right in rights}) for said, rights in _pairs(predictions, references)
+        float(answer.strip() in {right.strip() for right in rights})
+        for answer, rights in _pairs(predictions, references)
     )
 
 
@@ -35,7 +36,7 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Reference]) ->
     Antol et al. 2015, "VQA", and the normalisation of its evaluation code (GT-Vision-Lab/VQA, vqaEval.py); apostrophes
     are dropped in place of its table of contractions.
     """
-    return fmean(_vqa_score(said, rights) for said, rights in _pairs(predictions, references))
+    return fmean(_vqa_score(answer, rights) for answer, rights in _pairs(predictions, references))
 
 
 def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
@@ -48,7 +49,9 @@ def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
         found = float(Levenshtein.normalized_similarity(*(" ".join(text.lower().split()) for text in texts)))
         return found if found >= 0.5 else 0.0
 
-    return fmean(max(similarity(said, right) for right in rights) for said, rights in _pairs(predictions, references))
+    return fmean(
+        max(similarity(answer, right) for right in rights) for answer, rights in _pairs(predictions, references)
+    )
 
 
 def cer(predictions: Sequence[str], references: Sequence[Reference]) -> float:
@@ -66,7 +69,7 @@ cer.lower_is_better = wer.lower_is_better = True  # type: ignore[attr-defined]
 
 def json_validity(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Share of the answers that are one JSON value, alone or in a Markdown fence. References are not looked at."""
-    return fmean(float(_json_leaves(said) is not None) for said, _ in _pairs(predictions, references))
+    return fmean(float(_json_leaves(answer) is not None) for answer, _ in _pairs(predictions, references))
 
 
 def json_field_f1(predictions: Sequence[str], references: Sequence[Reference]) -> float:
@@ -76,8 +79,8 @@ def json_field_f1(predictions: Sequence[str], references: Sequence[Reference]) -
     Document Understanding Transformer" (clovaai/donut, JSONParseEvaluator.cal_f1).
     """
     right = fields = 0
-    for row, (said, rights) in enumerate(_pairs(predictions, references)):
-        found, expected = _json_leaves(said) or Counter(), _json_leaves(rights[0])
+    for row, (answer, rights) in enumerate(_pairs(predictions, references)):
+        found, expected = _json_leaves(answer) or Counter(), _json_leaves(rights[0])
         if expected is None:
             raise ValueError(f"references[{row}] is not JSON: {rights[0][:80]!r}; fix or drop the row")
         right += (found & expected).total()
@@ -111,11 +114,11 @@ def _pairs(predictions: Sequence[str], references: Sequence[Reference]) -> list[
     return list(zip(predictions, rights, strict=True))
 
 
-def _vqa_score(said: str, rights: list[str]) -> float:
-    said, rights = _vqa_normal(said), [_vqa_normal(right) for right in rights]
+def _vqa_score(answer: str, rights: list[str]) -> float:
+    answer, rights = _vqa_normal(answer), [_vqa_normal(right) for right in rights]
     if len(rights) == 1:
-        return float(said == rights[0])
-    matches = [said == right for right in rights]
+        return float(answer == rights[0])
+    matches = [answer == right for right in rights]
     enough = min(3, len(rights) - 1)
     return fmean(min(1.0, (sum(matches) - match) / enough) for match in matches)
 
@@ -136,8 +139,8 @@ def _error_rate(
 ) -> float:
     """Edits per unit of the nearest references; without any unit in them, each edit counts as one."""
     nearest = [
-        min((Levenshtein.distance(units(said), units(right)), len(units(right))) for right in rights)
-        for said, rights in _pairs(predictions, references)
+        min((Levenshtein.distance(units(answer), units(right)), len(units(right))) for right in rights)
+        for answer, rights in _pairs(predictions, references)
     ]
     return sum(edits for edits, _ in nearest) / max(sum(length for _, length in nearest), 1)
 

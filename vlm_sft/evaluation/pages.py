@@ -73,13 +73,12 @@ def make_samples(
 
 
 def write_samples_html(
-    samples: Sequence[Sample], path: str | Path, *, title: str = "Samples", subtitle: str = "", image_px: int = 480
+    samples: Sequence[Sample], path: str | Path, *, title: str = "Samples", subtitle: str = ""
 ) -> None:
     """Writes the samples as one page: sortable columns, filters for right, wrong and changed rows.
 
-    Images lie inside the file, at most `image_px` on their longer side. No script runs but the page's own.
-
-    Raises `ValueError` for no samples, and for samples of which only some have the answer before training.
+    Images lie inside the file; no script runs but the page's own. Raises `ValueError` for no samples, and for samples
+    of which only some have the answer before training.
     """
     compared = {sample.before is not None and sample.score_before is not None for sample in samples}
     if len(compared) != 1:
@@ -87,7 +86,7 @@ def write_samples_html(
         raise ValueError(f"expected samples that all have `before` and `score_before`, or none of them; found: {found}")
     counts = Counter(kind for sample in samples for kind in sample.kinds)
     texts = {"title": title, "subtitle": subtitle}
-    _write("samples.html", path, samples=samples, before=compared.pop(), counts=counts, image_px=image_px, **texts)
+    _write("samples.html", path, samples=samples, before=compared.pop(), counts=counts, image_px=480, **texts)
 
 
 def write_audit_html(report: AuditReport, path: str | Path) -> None:
