@@ -1,4 +1,4 @@
-"""Every kind of picture comes out as a viewer would show it, and what is no picture is named."""
+"""Every kind of image comes out as a viewer would show it, and what is not an image is named."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def test_deep_images_are_scaled_not_clipped(mode: str, dtype: str, white: int) -
 def test_a_16_bit_png_keeps_its_dark_half_dark() -> None:
     data = encoded(Image.fromarray(np.full((2, 2), 0x0FFF, dtype=np.uint16)))
     assert Image.open(io.BytesIO(data)).mode == "I;16"
-    assert pixels(data).max() == 16  # white is the type's limit, not the picture's
+    assert pixels(data).max() == 16  # white is the type's limit, not the image's
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_the_picture_upright(orientation: int) -> None:
+def test_exif_turns_the_image_upright(orientation: int) -> None:
     upright = Image.new("RGB", (40, 24), "blue")
     upright.paste("red", (0, 0, 20, 12))
     undo = [None, None, 0, 3, 1, 5, 2, 6, 4][orientation]  # from upright to how the camera stored it
@@ -104,7 +104,7 @@ def test_exif_turns_the_picture_upright(orientation: int) -> None:
     assert to_rgb(shown).tobytes() == shown.tobytes()  # and turns it once
 
 
-def test_exif_that_cannot_be_read_is_no_reason_to_refuse() -> None:
+def test_exif_that_cannot_be_read_is_not_a_reason_to_refuse() -> None:
     data = encoded(RGB, "JPEG", exif=b"Exif\0\0XX*\0 nonsense")
     assert to_rgb(data).size == (20, 12)
 
@@ -140,7 +140,7 @@ def test_the_argument_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.98])
-def test_a_truncated_picture_is_named(format: str, kept: float) -> None:
+def test_a_truncated_image_is_named(format: str, kept: float) -> None:
     data = encoded(RGB.resize((200, 200)), format)
     with pytest.raises(ValueError, match=r"^image 'a.x' is (damaged|not an image)") as raised:
         to_rgb({"bytes": data[: int(kept * len(data))], "path": "a.x"})
@@ -149,7 +149,7 @@ def test_a_truncated_picture_is_named(format: str, kept: float) -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF"])
 @pytest.mark.filterwarnings("ignore")  # Pillow's own, about metadata
-def test_any_flipped_bytes_give_a_picture_or_a_named_fault(format: str) -> None:
+def test_any_flipped_bytes_give_an_image_or_a_named_fault(format: str) -> None:
     random = np.random.default_rng(0)
     good = encoded(RGB, format)
     faults = []
@@ -191,7 +191,7 @@ def test_any_flipped_bytes_give_a_picture_or_a_named_fault(format: str) -> None:
         (Image.fromarray(np.full((2, 2), -1, dtype="i4")), "holds values from -1 to -1"),
     ],
 )
-def test_what_is_no_picture_is_named(image: Any, message: str) -> None:
+def test_what_is_not_an_image_is_named(image: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         to_rgb(image)
 

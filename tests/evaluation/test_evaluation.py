@@ -216,7 +216,7 @@ def test_rows_as_arrow_writes_them(tiny_processor):
     assert torch.equal(model.asked[0]["input_ids"], model.asked[1]["input_ids"])
 
 
-def test_pictures_are_what_training_sees(tiny_processor):
+def test_images_are_what_training_sees(tiny_processor):
     """Encoded as `datasets.Image(decode=False)` leaves them, and with more than eight bits."""
     processor = tiny_processor("llava15")
     encoded, deep = BytesIO(), Image.new("I;16", (40, 40), 300 * 100)

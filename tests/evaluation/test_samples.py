@@ -93,7 +93,7 @@ def test_page_without_before_has_no_such_column_and_filters(tmp_path):
     assert "(nothing)" in text
 
 
-def test_pictures_lie_in_the_page_tiny_ones_exactly(tmp_path):
+def test_images_lie_in_the_page_tiny_ones_exactly(tmp_path):
     write_samples_html(SAMPLES, tmp_path / "samples.html")
     pictures = [
         (attrs.get("class"), Image.open(BytesIO(base64.b64decode(attrs["src"].split(",")[1]))))

@@ -80,8 +80,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The template's own text of the messages as they are."""
         settings = {"add_generation_prompt": add_generation_prompt, **(self.kwargs or {})}
-        text: str = self.processor.apply_chat_template(list(messages), tokenize=False, **settings)
-        return text
+        return str(self.processor.apply_chat_template(list(messages), tokenize=False, **settings))
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text that the model continues, equal to what is trained before the answer to these messages."""
@@ -183,8 +182,7 @@ class ChatTemplate:
     @property
     def stop_to_insert(self) -> str | None:
         """What ends an answer after which the template writes no added token."""
-        eos: str | None = self.processor.tokenizer.eos_token
-        return eos if self.stop_token == "auto" else self.stop_token
+        return self.processor.tokenizer.eos_token if self.stop_token == "auto" else self.stop_token
 
     @cached_property
     def stops(self) -> tuple[str, ...]:
@@ -219,7 +217,6 @@ class ChatTemplate:
         encoding one question with and without an image.
 
         Raises `ValueError` where the processor does not tell what it writes in the place of an image."""
-        kind = type(self.processor).__name__
 
         def encode(image: Image.Image | None) -> Any:
             content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": "x"}]
@@ -230,11 +227,11 @@ class ChatTemplate:
         try:
             with_image, without = encode(Image.new("RGB", (64, 48))), encode(None)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{kind} cannot encode a question: {error}") from error
+            raise ValueError(f"{type(self.processor).__name__} cannot encode a question: {error}") from error
         if not any(with_image.get("text_replacement_offsets") or []):
             raise ValueError(
-                f"{kind} does not report what it writes in the place of an image (return_text_replacement_offsets), so "
-                "labels cannot be proven; use a model whose processor does"
+                f"{type(self.processor).__name__} does not report what it writes in the place of an image "
+                "(return_text_replacement_offsets), so labels cannot be proven; use a model whose processor does"
             )
         brought = {int(i) for i in with_image["input_ids"][0]} - {int(i) for i in without["input_ids"][0]}
         return frozenset(brought & self.processor.tokenizer.added_tokens_decoder.keys())
