@@ -1,6 +1,7 @@
 # make quickstart   train a tiny vision-language model on real pictures and look at the result
 # make test         the test suite, offline, on the CPU
 # make test-faults  runs are killed, starved and misled: the tests that docs/faults.md lists
+# make test-sweep   every statement and argument of every recipe left out, one at a time: is each heard?
 # make test-browser the page, the trackers and the server, in a headless Chromium (Debian: apt-get install chromium)
 # make test-latest  the test suite on the newest releases of our dependencies: what would break?
 # make check        lint, format and types
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-faults test-browser test-latest check bench
+.PHONY: help quickstart test test-faults test-sweep test-browser test-latest check bench
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -27,7 +28,10 @@ quickstart: $(VENV)/.installed
 # beside a torch without CUDA it breaks `import trl`; tests/torchvision_cpu shows the tests where it is.
 # Two workers are faster than two threads.
 test: $(VENV)/.dev $(VENV)/test-only/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not sweep"
+
+test-sweep: $(VENV)/.dev $(VENV)/test-only/.installed
+	$(BIN)/python -m pytest -n 2 -m sweep tests/test_deletions.py
 
 test-faults: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $$(grep -o 'tests/[a-z_/]*\.py::[a-z0-9_]*' docs/faults.md | sort -u)
@@ -48,7 +52,7 @@ test-latest: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python $(VERSIONS) > $(LATEST)/before.txt
 	$(LATEST)/bin/python $(VERSIONS) > $(LATEST)/after.txt
 	@if cmp -s $(LATEST)/before.txt $(LATEST)/after.txt; then echo "No release is newer than those of $(VENV)."; exit 0; fi; \
-	$(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m "not faults"; broken=$$?; \
+	$(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m "not faults and not sweep"; broken=$$?; \
 	echo "What broke, if anything, is listed above. Versions of $(VENV), and those of this run:"; \
 	diff --side-by-side --suppress-common-lines --width 80 $(LATEST)/before.txt $(LATEST)/after.txt; exit $$broken
 

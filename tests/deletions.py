@@ -3,59 +3,59 @@
 from __future__ import annotations
 
 import ast
-import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Deletion:
-    """`what` reads as in the recipe; `source` is the whole file without it; `statement` is the statement it is in."""
+    """`what` reads as in the recipe; `statement` is the statement it is in."""
 
+    path: Path
+    number: int
     what: str
     statement: str
-    source: str
+
+    @property
+    def source(self) -> str:
+        """The whole file without it."""
+        tree = ast.parse(self.path.read_text("utf-8"))
+        list(_places(tree))[self.number][2]()
+        return ast.unparse(ast.fix_missing_locations(tree))
 
     def __str__(self) -> str:
         return self.what[:70]
 
 
-def deletions(path: Path) -> Iterator[Deletion]:
+@functools.cache
+def deletions(path: Path) -> tuple[Deletion, ...]:
     """Every deletion in the recipe's `main`, in the order of its lines."""
-    tree = ast.parse(path.read_text("utf-8"))
-    count = len(list(_places(tree)))
-    for number in range(count):
-        changed = copy.deepcopy(tree)
-        what, statement, remove = list(_places(changed))[number]
-        remove()
-        yield Deletion(what, statement, ast.unparse(ast.fix_missing_locations(changed)))
+    places = _places(ast.parse(path.read_text("utf-8")))
+    return tuple(Deletion(path, number, what, statement) for number, (what, statement, _) in enumerate(places))
 
 
-def _places(tree: ast.Module) -> Iterator[tuple[str, str, object]]:
+def _places(tree: ast.Module) -> Iterator[tuple[str, str, Callable[[], object]]]:
     main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     for body, place in _statements(main):
         statement = body[place]
         text = ast.unparse(statement)
-        yield f"statement: {text}", text, lambda body=body, place=place: _remove(body, place)
-        inner = [block for block in ("body", "orelse") if getattr(statement, block, None)]
-        shallow = [node for node in ast.walk(statement) if isinstance(node, ast.Call)]
-        nested = {id(node) for block in inner for child in getattr(statement, block) for node in ast.walk(child)}
-        for call in shallow:
-            if id(call) in nested:
-                continue
+        yield f"statement: {text}", text, functools.partial(_remove, body, place)
+        inner = {id(node) for child, n in _statements(statement) for node in ast.walk(child[n])}
+        for call in [node for node in ast.walk(statement) if isinstance(node, ast.Call) and id(node) not in inner]:
             name = ast.unparse(call.func)
             for n, argument in enumerate(call.args):
-                yield f"{name}: {ast.unparse(argument)}", text, lambda call=call, n=n: call.args.pop(n)
+                yield f"{name}: {ast.unparse(argument)}", text, functools.partial(call.args.pop, n)
             for n, keyword in enumerate(call.keywords):
                 what = f"{name}: {keyword.arg or '**'}={ast.unparse(keyword.value)}"
-                yield what, text, lambda call=call, n=n: call.keywords.pop(n)
+                yield what, text, functools.partial(call.keywords.pop, n)
 
 
 def _statements(node: ast.AST) -> Iterator[tuple[list[ast.stmt], int]]:
     for field in ("body", "orelse", "finalbody"):
-        body = getattr(node, field, None)
-        for place in range(len(body or ())):
+        body = getattr(node, field, None) or []
+        for place in range(len(body)):
             yield body, place
             yield from _statements(body[place])
 

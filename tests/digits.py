@@ -48,10 +48,15 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
                 num_train_epochs=4,
                 per_device_train_batch_size=16,
                 warmup_steps=10,
-                eval_strategy="no",
                 disable_tqdm=True,
             )
-            printed.write_text(json.dumps(module.main(args, training_args)), encoding="utf-8")
+            after = module.main(args, training_args)
+            first = json.loads((folder / "samples.jsonl").read_text("utf-8").splitlines()[0])["step"]
+            assert first == 0
+            before = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
+            right = [line["scores"]["exact_match"] for line in before if line["step"] == 0]
+            told = {"accuracy": after["eval_exact_match"], "accuracy_before": sum(right) / len(right)}
+            printed.write_text(json.dumps(told), encoding="utf-8")
     return Quickstart(folder, base, json.loads(printed.read_text("utf-8")))
 
 

@@ -41,7 +41,7 @@ def digit(quickstart, tmp_path) -> tuple[Path, str]:
     model, processor = vlm_sft.load_model(quickstart.folder), vlm_sft.load_processor(quickstart.folder)
     rows = quickstart.rows.select(range(10))
     said = vlm_sft.generate(model, vlm_sft.ChatTemplate(processor), rows, max_new_tokens=8, progress=False)
-    shown = [vlm_sft.split_reference(row).reference for row in rows]
+    shown = [row["messages"][-1]["content"] for row in rows]
     number = next(n for n in range(10) if said[n] == shown[n])
     rows[number]["images"][0].save(tmp_path / "digit.png")
     return tmp_path / "digit.png", shown[number]

@@ -61,8 +61,8 @@ class Outcome:
 
 def own(name: str) -> list[Deletion]:
     found = list(deletions(ROOT / "recipes" / f"{name}.py"))
-    shared = {deletion.statement for deletion in deletions(ROOT / "recipes" / f"{SHARED}.py")}
-    return found if name == SHARED else [deletion for deletion in found if deletion.statement not in shared]
+    shared = {deletion.what for deletion in deletions(ROOT / "recipes" / f"{SHARED}.py")}
+    return found if name == SHARED else [deletion for deletion in found if deletion.what not in shared]
 
 
 def cases(chosen: Callable[[str], list[Deletion]]) -> list[Any]:

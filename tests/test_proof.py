@@ -86,9 +86,14 @@ def test_proof_without_each_guard(missing, make, tiny_dir):
         make(given={"callbacks": guards}).prove()
 
 
-def test_callbacks_of_ones_own_may_follow(make, tiny_dir):
-    own = [*vlm_sft.guards(vlm_sft.load_model(tiny_dir("llava15"))), EarlyStoppingCallback(1)]
-    run = make(given={"callbacks": own})
+def test_guards_of_another_model(make, tiny_dir):
+    with pytest.raises(ValueError, match=r"guards\(model\) was given another model"):
+        make(given={"callbacks": vlm_sft.guards(vlm_sft.load_model(tiny_dir("llava15")))}).prove()
+
+
+def test_callbacks_of_ones_own_may_follow(make):
+    run = make()
+    run.trainer.add_callback(EarlyStoppingCallback(1))
     run.prove()
     run.trainer.train()
 
@@ -393,6 +398,32 @@ def test_a_plan_changes_no_number(make, tmp_path, tiny_dir):
     before = torch.get_rng_state()
     run.prove()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_way_of_a_row_to_the_first_step(make, tmp_path, monkeypatch):
+    """The pass encodes each row once; after it only the audited ones, that of the forward, and the first batches."""
+    encoded = []
+    encode = vlm_sft.ChatCollator.encode
+    monkeypatch.setattr(
+        vlm_sft.ChatCollator, "encode", lambda self, rows: encoded.append(len(rows)) or encode(self, rows)
+    )
+    data = vlm_sft.load_conversations(chats(tmp_path / "many", train=80, test=4))
+    run = make(
+        data=data,
+        max_steps=1,
+        eval_on_start=False,
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        save_strategy="no",
+    )
+    assert sum(encoded) == 84
+    run.prove()
+    assert sum(encoded) == 84 + 64
+    done = []
+    step = run.trainer.training_step
+    monkeypatch.setattr(run.trainer, "training_step", lambda *a: done.append(sum(encoded)) or step(*a))
+    run.trainer.train()
+    assert done == [84 + 64 + 1 + 2 + 2]  # accelerate fetches one batch ahead
 
 
 # As runs are launched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl import TrlParser
+from recipe_data import noise
+from trl import SFTTrainer, TrlParser
+
+import vlm_sft
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
@@ -87,10 +91,11 @@ def test_paths_exist(document):
     assert [path for path in [*links, *(ROOT / name for name in named)] if not path.exists()] == []
 
 
-def test_recipe_table_names_every_recipe():
+def test_recipe_table_names_every_recipe_and_its_lines():
     table = (ROOT / "README.md").read_text("utf-8").split("## Recipes")[1].split("##")[0]
     trains = {recipe.name for recipe in RECIPES} - {"chat.py", "evaluate.py"}
-    assert set(re.findall(r"\[`?(\w+\.py)`?\]", table)) == trains
+    counted = {name: int(lines) for name, lines in re.findall(r"\[(\w+\.py)\]\(recipes/\w+\.py\) \| (\d+) \|", table)}
+    assert counted == {name: len((ROOT / "recipes" / name).read_text("utf-8").splitlines()) for name in trains}
 
 
 def test_quoted_errors_are_the_librarys():
@@ -113,3 +118,23 @@ def test_family_table_is_what_the_command_prints():
     command = [sys.executable, "benchmarks/family_table.py"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed.strip() in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_library_by_itself(tiny_dir, tmp_path, monkeypatch):
+    """README's lines as they stand, on a twin and rows of one's own."""
+    [code] = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+        if "prove" in block
+    ]
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for n, image in enumerate(noise(12)):
+        image.save(f"{n}.png")
+        rows.append({"prompt": "<image>\nHow many?", "response": f"{n}.", "images": f"{n}.png"})
+    Path("my_data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    exec(
+        code,
+        {"vlm_sft": vlm_sft, "SFTTrainer": SFTTrainer, "name": tiny_dir("llava15"), "TRAINS": {"language": "lora"}},
+    )
+    assert vlm_sft.load_model("outputs/mine").peft_config["default"].use_dora

@@ -164,6 +164,8 @@ def prove(
             "prove() was called already for this trainer, or it has trained: prove a trainer once, before train(); for "
             "other settings make a new model and trainer"
         )
+    if not any(c.model is base_of(trainer.model) for c in _callbacks(trainer, RestoreGenerationConfig)):
+        raise ValueError("prove(): vlm_sft.guards(model) was given another model than SFTTrainer; give both the same")
     collator, rows = trainer.data_collator, trainer.train_dataset
     flags = check_flags(trainer, args)
     check_pieces(trainer, collator)
@@ -180,12 +182,12 @@ def prove(
         quantized = str(check_quantized(model))
     else:
         quantized = "nothing"
-    if require_answers and not _answer_evaluations(trainer):
+    if require_answers and not _callbacks(trainer, AnswerEvaluation):
         raise ValueError(
             "no held-out row is answered, so samples.html and the metrics of answers would be missing: call "
             "vlm_sft.evaluate_answers(trainer, data['test'], METRICS) before prove, or pass require_answers=False"
         )
-    if _answer_evaluations(trainer) and trainer.eval_dataset is None:
+    if _callbacks(trainer, AnswerEvaluation) and trainer.eval_dataset is None:
         raise ValueError("held-out rows are to be answered, but none are evaluated: pass eval_dataset=data['test']")
     report = audit(collator, rows, num_rows, require_stop_token=require_stop_token)
     check_embedding(report.rows, model)
@@ -226,31 +228,32 @@ def finish(trainer: Any, proof: Proof) -> dict[str, float]:
             "finish() before the training has ended, so there is nothing to finish: call trainer.train("
             "resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer)) before it"
         )
+    trainer.accelerator.wait_for_everyone()  # or a process would leave while the main one still writes
     trainer.end()
     return proof.results
 
 
 def _gate_of(trainer: Any, what: str) -> Gate:
     """The trainer's gate. Raises unless all guards are among its callbacks."""
-    there = {type(callback) for callback in trainer.callback_handler.callbacks}
     needed = (RestoreGenerationConfig, GroupByLength, SafeCheckpoints, StopOnNaN, Gate, KeepRandomState)
-    if missing := [kind.__name__ for kind in needed if kind not in there]:
+    if missing := [kind.__name__ for kind in needed if not _callbacks(trainer, kind)]:
         raise ValueError(
             f"{what}: {', '.join(missing)} missing among the trainer's callbacks; pass callbacks=vlm_sft.guards(model) "
             "to SFTTrainer (your own may follow: [*vlm_sft.guards(model), EarlyStoppingCallback()])"
         )
-    return next(callback for callback in trainer.callback_handler.callbacks if type(callback) is Gate)
+    gate: Gate = _callbacks(trainer, Gate)[0]
+    return gate
 
 
-def _answer_evaluations(trainer: Any) -> list[AnswerEvaluation]:
-    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, AnswerEvaluation)]
+def _callbacks(trainer: Any, kind: type) -> list[Any]:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind)]
 
 
 def _answer_metrics(trainer: Any) -> dict[str, bool]:
     """Metric of generated answers -> whether less is better."""
     return {
         name: getattr(metric, "lower_is_better", False)
-        for evaluation in _answer_evaluations(trainer)
+        for evaluation in _callbacks(trainer, AnswerEvaluation)
         for name, metric in evaluation.metrics.items()
     }
 

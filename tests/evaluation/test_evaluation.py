@@ -355,6 +355,9 @@ def test_callback_names_rows_without_reference_and_names_that_are_taken(tiny_dir
         evaluate_answers(trainer, ROWS, metrics, num_rows=0)
     with pytest.raises(ValueError, match="0 metrics; each must be at least 1"):
         evaluate_answers(trainer, ROWS, {})
+    trainer.data_collator = print
+    with pytest.raises(ValueError, match="data_collator is a builtin_function_or_method; pass data_collator=collator"):
+        evaluate_answers(trainer, ROWS, metrics)
     with pytest.raises(ValueError, match="reports eval_loss itself"):
         evaluated(tiny_dir("llava15"), tmp_path, metrics={"loss": exact_match})
 

@@ -19,6 +19,7 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.generate import Rows, generate, split_reference
 from vlm_sft.evaluation.metrics import Metric, Reference
@@ -52,6 +53,9 @@ def evaluate_answers(
 
     Raises `ValueError` naming all rows that have no reference.
     """
+    if not isinstance(trainer.data_collator, ChatCollator):
+        kind = type(trainer.data_collator).__name__
+        raise ValueError(f"data_collator is a {kind}; pass data_collator=collator, the ChatCollator")
     if len(rows) == 0 or num_rows < 1 or not metrics:
         raise ValueError(f"{len(rows)} rows, num_rows={num_rows}, {len(metrics)} metrics; each must be at least 1")
     if references is not None and len(references) != len(rows):
