@@ -45,12 +45,12 @@ def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     Case and runs of white space do not count. Source: Biten et al. 2019, "Scene Text Visual Question Answering".
     """
 
-    def similarity(*texts: str) -> float:
-        found = float(Levenshtein.normalized_similarity(*(" ".join(text.lower().split()) for text in texts)))
-        return found if found >= 0.5 else 0.0
+    def same(text: str) -> str:
+        return " ".join(text.lower().split())
 
     return fmean(
-        max(similarity(answer, right) for right in rights) for answer, rights in _pairs(predictions, references)
+        max(Levenshtein.normalized_similarity(answer, right, processor=same, score_cutoff=0.5) for right in rights)
+        for answer, rights in _pairs(predictions, references)
     )
 
 
