@@ -232,7 +232,7 @@ def test_own_column_names_and_history(folder: Path) -> None:
         folder / "a.jsonl",
         [{"frage": "C?", "antwort": "c", "zuvor": [["A?", "a"], ["<image>B?", "b"]], "bild": "pictures/3.png"}],
     )
-    names = {"prompt": "frage", "response": "antwort", "history": "zuvor", "images": "bild"}
+    names = ["prompt=frage", "response=antwort", "history=zuvor", "images=bild"]
     row = load_conversations(path, columns=names)["train"][0]
     assert [(role, text) for role, text, _ in words(row)] == [
         *(("user", "A?"), ("assistant", "a"), ("user", "B?"), ("assistant", "b"), ("user", "C?"), ("assistant", "c"))
@@ -378,9 +378,9 @@ def test_text_is_converted_once_and_again_when_the_file_changes(folder: Path, mo
     ("row", "columns", "message"),
     [
         ({"mesages": [], "image": 1}, None, r"among mesages, image \(did you mean 'mesages'\?\).*--columns messages="),
-        ({"q": "a", "a": "b"}, {"prompt": "q", "response": "x"}, r"no column 'x' for 'response'.*found: q, a"),
-        ({"text": "a"}, {"message": "text"}, r"'message' is not a field \(did you mean 'messages'\?\)"),
-        ({"q": "a", "a": "b"}, {"prompt": "q"}, "'prompt' and 'response' go together"),
+        ({"q": "a", "a": "b"}, ["prompt=q", "response=x"], r"no column 'x' for 'response'.*found: q, a"),
+        ({"text": "a"}, ["message=text"], r"'message' is not a field \(did you mean 'messages'\?\)"),
+        ({"q": "a", "a": "b"}, ["prompt=q"], "'prompt' and 'response' go together"),
         ({"q": "a", "a": "b"}, ["prompt=q", "a"], "'a' names no column; expected FIELD=COLUMN"),
         ({"messages": [{"role": "user"}]}, None, r"none of the first 1 rows.*row 0.*messages\[0\] has a content that"),
         ({"messages": [], "images": 5}, None, r"row 0: images\[0\]: the image is a int; expected"),

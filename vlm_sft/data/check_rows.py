@@ -134,10 +134,9 @@ def check_rows(
     does not open, is one pixel wide or more than 200 times as long as wide, a text is blank or holds control
     characters, the collator refuses it or finds nothing to train on, or it repeats an earlier row.
 
-    - `on_bad_rows="error"`: bad rows raise `ValueError` with the report of all splits; rows that only repeat others
-      are reported and stay. `"drop"`: all of them are left out and counted; `ValueError` where errors are more than
-      `max_bad_fraction` of all rows. `"ignore"`: no row is looked at, and no column added.
-    - A stream is checked as its rows come: a bad one raises, or is left out and counted (`"drop"`).
+    `on_bad_rows="error"`: `ValueError` with the report of all splits; rows that only repeat others stay. `"drop"`: bad
+    rows are left out and counted; `ValueError` where errors are more than `max_bad_fraction` of all rows. `"ignore"`:
+    no row is looked at, and no column added. A stream is checked as its rows come.
 
     Every process of a launched run must call it; each looks at its share of the rows.
     """
@@ -305,7 +304,7 @@ class _StreamCheck:
         look = Look(self.rows, {name: value for name, [value] in batch.items()}, self.reader)
         self.rows += 1
         if not (faults := look.record(self.collator).faults):
-            return {field: [value] for field, value in {**look.converted, **look.example()}.items()}
+            return {field: [value] for field, value in {**look.converted, **look.decoded._asdict()}.items()}
         last = f"{look.name}: {'; '.join(faults)}"
         if self.collator is None:
             raise ValueError(last)

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from vlm_sft.chat.messages import normalise
 from vlm_sft.data import formats
 from vlm_sft.data import rows as reading
-from vlm_sft.data.formats import TEXT_SUFFIXES, Columns, closest, layout_of, read_rows
+from vlm_sft.data.formats import TEXT_SUFFIXES, closest, layout_of, read_rows
 from vlm_sft.data.rows import LINES, Change, ImageFolder, RowReader, named
 
 EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
@@ -45,7 +45,7 @@ def load_conversations(
     eval_split: str | None = None,
     eval_fraction: float = 0.02,
     streaming: bool = False,
-    columns: Columns | None = None,
+    columns: Sequence[str] | None = None,
     to_conversation: Change | None = None,
     image_folder: str | Path | None = None,
     allow_outside: bool = False,
@@ -57,13 +57,12 @@ def load_conversations(
     Reads a Hub dataset; a folder written by `save_to_disk`; a Parquet, Arrow, JSON, JSON-lines, CSV or TSV file, or a
     folder of them, split by their names; a folder of images with a `metadata.jsonl`. Conversations may be `messages`,
     LLaVA's and ShareGPT's `conversations`, or prompt and response; `columns` says so where yours have other names:
-    `["prompt=question", "images=photo"]`, as flags write it, or a dict.
+    `["prompt=question", "images=photo"]`.
 
     - `to_conversation`: from a stored row to a dict of `messages` and `images`, used where no `columns` are given.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
       none, `max_eval_rows` rows do, drawn with `seed`, but at most a fifth of all; without a number `eval_fraction` of
-      them, where 0 makes none.
-    - `max_eval_rows`: at most so many in "test", which must be there.
+      them, where 0 makes none. With a number "test" must be there, and has at most so many rows.
     - `streaming`: "train" is an `IterableDataset` in the order of the source; "test" a `Dataset` in memory of
       `max_eval_rows` rows, the first ones where the source has no split for it.
     - `image_folder`: what file names in rows are relative to; the folder of the data unless given. Files outside it
@@ -132,9 +131,7 @@ def _named_faults(name: str | Path) -> Iterator[None]:
 
 def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
     """Splits of a folder written by `save_to_disk`, of a data file, or of a folder of data files, told by their names.
-
-    Raises `ValueError` for a path that holds no data, or data of several kinds.
-    """
+    Raises `ValueError` for a path that holds no data, or data of several kinds."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if next(path.rglob("*.arrow"), None) is None:
             raise ValueError("it has no row")
@@ -232,7 +229,7 @@ def _check_first_rows(rows: Any, reader: RowReader) -> None:
     for row in rows.take(FIRST_ROWS if isinstance(rows, IterableDataset) else min(FIRST_ROWS, len(rows))):
         try:
             read = reader.read(row)
-            with named(row):
+            with named(f"row {row['row']}"):
                 normalise(read["messages"], read["images"])
             return
         except ValueError as error:

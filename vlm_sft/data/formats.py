@@ -31,26 +31,25 @@ _KNOWN: tuple[Layout, ...] = (
 )
 _IMAGES = ("images", "image", "file_names", "file_name")
 _BETWEEN = re.compile(r"[\s,]*")
-Columns = Mapping[str, str | Sequence[str]] | Sequence[str]
 
 
-def layout_of(found: Sequence[str], columns: Columns | None = None) -> Layout:
+def layout_of(found: Sequence[str], columns: Sequence[str] | None = None) -> Layout:
     """Where the parts of a conversation are among the columns found: as `columns` says, else as the common formats do.
 
-    `columns` says which columns hold each of `FIELDS`, as flags do (`["prompt=instruction", "prompt=input"]`) or as a
-    dict. Raises `ValueError` with the columns found, the closest match and the remedy.
+    `columns` says which columns hold each of `FIELDS`, as flags do: `["prompt=instruction", "prompt=input"]`. Raises
+    `ValueError` with the columns found, the closest match and the remedy.
     """
-    layout = _layout(columns or ())
-    faults = [
-        f"{field!r} is not a field{closest(field, FIELDS)}; fields are {', '.join(FIELDS)}"
-        for field in layout.keys() - set(FIELDS)
-    ]
-    faults += [
-        f"there is no column {name!r} for {field!r}{closest(name, found)}"
-        for field, names in layout.items()
-        for name in names
-        if name not in found
-    ]
+    layout: Layout = {}
+    faults = []
+    for pair in columns or ():
+        field, _, name = pair.partition("=")
+        layout[field] = (*layout.get(field, ()), name)
+        if not name:
+            faults.append(f"{pair!r} names no column; expected FIELD=COLUMN, as in prompt=question")
+        elif field not in FIELDS:
+            faults.append(f"{field!r} is not a field{closest(field, FIELDS)}; fields are {', '.join(FIELDS)}")
+        elif name not in found:
+            faults.append(f"there is no column {name!r} for {field!r}{closest(name, found)}")
     if "messages" not in layout and len({"prompt", "response"} & layout.keys()) == 1:
         faults.append("'prompt' and 'response' go together; name both")
     if faults:
@@ -66,18 +65,6 @@ def layout_of(found: Sequence[str], columns: Columns | None = None) -> Layout:
         layout |= {field: (field,) for field in ("system", "history") if "prompt" in known and field in found}
     if "images" not in layout and (images := next((name for name in _IMAGES if name in found), None)):
         layout["images"] = (images,)
-    return layout
-
-
-def _layout(columns: Columns) -> Layout:
-    if isinstance(columns, Mapping):
-        return {field: (name,) if isinstance(name, str) else tuple(name) for field, name in columns.items()}
-    layout: Layout = {}
-    for pair in columns:
-        field, _, name = pair.partition("=")
-        if not name:
-            raise ValueError(f"--columns: {pair!r} names no column; expected FIELD=COLUMN, as in prompt=question")
-        layout[field] = (*layout.get(field, ()), name)
     return layout
 
 
@@ -110,9 +97,7 @@ def to_messages(row: Mapping[str, Any], layout: Layout) -> Any:
 def to_images(row: Mapping[str, Any], layout: Layout) -> list[Any]:
     """The row's images as a flat list; none where the column is absent, None or an empty string."""
     value = row.get(layout["images"][0]) if "images" in layout else None
-    if value is None or value == "":
-        return []
-    return _flat(value)
+    return [] if value is None or value == "" else _flat(value)
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -161,9 +146,9 @@ def _read_array(file: TextIO, name: str) -> Iterator[Any]:
             if not (more := file.read(max(1 << 20, len(buffer)))):
                 raise ValueError(f"{name}: row {count} cannot be read, nor what follows: {error}; fix it") from None
             buffer, at = buffer[at:] + more, 0
-            continue
-        yield element
-        count += 1
+        else:
+            yield element
+            count += 1
 
 
 def _message(message: Any) -> Any:

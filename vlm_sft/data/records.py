@@ -27,7 +27,7 @@ from PIL.Image import Image as PILImage
 from vlm_sft.chat.collator import IGNORE_INDEX, EncodedRow
 from vlm_sft.chat.images import MAX_DECODED_PIXELS, repairs_of, to_rgb
 from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, normalise, text_of
-from vlm_sft.data.rows import ImageFolder, RowReader
+from vlm_sft.data.rows import ImageFolder, RowReader, named, open_at
 from vlm_sft.distributed import print_main
 
 MAX_ASPECT = 200  # Qwen's processors refuse what is longer, LLaVA's cut it to a stripe
@@ -53,9 +53,10 @@ class Look:
 
     def __init__(self, index: int, row: Any, reader: RowReader | None) -> None:
         self.index, self.name, self.reader = index, f"row {index}", reader
+        self.folder = reader.folder if reader else None
         self.key: bytes | None = None
         self.looked_at = False
-        self.decoded: Conversation | None = None
+        self.decoded = Conversation([], [])
         self.encoded: EncodedRow | None = None
         self.errors: list[Exception] = []
         self.repairs: list[str] = []
@@ -69,13 +70,13 @@ class Look:
             raise row
         self.name = f"row {row['row']}" if row.get("row") is not None else self.name
         self.converted = self.reader.convert(row) if self.reader else row
-        messages, images = normalise(self.converted.get("messages"), self.converted.get("images"))
+        messages, self.images = normalise(self.converted.get("messages"), self.converted.get("images"))
         check_turns(messages)
-        folder = self.reader.folder if self.reader else None
-        where = folder and (os.path.realpath(folder.path), *folder[1:])
+        self.decoded = Conversation(messages, [])
+        where = self.folder and (os.path.realpath(self.folder.path), self.folder.allow_outside)
         digest = hashlib.blake2b(json.dumps([messages, where]).encode(), digest_size=16)
-        for image in images:
-            digest.update(_identity(image, folder))
+        for image in self.images:
+            digest.update(_identity(image, self.folder))
         self.key = digest.digest()
 
     @property
@@ -87,7 +88,7 @@ class Look:
         self.decode()
         if not self.errors and collator is not None:
             try:
-                self.encoded = row = self.encoded or collator.encode([self.example()])[0][0]
+                self.encoded = row = self.encoded or collator.encode([self.decoded._asdict()])[0][0]
                 if trained := int((row.labels != IGNORE_INDEX).sum()):
                     return Record(len(row), int(row.image.sum()), trained, (), self.repairs)
                 self.errors.append(ValueError("no token is left to train on; give it an answer that is not blank"))
@@ -100,24 +101,15 @@ class Look:
         if self.looked_at or self.key is None:
             return
         self.looked_at = True
-        try:
-            opened = self.reader.open(self.converted) if self.reader else self.converted
-            messages, images = normalise(opened.get("messages"), opened.get("images"))
-        except Exception as error:
-            self.errors.append(error)
-            return
-        self.errors += map(ValueError, _text_faults(messages))
-        self.decoded = Conversation(messages, [])
-        for number, image in enumerate(images):
+        self.errors += map(ValueError, _text_faults(self.decoded.messages))
+        for number, image in enumerate(self.images):
             try:
-                self.repairs += repairs_of(image)
-                self.decoded.images.append(_shown(to_rgb(image)))
-            except ValueError as error:
-                self.errors.append(ValueError(f"images[{number}]: {error}"))
-                self.errors[-1].__cause__ = error
-
-    def example(self) -> dict[str, Any]:
-        return self.decoded._asdict() if self.decoded else {}
+                opened = open_at(image, f"images[{number}]", self.folder) if self.folder else image
+                with named(f"images[{number}]"):
+                    self.repairs += repairs_of(opened)
+                    self.decoded.images.append(_shown(to_rgb(opened)))
+            except Exception as error:
+                self.errors.append(error)
 
 
 def encode_together(looks: Sequence[Look], collator: Any) -> None:
@@ -129,7 +121,7 @@ def encode_together(looks: Sequence[Look], collator: Any) -> None:
     if collator is None or not sound:
         return
     try:
-        rows, _ = collator.encode([look.example() for look in sound])
+        rows, _ = collator.encode([look.decoded._asdict() for look in sound])
     except Exception:
         return
     for look, row in zip(sound, rows, strict=True):

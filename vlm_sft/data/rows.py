@@ -59,7 +59,7 @@ class RowReader:
     def convert(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """`read` with the images as they are stored: encoded bytes, file names, or what `change` made."""
         numbers = {name: row[name] for name in ("row", *COLUMNS) if name in row}
-        with named(row):
+        with named(_name(row)):
             found, folder = (_parse(row), row["folder"]) if row.keys() >= LINES.keys() else (row, "")
             layout = self.layout or CONVERSATION
             if self.change is not None:
@@ -69,8 +69,8 @@ class RowReader:
 
     def open(self, converted: Mapping[str, Any]) -> dict[str, Any]:
         """What `convert` returned with its images opened, those inside of message parts too."""
-        with named(converted):
-            images = [_open(image, f"images[{n}]", self.folder) for n, image in enumerate(converted["images"])]
+        with named(_name(converted)):
+            images = [open_at(image, f"images[{n}]", self.folder) for n, image in enumerate(converted["images"])]
             return {**converted, "messages": _open_parts(converted["messages"], self.folder), "images": images}
 
 
@@ -107,13 +107,17 @@ def _parse(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
+def _name(row: Mapping[str, Any]) -> str:
+    return f"row {row.get('row', 'without a number')}"
+
+
 @contextmanager
-def named(row: Mapping[str, Any]) -> Iterator[None]:
-    """Puts the row's number into a `ValueError`."""
+def named(what: str) -> Iterator[None]:
+    """Puts the name in front of a `ValueError`."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"row {row.get('row', 'without a number')}: {error}") from None
+        raise ValueError(f"{what}: {error}") from None
 
 
 def _within(folder: str, image: Any) -> Any:
@@ -149,7 +153,7 @@ def _open_parts(messages: Any, folder: ImageFolder) -> Any:
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, list):
             parts = [
-                {**part, "image": _open(part["image"], f"messages[{n}].content[{i}]", folder)}
+                {**part, "image": open_at(part["image"], f"messages[{n}].content[{i}]", folder)}
                 if isinstance(part, Mapping) and part.get("image") is not None
                 else part
                 for i, part in enumerate(content)
@@ -159,10 +163,10 @@ def _open_parts(messages: Any, folder: ImageFolder) -> Any:
     return opened
 
 
-def _open(image: Any, where: str, folder: ImageFolder) -> Any:
-    try:
-        return open_image(image, folder=folder.path, allow_outside=folder.allow_outside)
-    except UnicodeEncodeError:
-        raise ValueError(f"{where} is the file name {image!r}, which is not Unicode; rename the file") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+def open_at(image: Any, where: str, folder: ImageFolder) -> Any:
+    """The image with its header read. Raises `ValueError` that names where in the row it stands."""
+    with named(where):
+        try:
+            return open_image(image, folder=folder.path, allow_outside=folder.allow_outside)
+        except UnicodeEncodeError:
+            raise ValueError(f"the file name {image!r}, which is not Unicode; rename the file") from None

@@ -164,9 +164,8 @@ class StopOnNaN(TrainerCallback):
             if rows is None:
                 names.append(f"batch {place + 1} of {len(self._seen)} (without the numbers of its rows)")
                 continue
-            some = bad_only and bad.shape == rows.shape
-            # Below zero: the collator's own row with a blank image.
-            names += [f"row {row}" for row in (rows[bad] if some else rows).tolist() if row >= 0]
+            told = rows[bad] if bad_only and bad.shape == rows.shape else rows
+            names += [f"row {row}" for row in told.tolist() if row >= 0]  # below: the collator's own blank image
         return names
 
 

@@ -53,12 +53,10 @@ class SafeCheckpoints(TrainerCallback):
     - SIGTERM: the step is finished and saved, and the process exits with 0. Two runs never share an `output_dir`.
     - Beside an adapter lies `training_base.json`: the base it was trained on, as merging needs it.
 
-    `allow_mismatch` prints what differs and resumes. Raises `ValueError` for training arguments that defeat this, and
-    for a resume of what does not belong here.
+    Raises `ValueError` for training arguments that defeat this, and for a resume of what does not belong here.
     """
 
-    def __init__(self, *, allow_mismatch: bool = False) -> None:
-        self.allow_mismatch = allow_mismatch
+    def __init__(self) -> None:
         self._checked: Path | None = None
         self._terminated = False
         self._former_handler: Any = None
@@ -145,13 +143,9 @@ class SafeCheckpoints(TrainerCallback):
         if not manifest["resumable"]:
             found.append("it was saved with --save_only_model: no optimizer, no scheduler, no random state")
         found += _key_differences(folder, model)
-        if found and not self.allow_mismatch:
-            raise ValueError(
-                "\n  ".join([f"{folder} belongs to another run:", *found]) + "\nPut these settings back, or choose "
-                "another --output_dir. SafeCheckpoints(allow_mismatch=True) resumes in spite of them."
-            )
-        for line in found:
-            print_main(f"{folder} is resumed although {line}")
+        if found:
+            listed = "\n  ".join([f"{folder} belongs to another run:", *found])
+            raise ValueError(f"{listed}\nPut these settings back, or choose another --output_dir.")
         self._checked = folder
 
     def _lock(self, output_dir: Path) -> None:

@@ -128,6 +128,8 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, tit
     The axis is logarithmic where the smoothed loss falls to a twentieth; values that are not finite are marked on the
     upper edge. Raises `ValueError` for a history without any loss.
     """
+    import pandas as pd  # half a second
+
     train, evaluation, rate = (_series(log_history, key) for key in ("loss", "eval_loss", "learning_rate"))
     if not (len(train) or len(evaluation)):
         raise ValueError("log_history holds neither 'loss' nor 'eval_loss'; train or evaluate first")
@@ -135,7 +137,8 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, tit
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [5, 1]})
     broken = [step for series in (train, evaluation) for step, value in series if not math.isfinite(value)]
     train, evaluation = (series[np.isfinite(series[:, 1])] for series in (train, evaluation))
-    smooth = _smoothed(train[:, 1])
+    window = 2 * (len(train) // 30) + 1  # less at both ends
+    smooth = pd.Series(train[:, 1]).rolling(window, center=True, min_periods=1).mean().to_numpy()
     if len(train):
         upper.plot(*train.T, color="tab:blue", alpha=0.3, linewidth=1)
         upper.plot(train[:, 0], smooth, color="tab:blue", label=f"training, {smooth[-1]:.3g} at the end")
@@ -161,14 +164,6 @@ def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> Any:
     """Points [N, 2] of (step, value), by step; of a step logged twice (resumed), the later value."""
     points = {float(entry["step"]): float(entry[key]) for entry in log_history if key in entry and "step" in entry}
     return np.array(sorted(points.items())).reshape(-1, 2)
-
-
-def _smoothed(values: Any) -> Any:
-    """Centred moving average, over what there is of the window at both ends."""
-    if not len(values):
-        return values
-    window = np.ones(2 * (len(values) // 30) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def write_model_card(
