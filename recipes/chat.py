@@ -1,10 +1,10 @@
-"""Ask a model about a picture: in the terminal, or on a page in the browser, the base's answer beside the tuned one's.
+"""Ask a model about an image: in the terminal, or on a page in the browser, the base's answer beside the tuned one's.
 
 Takes a model, a checkpoint or an adapter, whose base answers too, by the same weights. For a full model `--base_model`
 names the one it was trained from. The page is for this machine alone, unless --host 0.0.0.0 opens it; edit `page`.
 
     python recipes/chat.py --image photo.jpg --question "What is this?"                  # one answer
-    python recipes/chat.py --model_name_or_path outputs/llava15_sft --image photo.jpg    # a talk, in the terminal
+    python recipes/chat.py --model_name_or_path outputs/llava15_sft --image photo.jpg    # a chat, in the terminal
     python recipes/chat.py --web                                    # a page; needs Gradio: pip install -e ".[web]"
 """
 
@@ -29,7 +29,7 @@ class RecipeArguments:
     model_name_or_path: str = field(default="outputs/quickstart", metadata={"help": "Folder or Hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     base_model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the model before training."})
-    image: str | None = field(default=None, metadata={"help": "The picture to talk about."})
+    image: str | None = field(default=None, metadata={"help": "The image to ask about."})
     question: str | None = field(default=None, metadata={"help": "Ask this alone, instead of what is typed."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer."})
     web: bool = field(default=False, metadata={"help": "A page in the browser instead of the terminal."})
@@ -44,7 +44,7 @@ class Speaker:
     template: vlm_sft.ChatTemplate
     max_new_tokens: int
     use_adapter: bool = True
-    said: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
 
     def answer(self, messages: list[dict[str, Any]], images: list[Any]) -> str:
         rows, options = [{"messages": messages, "images": images}], {"max_new_tokens": self.max_new_tokens}
@@ -54,7 +54,7 @@ class Speaker:
         except (AttributeError, IndexError, TypeError, ValueError) as error:  # each processor refuses in its own way
             if images:
                 raise
-            raise ValueError(f"This model took no question without a picture ({error}); give it one.") from error
+            raise ValueError(f"This model took no question without an image ({error}); give it one.") from error
 
 
 def load(args: RecipeArguments) -> list[Speaker]:
@@ -72,7 +72,7 @@ def load(args: RecipeArguments) -> list[Speaker]:
     return [tuned]
 
 
-def picture(path: str) -> Any:
+def read_image(path: str) -> Any:
     return to_rgb(open_image(Path(path).name, folder=Path(path).parent, allow_outside=True))
 
 
@@ -80,13 +80,13 @@ def turn(role: str, text: str, *, images: int = 0) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
 
 
-def talk(speakers: list[Speaker], images: list[Any], question: str | None) -> None:
+def chat(speakers: list[Speaker], images: list[Any], question: str | None) -> None:
     """Prints the answers to one question, or to all that are typed until an empty line, each with what came before."""
     for asked in [question] if question else iter(lambda: input("\nQuestion (empty ends): ").strip(), ""):
         for speaker in speakers:
-            speaker.said.append(turn("user", asked, images=0 if speaker.said else len(images)))
-            answer = speaker.answer(speaker.said, images)
-            speaker.said.append(turn("assistant", answer))
+            speaker.messages.append(turn("user", asked, images=0 if speaker.messages else len(images)))
+            answer = speaker.answer(speaker.messages, images)
+            speaker.messages.append(turn("assistant", answer))
             print(f"{speaker.name}: {answer}", flush=True)
 
 
@@ -97,13 +97,13 @@ def page(speakers: list[Speaker], title: str) -> Any:
         try:
             if not question.strip():
                 raise ValueError("There is no question; write one.")
-            images = [picture(path)] if path else []
+            images = [read_image(path)] if path else []
             return [speaker.answer([turn("user", question, images=len(images))], images) for speaker in speakers]
         except ValueError as error:
             raise gr.Error(html.escape(str(error), quote=False), duration=None, print_exception=False) from error
 
     with gr.Blocks(title=title, analytics_enabled=False) as blocks, gr.Row():
-        shown = gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=400)
+        shown = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=400)
         shown.preprocess = lambda upload: upload and upload.path  # Gradio's error for a broken one says nothing
         with gr.Column():
             question = gr.Textbox(label="Question", autofocus=True)
@@ -116,9 +116,9 @@ def page(speakers: list[Speaker], title: str) -> Any:
 
 def main(args: RecipeArguments) -> None:
     if not args.web:
-        images = [picture(args.image)] if args.image else []
+        images = [read_image(args.image)] if args.image else []
         with contextlib.suppress(EOFError):
-            talk(load(args), images, args.question)
+            chat(load(args), images, args.question)
         return
     if importlib.util.find_spec("gradio") is None:
         raise ValueError('The page needs Gradio: pip install -e ".[web]", or leave --web away and ask here.')

@@ -33,7 +33,7 @@ METRICS = {
         *(metrics.json_validity, metrics.json_field_f1),
     )
 }
-PAGE_ROWS = 300  # a page holds its pictures, and a browser holds the page
+PAGE_ROWS = 300  # a page holds its images, and a browser holds the page
 
 
 @dataclass
@@ -107,7 +107,10 @@ def main(args: RecipeArguments) -> dict[str, dict[str, float]]:
         base = vlm_sft.load_model(args.base_model).to(process.device)
         answers["base"] = generate(base, vlm_sft.ChatTemplate(vlm_sft.load_processor(args.base_model)))
 
-    scores = {name: {key: METRICS[key](said, references) for key in args.metrics} for name, said in answers.items()}
+    scores = {
+        name: {key: METRICS[key](predictions, references) for key in args.metrics}
+        for name, predictions in answers.items()
+    }
     output = Path(args.output_dir)
     shown = samples(rows, references, answers, args.metrics[0])
     vlm_sft.write_samples_html(shown, output / "samples.html", title=f"Answers of {Path(args.model_name_or_path).name}")

@@ -132,7 +132,7 @@ def test_question_without_a_picture_to_a_model_that_needs_one(tiny_dir, photo, c
 
     monkeypatch.setattr(LlavaProcessor, "__call__", refuse)
     asked = {"model_name_or_path": tiny_dir("llava15"), "question": QUESTION, "max_new_tokens": 2}
-    with pytest.raises(ValueError, match=r"took no question without a picture \(You must provide .*; give it one"):
+    with pytest.raises(ValueError, match=r"took no question without an image \(You must provide .*; give it one"):
         run(capsys, **asked)
     assert len(run(capsys, image=photo, **asked)) >= 1
 

@@ -69,7 +69,7 @@ class TrainsAnotherWord(Broken):
         return replace(row, labels=labels)
 
 
-class TrainsNothingBehindTheWords(Broken):
+class TrainsNothingAfterTheWords(Broken):
     def spoil(self, row):
         labels = row.labels.clone()
         labels[(labels != IGNORE_INDEX).nonzero()[-1]] = IGNORE_INDEX
@@ -101,13 +101,10 @@ def test_counts_are_those_of_the_format_written_by_hand(tiny_processor):
     # The space, three bytes for each letter, the stop token; 32 x 32 pixels in patches of 8 x 8.
     trained, image = (1 + 3 + 1) + (1 + 6 + 1), 16
     prompt = with_image + without - trained - image
-    assert report.tokens == {"trained": trained, "prompt": prompt, "image": image, "pad": with_image - without}
+    assert report.tokens == {"trained": trained, "prompt": prompt, "image": image}
     assert [len(row) for row in report.rows] == [with_image, without]
-    table = str(report)
-    assert f"{without} to {with_image} (row 0)" in table
-    assert "ℵ</s>" in table
-    assert audit(ChatCollator(processor, padding_free=True), rows).tokens["pad"] == 0
-    assert audit(ChatCollator(processor, pad_to_multiple_of=64), rows).tokens["pad"] == (128 - with_image - without)
+    assert f"{without} to {with_image} (row 0)" in str(report)
+    assert "ℵ</s>" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +113,7 @@ def test_counts_are_those_of_the_format_written_by_hand(tiny_processor):
         (WithoutBos, r"^row 3: the prompt of messages\[1\] has \d+ tokens \(0 BOS\), but \d+ \(1 BOS\) at inference"),
         (TrainsEverything, r"^row 3: \d+ tokens of no answer are trained, '<s> ?USER: <image>"),
         (TrainsAnotherWord, r"^row 3: messages\[1\] reads 'A cat.', but '.*' is trained"),
-        (TrainsNothingBehindTheWords, r"^row 3: messages\[1\] is trained without a stop token"),
+        (TrainsNothingAfterTheWords, r"^row 3: messages\[1\] is trained without a stop token"),
     ],
 )
 def test_a_collator_at_fault_is_named_with_its_row(broken, message, tiny_processor):
@@ -125,8 +122,8 @@ def test_a_collator_at_fault_is_named_with_its_row(broken, message, tiny_process
     assert str(error.value).startswith("faults in what would be trained: 1\n")
 
 
-def test_a_template_that_shows_pictures_otherwise_at_inference(tiny_processor):
-    """Training hands a template bare image parts, a user at inference parts that hold the picture."""
+def test_a_template_that_shows_images_differently_at_inference(tiny_processor):
+    """Training hands a template bare image parts, a user at inference parts that hold the image."""
     processor = tiny_processor("llava15")
     processor.chat_template = processor.chat_template.replace(r"'<image>\n'", r"'<image>' ~ '\n' * ('image' in part)")
     with pytest.raises(ValueError, match=r"row 1: the prompt of messages\[1\] .* from token \d+ on they read"):
@@ -169,9 +166,9 @@ def test_an_answer_cut_from_its_prompt(tiny_processor):
 
 
 def test_an_image_with_fewer_tokens_where_more_images_follow(tiny_model, tiny_processor):
-    """OneVision cuts a lone picture into tiles, and no longer once there are two: no row can equal both."""
-    talk = [ask(None, "What is this?"), answer("A cat."), ask(None, "And this?"), answer("A dog.")]
-    row = {"messages": talk, "images": [picture(40, 30), picture(30, 40)]}
+    """OneVision cuts a lone image into tiles, and no longer once there are two: no row can equal both."""
+    messages = [ask(None, "What is this?"), answer("A cat."), ask(None, "And this?"), answer("A dog.")]
+    row = {"messages": messages, "images": [picture(40, 30), picture(30, 40)]}
     collator = ChatCollator(tiny_processor("llava_onevision"))
     report = audit(collator, [row])
     assert report.prompts == {REWRITTEN: 2}
@@ -285,15 +282,10 @@ def test_rows_are_spread_over_the_dataset(tiny_processor):
     assert names([row | {"row": 70 + n} for n, row in enumerate(rows)], 2) == ["row 70", "row 75"]
 
 
-def test_cut_and_dropped_rows_are_counted(tiny_processor):
-    processor = tiny_processor("llava15")
-    rows = [one(), one("A cat. " * 30)]
-    limit = {"max_length": 60}
-    trimmed = audit(ChatCollator(processor, truncation="trim", **limit), rows)
-    assert trimmed.answers == {"end with '</s>'": 1, "cut by max_length": 1}
-    dropped = audit(ChatCollator(processor, truncation="drop", **limit), rows)
-    assert (dropped.dropped, len(dropped.rows)) == (1, 1)
-    assert "1 audited, 1 dropped" in str(dropped)
+def test_cut_answers_are_counted(tiny_processor):
+    collator = ChatCollator(tiny_processor("llava15"), truncation="trim", max_length=60)
+    report = audit(collator, [one(), one("A cat. " * 30)])
+    assert report.answers == {"end with '</s>'": 1, "cut by max_length": 1}
 
 
 def pieces(page: str, kind: str) -> list[tuple[str, str]]:
@@ -306,8 +298,8 @@ def pieces(page: str, kind: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("family", ["llava15", "smolvlm", "qwen2_5_vl", "gemma3"])
 def test_page(family, tiny_processor, tmp_path):
     evil = '<script>alert("1")</script> & <b>日本語</b>\n"é🙂'
-    talk = [ask(None, evil), answer(evil), ask("Hi"), answer("Yes", train=False)]
-    report = audit(ChatCollator(tiny_processor(family)), [{"messages": talk, "images": [picture(500, 300)]}])
+    messages = [ask(None, evil), answer(evil), ask("Hi"), answer("Yes", train=False)]
+    report = audit(ChatCollator(tiny_processor(family)), [{"messages": messages, "images": [picture(500, 300)]}])
     path = tmp_path / "new" / "page.html"
     write_audit_html(report, path)
     page = path.read_text("utf-8")
@@ -356,7 +348,7 @@ def test_mask_in_the_terminal(tiny_processor):
     image, question = "<image x 16>", "\nWhat is this? ASSISTANT:"
     drawn = draw_mask(row, processor.tokenizer, colour=False)
     assert drawn == f"<s>USER: {image}{question}[ A\\x1b[2J é.</s>]"
-    assert draw_mask(row, processor.tokenizer) == drawn  # stderr is no terminal here
+    assert draw_mask(row, processor.tokenizer) == drawn  # stderr is not a terminal here
     prompt, blue, green = "\033[2m{}\033[0m", f"\033[34m{image}\033[0m", "\033[32m A\\x1b[2J é.</s>\033[0m"
     coloured = draw_mask(row, processor.tokenizer, colour=True)
     assert coloured == prompt.format("<s>") + prompt.format("USER: ") + blue + prompt.format(question) + green
@@ -379,7 +371,7 @@ def test_family_table(capsys):
     assert "| gemma3 | yes | `<end_of_turn>`, from the template | `<bos>` | yes | yes |" in capsys.readouterr().out
 
 
-def show_pictures_otherwise(model: Any, processor: Any) -> None:
+def show_images_differently(model: Any, processor: Any) -> None:
     processor.chat_template = processor.chat_template.replace(r"'<image>\n'", r"'<image>' ~ '\n' * ('image' in part)")
 
 
@@ -389,7 +381,7 @@ def show_pictures_otherwise(model: Any, processor: Any) -> None:
         (spoil_weights, [False, False, False, True, True]),
         (count_other_patches, [False, False, False, True, False]),
         (end_elsewhere, [False, True, False, False, False]),
-        (show_pictures_otherwise, [False, False, True, False, False]),
+        (show_images_differently, [False, False, True, False, False]),
         (None, [True, False, True, False, False]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every kind of picture comes out as a viewer would show it, and what is no picture is named."""
+"""Every kind of image comes out as a viewer would show it, and what is not an image is named."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from vlm_sft.chat.images import MAX_DECODED_PIXELS, fit_pixels, open_image, to_rgb
+from vlm_sft.chat.images import MAX_DECODED_PIXELS, open_image, to_rgb
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8))
 RAMP = np.linspace(0, 1, 48).reshape(6, 8)
@@ -69,26 +69,14 @@ def test_half_transparency_is_mixed_with_white() -> None:
 
 
 @pytest.mark.parametrize(
-    "array",
+    ("mode", "dtype", "white"),
     [
-        RAMP.astype(np.float32),
-        RAMP * 255,
-        RAMP * 65_535,
-        (RAMP * 65_535).astype(np.uint16),
-        (RAMP * 255).astype(np.int64),
-        (RAMP * 65_535).astype(np.int32),
-        (RAMP * (2**31 - 1)).astype(np.int32),
-        (RAMP[..., None] * 255).astype(np.uint8),
+        *(("I;16", "<u2", 65_535), ("I;16B", ">u2", 65_535)),
+        *(("I", "i4", white) for white in (255, 65_535, 2**31 - 1)),
+        *(("F", "f4", white) for white in (1, 255, 65_535)),
     ],
-    ids=lambda array: f"{array.dtype} to {array.max():g}",
 )
-def test_deep_arrays_are_scaled_not_clipped(array: np.ndarray[Any, Any]) -> None:
-    assert np.abs(pixels(array)[..., 0] - RAMP * 255).max() <= 1
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
-def test_deep_pictures_are_scaled_not_clipped(mode: str) -> None:
-    dtype, white = {"I;16": ("<u2", 65_535), "I;16B": (">u2", 65_535), "I": ("i4", 65_535), "F": ("f4", 1)}[mode]
+def test_deep_images_are_scaled_not_clipped(mode: str, dtype: str, white: int) -> None:
     image = Image.fromarray((RAMP * white).astype(dtype))
     assert image.mode == mode
     assert np.abs(pixels(image)[..., 0] - RAMP * 255).max() <= 1
@@ -98,17 +86,11 @@ def test_deep_pictures_are_scaled_not_clipped(mode: str) -> None:
 def test_a_16_bit_png_keeps_its_dark_half_dark() -> None:
     data = encoded(Image.fromarray(np.full((2, 2), 0x0FFF, dtype=np.uint16)))
     assert Image.open(io.BytesIO(data)).mode == "I;16"
-    assert pixels(data).max() == 16  # white is the type's limit, not the picture's
-
-
-def test_arrays_with_channels() -> None:
-    np.testing.assert_array_equal(pixels(np.asarray(RGB)), np.asarray(RGB))
-    np.testing.assert_array_equal(pixels(np.asarray(see_through("RGBA")))[0, :, 0], [200, 200, 255, 255])
-    assert pixels(np.eye(3, dtype=bool)).max() == 255
+    assert pixels(data).max() == 16  # white is the type's limit, not the image's
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_the_picture_upright(orientation: int) -> None:
+def test_exif_turns_the_image_upright(orientation: int) -> None:
     upright = Image.new("RGB", (40, 24), "blue")
     upright.paste("red", (0, 0, 20, 12))
     undo = [None, None, 0, 3, 1, 5, 2, 6, 4][orientation]  # from upright to how the camera stored it
@@ -122,7 +104,7 @@ def test_exif_turns_the_picture_upright(orientation: int) -> None:
     assert to_rgb(shown).tobytes() == shown.tobytes()  # and turns it once
 
 
-def test_exif_that_cannot_be_read_is_no_reason_to_refuse() -> None:
+def test_exif_that_cannot_be_read_is_not_a_reason_to_refuse() -> None:
     data = encoded(RGB, "JPEG", exif=b"Exif\0\0XX*\0 nonsense")
     assert to_rgb(data).size == (20, 12)
 
@@ -152,13 +134,13 @@ def test_bytes_path_dicts() -> None:
 def test_the_argument_is_left_as_it_is() -> None:
     image = see_through("RGBA")
     before = image.copy()
-    to_rgb(image, max_pixels=2)
+    to_rgb(image)
     assert (image.mode, image.size, image.tobytes()) == (before.mode, before.size, before.tobytes())
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.98])
-def test_a_truncated_picture_is_named(format: str, kept: float) -> None:
+def test_a_truncated_image_is_named(format: str, kept: float) -> None:
     data = encoded(RGB.resize((200, 200)), format)
     with pytest.raises(ValueError, match=r"^image 'a.x' is (damaged|not an image)") as raised:
         to_rgb({"bytes": data[: int(kept * len(data))], "path": "a.x"})
@@ -167,7 +149,7 @@ def test_a_truncated_picture_is_named(format: str, kept: float) -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF"])
 @pytest.mark.filterwarnings("ignore")  # Pillow's own, about metadata
-def test_any_flipped_bytes_give_a_picture_or_a_named_fault(format: str) -> None:
+def test_any_flipped_bytes_give_an_image_or_a_named_fault(format: str) -> None:
     random = np.random.default_rng(0)
     good = encoded(RGB, format)
     faults = []
@@ -204,14 +186,12 @@ def test_any_flipped_bytes_give_a_picture_or_a_named_fault(format: str) -> None:
         ("https://example.org/a.png", "is a URL, and nothing is fetched"),
         ("s3://bucket/a.png", "is a URL"),
         ("data:image/png;base64,AAAA", "is a URL"),
-        (np.zeros((0, 3)), r"array of shape \(0, 3\)"),
-        (np.zeros((2, 2, 5)), r"array of shape \(2, 2, 5\)"),
-        (np.full((2, 2), np.nan), "holds values from nan to nan"),
-        (np.full((2, 2), -1.0), "holds values from -1 to -1"),
-        (np.array([["a"]]), "holds <U1 values"),
+        (np.zeros((2, 2)), "the image is a ndarray; expected a PIL image"),
+        (Image.fromarray(np.full((2, 2), np.nan, dtype="f4")), "holds values from nan to nan"),
+        (Image.fromarray(np.full((2, 2), -1, dtype="i4")), "holds values from -1 to -1"),
     ],
 )
-def test_what_is_no_picture_is_named(image: Any, message: str) -> None:
+def test_what_is_not_an_image_is_named(image: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         to_rgb(image)
 
@@ -234,25 +214,7 @@ def test_just_below_the_limit_is_decoded() -> None:
     side = int(MAX_DECODED_PIXELS**0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert to_rgb(bomb(side), max_pixels=100).size == (10, 10)
-
-
-@pytest.mark.parametrize("size", [(640, 480), (1, 100), (20_000, 10), (7, 7), (3, 10**7)])
-@pytest.mark.parametrize("max_pixels", [1, 2, 100, 10_000])
-def test_max_pixels_bounds_the_size_and_keeps_the_shape(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = fit_pixels(size, max_pixels=max_pixels)
-    assert 1 <= width * height <= max_pixels
-    if min(width, height) > 9:
-        assert width / height == pytest.approx(size[0] / size[1], rel=0.1)
-    assert fit_pixels(size, max_pixels=None) == size
-
-
-def test_max_pixels_shrinks_the_picture_smoothly() -> None:
-    checkers = Image.fromarray(np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255)
-    assert to_rgb(checkers, max_pixels=64).size == (8, 8)
-    assert np.abs(np.asarray(to_rgb(checkers, max_pixels=64)).astype(int) - 128).max() < 30
-    with pytest.raises(ValueError, match="max_pixels is 0"):
-        to_rgb(checkers, max_pixels=0)
+        assert to_rgb(bomb(side)).size == (side, side)
 
 
 def test_files_open_inside_their_folder_only(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from vlm_sft.chat.messages import Conversation, check_turns, count_images, normalise, split_turns, text_of
 
-A, B = object(), object()  # pictures pass through untouched, whatever they are
+A, B = object(), object()  # images pass through untouched, whatever they are
 
 
 def part(kind: str, **fields: Any) -> dict[str, Any]:
@@ -35,10 +35,10 @@ def written(conversation: Conversation) -> list[tuple[str, list[Any]]]:
         ([part("image", index=0, text=None), part("text", text="What?", index=None)], [A]),
         ([part("image", image=A), part("text", text="What?", image=None)], None),
         ([part("image", image=A), part("text", text="What?")], []),
-        ("What?", [A]),  # TRL's format: pictures in front of the first question
+        ("What?", [A]),  # TRL's format: images in front of the first question
     ],
 )
-def test_one_picture_in_many_spellings(content: Any, images: Any) -> None:
+def test_one_image_in_many_spellings(content: Any, images: Any) -> None:
     messages = talk(content, "A cat.")
     before = copy.deepcopy([m["role"] for m in messages]), len(messages[0]["content"])
     conversation = normalise(messages, images)
@@ -54,18 +54,18 @@ def test_one_picture_in_many_spellings(content: Any, images: Any) -> None:
     ("indices", "expected"),
     [((0, 1), [A, B]), ((1, 0), [B, A]), ((0, 0, 1), [A, A, B]), ((None, None), [A, B]), ((1, 0, None), [B, A, "C"])],
 )
-def test_pictures_by_index_or_in_order(indices: tuple[int | None, ...], expected: list[Any]) -> None:
+def test_images_by_index_or_in_order(indices: tuple[int | None, ...], expected: list[Any]) -> None:
     pool = [A, B, "C"][: max(2, len(set(indices)))]
     parts = [part("image") | ({} if index is None else {"index": index}) for index in indices]
     assert normalise(talk(parts, "Yes."), pool).images == expected
 
 
-def test_a_picture_inside_a_part_stands_where_the_part_does() -> None:
+def test_an_image_inside_a_part_stands_where_the_part_does() -> None:
     parts = [part("image"), part("image", image=B), part("image")]
     assert normalise(talk(parts, "Yes."), [A, "C"]).images == [A, B, "C"]
 
 
-def test_pictures_of_plain_strings_go_to_the_first_question() -> None:
+def test_images_of_plain_strings_go_to_the_first_question() -> None:
     messages = talk(
         "Be brief.", "What?", "That.", "And?", "This.", roles=("system", "user", "assistant", "user", "assistant")
     )
@@ -139,12 +139,12 @@ def test_opting_out_is_kept() -> None:
         (talk([part("image", index=1)], "b"), [A, B], "2 images but the messages hold 1 image parts"),
     ],
 )
-def test_what_is_no_conversation_is_named(messages: Any, images: Any, message: str) -> None:
+def test_what_is_not_a_conversation_is_named(messages: Any, images: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         normalise(messages, images)
 
 
-def test_a_none_among_pictures_is_kept_for_whoever_opens_it() -> None:
+def test_a_none_among_images_is_kept_for_whoever_opens_it() -> None:
     assert normalise(talk("a", "b"), [None]).images == [None]
     assert normalise(talk("a", "b"), None).images == []
 
@@ -175,7 +175,7 @@ def test_turns(roles: str, message: str | None) -> None:
             check_turns(messages)
 
 
-def test_text_pictures_and_pieces() -> None:
+def test_text_images_and_pieces() -> None:
     messages = [
         *talk([part("text", text="a"), part("image"), part("text", text=" b")], "c"),
         *talk([part("image"), part("text", text="d")], "e"),

@@ -199,9 +199,9 @@ def test_rows_that_are_trimmed_are_encoded_again_and_once(
     assert max(max(rows[name]["length"][:]) for name in rows) == max(lengths) + 20
     start(folder, trimming)
     assert counted() == (0, 0)
-    dropping = ChatCollator(collator.processor, max_length=max(lengths) + 20, truncation="drop")
-    with pytest.raises(ValueError, match=r"row 3\n.*raise it, or leave the row out"):
-        start(folder, dropping)
+    refusing = ChatCollator(collator.processor, max_length=max(lengths) + 20)
+    with pytest.raises(ValueError, match=r"row 3\n.*raise it, set truncation='trim', or drop the row"):
+        start(folder, refusing)
     assert counted() == (0, 0)
 
 

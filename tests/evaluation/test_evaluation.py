@@ -216,7 +216,7 @@ def test_rows_as_arrow_writes_them(tiny_processor):
     assert torch.equal(model.asked[0]["input_ids"], model.asked[1]["input_ids"])
 
 
-def test_pictures_are_what_training_sees(tiny_processor):
+def test_images_are_what_training_sees(tiny_processor):
     """Encoded as `datasets.Image(decode=False)` leaves them, and with more than eight bits."""
     processor = tiny_processor("llava15")
     encoded, deep = BytesIO(), Image.new("I;16", (40, 40), 300 * 100)
@@ -291,7 +291,7 @@ def test_callback_logs_numbers_and_writes_samples(tiny_dir, tmp_path, capsys):
     for sample in samples:
         assert sample["scores"]["length"] == len(sample["prediction"])
         assert sample["scores"]["accuracy"] == float(sample["prediction"] == sample["reference"])
-    assert "answers to 2 of 5 rows, up to 5 tokens each" in capsys.readouterr().err
+    assert "answers 2 of 5 rows, up to 5 tokens each" in capsys.readouterr().err
 
 
 def test_page_holds_the_answers_before_training_beside_the_newest(tiny_dir, tmp_path):
@@ -421,8 +421,7 @@ def test_prompts_of_random_conversations_are_those_of_training(family, tiny_proc
     def check(example):
         [row], _ = collator.encode([example])
         question = split_reference(example)
-        prompt = collator.template.prompt(collator.guard(question.messages))
-        assert prompt == row.rendered.text[: row.rendered.turns[-1].start]
+        assert collator.prompt(question.messages) == row.rendered.text[: row.rendered.turns[-1].start]
 
     check()
 

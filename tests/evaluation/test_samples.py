@@ -93,15 +93,15 @@ def test_page_without_before_has_no_such_column_and_filters(tmp_path):
     assert "(nothing)" in text
 
 
-def test_pictures_lie_in_the_page_tiny_ones_exactly(tmp_path):
-    write_samples_html(SAMPLES, tmp_path / "samples.html", image_px=100)
+def test_images_lie_in_the_page_tiny_ones_exactly(tmp_path):
+    write_samples_html(SAMPLES, tmp_path / "samples.html")
     pictures = [
         (attrs.get("class"), Image.open(BytesIO(base64.b64decode(attrs["src"].split(",")[1]))))
         for attrs in Page(tmp_path / "samples.html").all("img")
     ]
     assert [(kind, picture.size) for kind, picture in pictures] == [
         ("small", (2, 1)),
-        (None, (100, 33)),
+        (None, (480, 160)),
         ("small", (2, 1)),
     ]
     assert pictures[0][1].convert("RGB").tobytes() == PIXELS.tobytes()

@@ -1,4 +1,4 @@
-"""Evaluations show their pictures and answers in the trackers that the run reports to; nothing leaves the machine."""
+"""Evaluations show their images and answers in the trackers that the run reports to; nothing leaves the machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def evaluated(base: Path, output_dir: Path, report_to: list[str], **options: Any
     return trainer
 
 
-def test_tensorboard_holds_numbers_pictures_and_answers(tiny_dir, tmp_path):
+def test_tensorboard_holds_numbers_images_and_answers(tiny_dir, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     evaluated(tiny_dir("llava15"), tmp_path, ["tensorboard"])
@@ -50,7 +50,7 @@ def test_tensorboard_holds_numbers_pictures_and_answers(tiny_dir, tmp_path):
     assert text.endswith("reference: There are 1.")
 
 
-def test_few_and_small_pictures_are_sent_and_only_to_trackers_that_are_on(monkeypatch):
+def test_few_and_small_images_are_sent_and_only_to_trackers_that_are_on(monkeypatch):
     sent = []
     for package in ("trackio", "wandb"):
         fake = SimpleNamespace(Image=lambda picture, caption: (picture.size, caption), log=sent.append)
@@ -79,7 +79,7 @@ def in_web_environment(test: Any) -> Any:
 
 
 @in_web_environment
-def test_trackio_holds_numbers_and_pictures_on_this_machine(tiny_dir, tmp_path):
+def test_trackio_holds_numbers_and_images_on_this_machine(tiny_dir, tmp_path):
     evaluated(tiny_dir("llava15"), tmp_path / "run", ["trackio"], project="digits")
     folder = Path(os.environ["HF_HOME"], "trackio")  # its default place
     pictures = [Image.open(file) for file in (folder / "media" / "digits").rglob("*.png")]
@@ -90,7 +90,7 @@ def test_trackio_holds_numbers_and_pictures_on_this_machine(tiny_dir, tmp_path):
 
 
 @in_web_environment
-def test_wandb_holds_the_pictures_in_its_offline_mode(tiny_dir, tmp_path, monkeypatch):
+def test_wandb_holds_the_images_in_its_offline_mode(tiny_dir, tmp_path, monkeypatch):
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")

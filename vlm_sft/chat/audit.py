@@ -1,8 +1,7 @@
-"""What will be trained, checked and shown before the first step.
+"""What will be trained, checked and shown before the first step (from the shell: `python -m vlm_sft audit`).
 
 `audit` runs the collator on real rows and raises where what it makes does not fit the conversation or the prompts of
-inference; `check_stops`, `check_embedding` and `check_forward` hold it against the model. From the shell:
-`python -m vlm_sft audit`.
+inference; `check_stops`, `check_embedding` and `check_forward` compare it with the model.
 """
 
 from __future__ import annotations
@@ -19,28 +18,25 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator, EncodedRow, tokens_in
+from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator, EncodedRow
 from vlm_sft.chat.messages import count_images, text_of
-from vlm_sft.chat.template import Turn
 from vlm_sft.common import eos_ids, evaluating
 
-_BATCH_SIZE = 8  # of the batches whose padding is counted
+_BATCH_SIZE = 8  # of the calls of the processor
 
 
 @dataclass(frozen=True)
 class AuditReport:
     """What the collator made of the audited rows (`ChatCollator.encode`); `str()` is a compact table.
 
-    `tokens` counts by kind: trained, prompt, image, and pad as batches of these rows would have it. `answers` counts
-    the trained ones by how they end, `prompts` the compared ones by how they compare.
+    `tokens` counts by kind: trained, prompt, image. `answers` counts the trained ones by how they end, `prompts` the
+    compared ones by how they compare.
     """
 
     collator: ChatCollator
     rows: Sequence[EncodedRow]
-    dropped: int
     tokens: Mapping[str, int]
     answers: Mapping[str, int]
     prompts: Mapping[str, int]
@@ -54,7 +50,7 @@ class AuditReport:
         """The lines of the table: subject and sentence."""
         lengths, longest, total = sorted(map(len, self.rows)), max(self.rows, key=len), sum(self.tokens.values())
         return {
-            "rows": f"{len(self.rows)} audited, {self.dropped} dropped for their length",
+            "rows": f"{len(self.rows)} audited",
             "tokens": ", ".join(f"{kind} {count:,} ({count / total:.1%})" for kind, count in self.tokens.items()),
             "lengths": f"{lengths[0]:,} to {lengths[-1]:,} ({longest.name}), median {lengths[len(lengths) // 2]:,}",
             "answers": ", ".join(f"{count:,} {how}" for how, count in self.answers.items()),
@@ -70,29 +66,29 @@ class AuditReport:
 def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_token: bool = True) -> AuditReport:
     """The report on `num_rows` rows, evenly spread over `rows` (the first ones of a stream).
 
-    Proved for each row: something is trained, and nothing but answers; each answer reads as in its message and ends
-    with its stop token (or is cut by `max_length`); the tokens before the first and before the last trained answer,
-    BOS and images included, are those of `processor.apply_chat_template(..., add_generation_prompt=True,
-    tokenize=True)` on the messages before it (the last one's text suffices: generation may have cut its tokens
-    elsewhere). They cannot be where the processor itself writes a longer conversation differently, or without stop
-    tokens (LLaVA-1.5): such prompts are counted, and only BOS compared.
+    Proved for each row: something is trained, and nothing but answers; each reads as in its message and ends with its
+    stop token (or is cut by `max_length`); the tokens before the first and the last trained answer, BOS and images
+    included, are those of `processor.apply_chat_template(..., add_generation_prompt=True, tokenize=True)` on the
+    messages before it (before the last, the text suffices: generation may have cut its tokens elsewhere). Where the
+    processor itself writes a longer conversation differently, or without stop tokens (LLaVA-1.5), they cannot be: such
+    prompts are counted, and only BOS compared.
 
-    `require_stop_token=False` says that answers are trained without one, for captions; one that has it is then a fault.
+    `require_stop_token=False`: answers are trained without one, as captions are; one that has it is then a fault.
     Raises `ValueError` naming the rows.
     """
     examples = [{**row, "row": row.get("row", place)} for place, row in _sample(rows, num_rows)]
     if not examples:
         raise ValueError("there are no rows to audit; expected at least one")
-    batches = [collator.encode(examples[n : n + _BATCH_SIZE])[0] for n in range(0, len(examples), _BATCH_SIZE)]
-    encoded = [row for batch in batches for row in batch]
+    batches = [examples[n : n + _BATCH_SIZE] for n in range(0, len(examples), _BATCH_SIZE)]
+    encoded = [row for batch in batches for row in collator.encode(batch)[0]]
     answers, prompts = Counter[str](), Counter[str]()
-    faults = [fault for row in encoded for fault in _check_answers(collator, row, answers, require_stop_token)]
-    faults += [fault for row in encoded for fault in _check_prompts(collator, row, prompts)]
-    if faults:
+    checks = [_check_answers(collator, row, answers, require_stop_token) for row in encoded]
+    checks += [_check_prompts(collator, row, prompts) for row in encoded]
+    if faults := [fault for check in checks for fault in check]:
         raise ValueError("\n".join([f"faults in what would be trained: {len(faults)}", *faults[:10]]))
-    tokens = _count_tokens(collator, batches)
-    report = AuditReport(collator, encoded, len(examples) - len(encoded), tokens, answers, prompts)
-    return report
+    kinds = Counter(kind for row in encoded for kind in kinds_of(row))
+    tokens = {kind: kinds[kind] for kind in ("trained", "prompt", "image")}
+    return AuditReport(collator, encoded, tokens, answers, prompts)
 
 
 def check_stops(collator: ChatCollator, rows: Sequence[EncodedRow], generation_config: Any) -> None:
@@ -111,27 +107,20 @@ def check_embedding(rows: Sequence[EncodedRow], model: Any) -> None:
     size = model.get_input_embeddings().num_embeddings
     largest, name = max((int(row.tokens["input_ids"].max()), row.name) for row in rows)
     if largest >= size:
-        raise ValueError(
-            f"{name}: token {largest} is beyond the {size} tokens of the embedding; use the model's own processor"
-        )
+        found = f"{name}: token {largest} is beyond the {size} tokens of the embedding"
+        raise ValueError(f"{found}; use the model's own processor")
 
 
 def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
     """One forward on the row, said in a sentence; the model itself refuses another number of image tokens than of
-    image features. Its modes are left as they were.
-
-    Raises `ValueError` naming the row where the model refuses it or its loss is not finite.
-    """
+    image features. Raises `ValueError` naming the row where it does, or where its loss is not finite."""
     if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "not run: the model is sharded (DeepSpeed ZeRO-3)"
-    batch = collator.with_settings(name_rows=False)([row.conversation._asdict()])
+    batch = collator([row.conversation._asdict()])
     inputs = {key: value.to(model.device) for key, value in batch.items()}
     try:
-        with (
-            evaluating(model),
-            torch.no_grad(),
-            torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32),
-        ):
+        autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
+        with evaluating(model), torch.no_grad(), autocast:
             loss = float(model(**inputs, use_cache=False).loss)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{row.name}: the model refuses it: {error}") from error
@@ -143,7 +132,7 @@ def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
 
 def draw_mask(row: EncodedRow, tokenizer: Any, width: int = 400, colour: bool | None = None) -> str:
     """The row's text with what is trained in green, or in [brackets] without `colour` (None: if stderr is a terminal),
-    the tokens of an image as one. Pieces of more than `width` characters are shortened. After nanochat's
+    the tokens of an image as one, pieces of more than `width` characters shortened. After nanochat's
     `visualize_tokenization`."""
     looks = {"prompt": "\033[2m{}\033[0m", "trained": "\033[32m{}\033[0m", "image": "\033[34m{}\033[0m"}
     if not (sys.stderr.isatty() if colour is None else colour):
@@ -162,11 +151,8 @@ def draw_mask(row: EncodedRow, tokenizer: Any, width: int = 400, colour: bool | 
 
 def kinds_of(row: EncodedRow) -> list[str]:
     """What each token is: "trained", "image" or "prompt"."""
-    trained = row.labels != IGNORE_INDEX
-    return [
-        "image" if image else "trained" if learned else "prompt"
-        for image, learned in zip(row.image.tolist(), trained.tolist(), strict=True)
-    ]
+    numbers = (2 * row.image + ((row.labels != IGNORE_INDEX) & ~row.image)).tolist()
+    return [("prompt", "trained", "image")[number] for number in numbers]
 
 
 def _sample(rows: Any, num_rows: int) -> Iterator[tuple[int, Any]]:
@@ -176,21 +162,13 @@ def _sample(rows: Any, num_rows: int) -> Iterator[tuple[int, Any]]:
     return ((place, rows[place]) for place in (i * len(rows) // count for i in range(count)))
 
 
-def _count_tokens(collator: ChatCollator, batches: Sequence[Sequence[EncodedRow]]) -> dict[str, int]:
-    kinds = Counter(kind for batch in batches for row in batch for kind in kinds_of(row))
-    multiple = collator.settings.pad_to_multiple_of or 1
-    padded = sum(len(batch) * -(-max(map(len, batch)) // multiple) * multiple for batch in batches)
-    pad = 0 if collator.settings.padding_free else padded - kinds.total()
-    return {**{kind: kinds[kind] for kind in ("trained", "prompt", "image")}, "pad": pad}
-
-
 def _check_answers(
     collator: ChatCollator, row: EncodedRow, answers: Counter[str], require_stop_token: bool
 ) -> Iterator[str]:
     tokenizer, settings, trained = collator.processor.tokenizer, collator.settings, row.labels != IGNORE_INDEX
     if not trained.any():
-        yield f"{row.name}: no token is left to train on; give it an answer not marked 'train': false, or drop the row"
-    stray = trained & (row.image if settings.train_on == "all" else row.image | ~_tokens_of(row, *row.trained))
+        yield f"{row.name}: no token is left to train on; give it an answer not marked 'train': false, or drop it"
+    stray = trained & (row.image if settings.train_on == "all" else row.image | ~row.tokens_of(*row.trained))
     if stray.any():
         text = tokenizer.decode(row.labels[stray])[:80]
         yield f"{row.name}: {int(stray.sum())} tokens of no answer are trained, {text!r}; fix the collator"
@@ -198,18 +176,15 @@ def _check_answers(
         if len(row) == settings.max_length and row.offsets.max() < turn.end:
             answers["cut by max_length"] += 1
             continue
-        ids, where = row.labels[trained & _tokens_of(row, turn)], f"{row.name}: messages[{turn.message}]"
+        ids, where = row.labels[trained & row.tokens_of(turn)], f"{row.name}: messages[{turn.message}]"
         stop = turn.stop if turn.stop and ids[-1:].tolist() == tokenizer.convert_tokens_to_ids([turn.stop]) else ""
         answers[f"end with {stop!r}" if stop else "end without a stop token"] += 1
         if require_stop_token and not stop:
-            yield (
-                f"{where} is trained without a stop token, so the model would not learn to end; use stop_token='auto', "
-                "or require_stop_token=False where that is meant"
-            )
+            yield f"{where} is trained without a stop token; use stop_token='auto', or require_stop_token=False"
         if stop and not require_stop_token:
             yield (
-                f"{where} is trained with the stop token {stop!r}, but require_stop_token=False says that answers have "
-                "none; pass stop_token=None to ChatCollator, or leave require_stop_token out"
+                f"{where} is trained with the stop token {stop!r}, in spite of require_stop_token=False; pass "
+                "stop_token=None to ChatCollator, or leave require_stop_token out"
             )
         words, learned = text_of(row.conversation.messages[turn.message]), tokenizer.decode(ids)
         if not _squeezed(learned).endswith(_squeezed(words + stop)):
@@ -217,9 +192,9 @@ def _check_answers(
 
 
 def _check_prompts(collator: ChatCollator, row: EncodedRow, prompts: Counter[str]) -> Iterator[str]:
-    tokenizer, turns = collator.processor.tokenizer, [turn for turn in row.trained if _tokens_of(row, turn).any()]
+    tokenizer, turns = collator.processor.tokenizer, [turn for turn in row.trained if row.tokens_of(turn).any()]
     for turn in dict.fromkeys([*turns[:1], *turns[-1:]]):
-        first = int(_tokens_of(row, turn).int().argmax())
+        first = int(row.tokens_of(turn).int().argmax())
         here, there = row.tokens["input_ids"][:first].tolist(), _template_ids(collator, row, turn.message)
         bos = [ids.count(tokenizer.bos_token_id) for ids in (here, there)]
         # An answer trained before this one was cut from its prompt's tokens, as generation does: the text must agree.
@@ -240,17 +215,16 @@ def _check_prompts(collator: ChatCollator, row: EncodedRow, prompts: Counter[str
 def _is_rewritten(collator: ChatCollator, row: EncodedRow, end: int, prompt: list[int]) -> bool:
     """Whether the processor itself leaves out stop tokens of earlier answers, or writes this prompt differently once
     the conversation continues. Never true of a first prompt that no image follows."""
-    messages, images = row.conversation
-    earlier = [turn for turn in row.turns if turn.message < end]
-    if not earlier and count_images(messages[:end]) == len(images):
+    earlier = [turn.stop for turn in row.turns if turn.message < end]
+    if not earlier and not count_images(row.conversation.messages[end:]):
         return False
-    stops = collator.processor.tokenizer.convert_tokens_to_ids([turn.stop for turn in earlier if turn.stop])
-    whole = _template_ids(collator, row, len(messages), add_generation_prompt=False)
+    stops = collator.processor.tokenizer.convert_tokens_to_ids([stop for stop in earlier if stop])
+    whole = _template_ids(collator, row, None, add_generation_prompt=False)
     return any(prompt.count(stop) < len(stops) for stop in stops) or whole[: len(prompt)] != prompt
 
 
 def _template_ids(
-    collator: ChatCollator, row: EncodedRow, end: int, *, add_generation_prompt: bool = True
+    collator: ChatCollator, row: EncodedRow, end: int | None, *, add_generation_prompt: bool = True
 ) -> list[int]:
     """Ids of the messages before `end`, as a user has them made at inference."""
     left = iter(row.conversation.images)
@@ -262,10 +236,6 @@ def _template_ids(
     given = row.rendered.style(filled)
     output = collator.processor.apply_chat_template(given, tokenize=True, return_dict=True, **settings)
     return [int(i) for i in output["input_ids"][0]]
-
-
-def _tokens_of(row: EncodedRow, *turns: Turn) -> Tensor:
-    return tokens_in(row.offsets, [(turn.start, turn.end) for turn in turns])
 
 
 def _squeezed(text: str) -> str:

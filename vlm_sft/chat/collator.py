@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,13 +24,11 @@ from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import Conversation, Message, check_turns, guard_reserved, normalise, split_turns
 from vlm_sft.chat.template import ChatTemplate, Rendered, Turn
 
-logger = logging.getLogger(__name__)
-
 IGNORE_INDEX = -100
 
 Replacements = Sequence[Mapping[str, Any]]
-"""What a processor put in the place of each image placeholder, as `return_text_replacement_offsets=True` returns it:
-`span` in the rendered text, `new_span` and `replacement` in the expanded one."""
+"""What a processor put in the place of each image placeholder (`return_text_replacement_offsets`): `span` in the
+rendered text, `new_span` and `replacement` in the expanded one."""
 
 _EMPTY = torch.empty(0)
 _BLANK = {
@@ -47,7 +44,7 @@ class CollatorSettings:
 
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     max_length: int | None = None
-    truncation: Literal["error", "trim", "drop"] = "error"
+    truncation: Literal["error", "trim"] = "error"
     chat_template_kwargs: Mapping[str, Any] | None = None
     stop_token: str | None = "auto"
     reserved_tokens: Literal["error", "escape"] = "error"
@@ -75,9 +72,8 @@ class EncodedRow:
     """One conversation on its trip, without padding: what the audit looks at.
 
     `rendered` has the image placeholders not yet expanded; `text` is what the tokenizer saw, and `offsets` [T, 2] and
-    `turns`, all answers with their stop tokens, are characters of it; `trained` are the turns that are trained on.
-    `tokens` holds the per-token model inputs, each [T]; `image` [T] marks the tokens that images bring.
-    """
+    `turns`, all answers with their stop tokens, are characters of it. `tokens` holds the per-token model inputs, each
+    [T]; `image` [T] marks the tokens that images bring."""
 
     name: str
     number: int | None
@@ -89,36 +85,41 @@ class EncodedRow:
     labels: Tensor = _EMPTY
     image: Tensor = _EMPTY
     turns: Sequence[Turn] = ()
-    trained: Sequence[Turn] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def trained(self) -> list[Turn]:
+        """The turns that are trained on."""
+        return [turn for turn in self.turns if turn.trained]
+
+    def tokens_of(self, *turns: Turn) -> Tensor:
+        """Which tokens lie in one of the turns: bool [T]."""
+        return _tokens_in(self.offsets, [(turn.start, turn.end) for turn in turns])
+
     def cut(self, length: int) -> EncodedRow:
         """The row with its first `length` tokens."""
-        tokens = {key: value[:length] for key, value in self.tokens.items()}
         per_token = {name: getattr(self, name)[:length] for name in ("offsets", "labels", "image")}
-        return replace(self, tokens=tokens, **per_token)
+        return replace(self, tokens={key: value[:length] for key, value in self.tokens.items()}, **per_token)
 
 
 class ChatCollator:
     """Turns rows with `messages` and `images` into model inputs with `labels` [B, T].
 
     The loss covers each assistant turn and the stop token that ends it, from the exact place where the generation
-    prompt ends at inference. Never trained: padding (identified by the attention mask, so it works when pad is EOS) and
-    every token that an image brings. BOS is there once, as at inference.
+    prompt ends at inference. Never trained: padding (told by the attention mask, so that pad may be EOS) and every
+    token that an image brings. BOS is there once, as at inference.
 
     - `train_on`: `"assistant"` (every answer; a message with `"train": False` is left out), `"last_assistant"`, or
       `"all"` (everything but padding and images).
-    - `max_length`, `truncation`: a row with more tokens is an `"error"`; or `"trim"` drops its last exchanges with
-      their images, then cuts the tail of the answer that is left (which then has no stop token), never an image; or
-      `"drop"` leaves the row out and counts it in the log.
+    - `max_length`, `truncation`: a row with more tokens is an `"error"`, or `"trim"` drops its last exchanges with
+      their images, then cuts the tail of the answer that is left (which then has no stop token), never an image.
     - `chat_template_kwargs`, `stop_token`: see `ChatTemplate`.
     - `reserved_tokens`: control tokens typed as text are an `"error"`, or `"escape"` makes them plain text.
-    - `padding_free`: one row [1, T] of all conversations with `position_ids` that begin again with each, and no
-      attention mask (see `vlm_sft.chat.packing`, whose packs it takes as well).
-    - `name_rows`: adds `rows` [B], where every example has a number in the column `row`, for `StopOnNaN`, which names
-      them and takes them out before the model sees them.
+    - `padding_free`: one row [1, T] of all conversations (or packs), whose `position_ids` begin again with each, and no
+      attention mask: see `vlm_sft.chat.packing`.
+    - `name_rows`: adds `rows` [B], the column `row` where every example has it, for `StopOnNaN`, which takes it out.
     - `image_in_every_batch`: a batch without an image gets one more row, with a blank one, on which nothing is trained:
       processes that share a model wait for each other, also at the layers of the tower (FSDP, ZeRO-3; DDP where tower
       or projector train). None is yes where several processes train.
@@ -163,7 +164,7 @@ class ChatCollator:
             *(chosen.train_on, chosen.chat_template_kwargs, chosen.stop_token, chosen.reserved_tokens),
         ]
         text = json.dumps(
-            described, sort_keys=True, default=lambda v: sorted(map(repr, v)) if isinstance(v, set) else repr(v)
+            described, sort_keys=True, default=lambda v: repr(sorted(map(repr, v)) if isinstance(v, set) else v)
         )
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -174,8 +175,7 @@ class ChatCollator:
         for row in rows:
             if (row.labels == IGNORE_INDEX).all():
                 raise ValueError(
-                    f"{row.name}: no token is left to train on; give it an answer that is not marked 'train': false, "
-                    "or drop the row"
+                    f"{row.name}: no token is left to train on; give it an answer not marked 'train': false, or drop it"
                 )
         due = self.settings.image_in_every_batch
         due = int(os.environ.get("WORLD_SIZE", "1")) > 1 if due is None else due
@@ -187,20 +187,13 @@ class ChatCollator:
         return {**(self._join(rows) if self.settings.padding_free else self._pad(rows)), **inputs}
 
     def encode(self, examples: Sequence[Mapping[str, Any]]) -> tuple[list[EncodedRow], dict[str, Tensor]]:
-        """The rows before padding, and the model inputs that are not per token (pixels). Rows dropped for their
-        length are absent; `ValueError` if that leaves none."""
+        """The rows before padding, and the model inputs that are not per token (pixels)."""
         examples = [example for packed in examples for example in packed.get("packed", [packed])]
         rows, inputs = self._process([self._read(example, place) for place, example in enumerate(examples)])
         limit = self.settings.max_length
         if limit is None or all(len(row) <= limit for row in rows):
             return rows, inputs
-        fitted = [shorter for row in rows if (shorter := self._fit(row, limit)) is not None]
-        if not fitted:
-            raise ValueError(
-                f"every row of the batch ({', '.join(row.name for row in rows)}) is longer than max_length={limit}; "
-                "raise it, or set truncation='trim'"
-            )
-        rows, inputs = self._process(fitted)
+        rows, inputs = self._process([self._fit(row, limit) for row in rows])
         return [row.cut(limit) for row in rows], inputs
 
     def _read(self, example: Mapping[str, Any], place: int) -> EncodedRow:
@@ -211,44 +204,32 @@ class ChatCollator:
         try:
             messages, images = normalise(example["messages"], example.get("images"))
             check_turns(messages)
-            conversation = Conversation(self.guard(messages), [to_rgb(image) for image in images])
+            conversation = Conversation(self._guard(messages), [to_rgb(image) for image in images])
             return EncodedRow(name, number, conversation, self._render(conversation))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def guard(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages without control tokens typed as text, as `reserved_tokens` says."""
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """`ChatTemplate.prompt` of the messages, without control tokens typed as text."""
+        return self.template.prompt(self._guard(messages))
+
+    def _guard(self, messages: Sequence[Message]) -> list[Message]:
         return guard_reserved(messages, self.template.reserved, escape=self.settings.reserved_tokens == "escape")
 
     def _render(self, conversation: Conversation) -> Rendered:
-        rendered = self.template.locate(conversation.messages, self._trained(conversation))
-        if (found := rendered.text.count(self.processor.image_token)) != len(conversation.images):
+        messages, images = conversation
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        chosen = answers[-1:] if self.settings.train_on == "last_assistant" else answers
+        rendered = self.template.locate(messages, {n for n in chosen if messages[n].get("train", True)})
+        if (found := rendered.text.count(self.processor.image_token)) != len(images):
             raise ValueError(
-                f"the chat template wrote {found} {self.processor.image_token} for {len(conversation.images)} images; "
-                "use a template that writes one for each image part"
+                f"the chat template wrote {found} {self.processor.image_token} for {len(images)} images; use a "
+                "template that writes one for each image part"
             )
         return rendered
 
-    def _trained(self, conversation: Conversation) -> set[int]:
-        """Numbers of the messages that are trained on."""
-        answers = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        if self.settings.train_on == "last_assistant":
-            answers = answers[-1:]
-        return {n for n in answers if conversation.messages[n].get("train", True)}
-
     def _process(self, rows: Sequence[EncodedRow]) -> tuple[list[EncodedRow], dict[str, Tensor]]:
         """The rendered rows with tokens and labels, and other inputs, by one call of the processor."""
-        inputs, offsets, replacements = self._call_processor(rows)
-        attention_mask = inputs.pop("attention_mask").bool()
-        per_token = {key: inputs.pop(key) for key in list(inputs) if inputs[key].shape == attention_mask.shape}
-        encoded = [
-            self._label(row, {key: value[b][real] for key, value in per_token.items()}, offsets[b][real], replaced)
-            for b, (row, real, replaced) in enumerate(zip(rows, attention_mask, replacements, strict=True))
-        ]
-        return encoded, inputs
-
-    def _call_processor(self, rows: Sequence[EncodedRow]) -> tuple[dict[str, Tensor], Tensor, list[Replacements]]:
-        """Model inputs, right-padded; character offsets [B, T, 2]; what took the place of each placeholder."""
         texts, images = [row.rendered.text for row in rows], [list(row.conversation.images) for row in rows]
         add_special_tokens = self.template.add_special_tokens(texts[0])
         if any(self.template.add_special_tokens(text) != add_special_tokens for text in texts):
@@ -269,78 +250,63 @@ class ChatCollator:
         for name in {*self.processor.tokenizer.model_input_names, "offset_mapping"} & output.keys():
             output[name] = torch.from_numpy(np.array(output[name]))  # 4 times as fast as torch.tensor from lists
         inputs = dict(BatchFeature(dict(output), tensor_type="pt"))
-        return inputs, inputs.pop("offset_mapping"), replacements
+        offsets, mask = inputs.pop("offset_mapping"), inputs.pop("attention_mask").bool()
+        per_token = {key: inputs.pop(key) for key in list(inputs) if inputs[key].shape == mask.shape}
+        encoded = [
+            self._label(row, {key: value[b][real] for key, value in per_token.items()}, offsets[b][real], replaced)
+            for b, (row, real, replaced) in enumerate(zip(rows, mask, replacements, strict=True))
+        ]
+        return encoded, inputs
 
     def _label(
         self, row: EncodedRow, tokens: dict[str, Tensor], offsets: Tensor, replacements: Replacements
     ) -> EncodedRow:
-        """The row with its labels; tokens that hold the start of a trained answer inside are cut there."""
-        text = _expand(row.rendered.text, replacements)
-        turns = [
-            turn._replace(start=_shift(turn.start, replacements), end=_shift(turn.end, replacements))
-            for turn in row.rendered.turns
-        ]
-        chosen = self._trained(row.conversation)
-        trained = [turn for turn in turns if turn.message in chosen]
+        """The row with its labels; tokens that hold the start of a trained answer inside are cut there. Raises unless
+        each trained answer ends with its stop token: offsets and ids then speak of the same text."""
+        text, turns = _expand(row.rendered, replacements)
+        row = replace(row, text=text, tokens=tokens, offsets=offsets, turns=turns)
         start, end = offsets.unbind(-1)
-        if cuts := [turn.start for turn in trained if ((start < turn.start) & (end > turn.start)).any()]:
-            tokens, offsets = self._cut_tokens(text, tokens, offsets, cuts)
-        input_ids = tokens["input_ids"]
-        image = tokens_in(offsets, [tuple(replaced["new_span"]) for replaced in replacements])
+        if cuts := [turn.start for turn in row.trained if ((start < turn.start) & (end > turn.start)).any()]:
+            row = self._cut_tokens(row, cuts)
+        input_ids = row.tokens["input_ids"]
+        for turn in row.trained:
+            last = input_ids[row.tokens_of(turn)][-1:].tolist()
+            if turn.stop and last != self.processor.tokenizer.convert_tokens_to_ids([turn.stop]):
+                raise ValueError(
+                    f"{row.name}: the answer in messages[{turn.message}] does not end with {turn.stop!r} once it is "
+                    f"tokenized: {type(self.processor).__name__} changes the text without reporting it, so labels "
+                    "cannot be placed; use another processor"
+                )
+        image = _tokens_in(row.offsets, [tuple(replaced["new_span"]) for replaced in replacements])
         image |= torch.isin(input_ids, self._image_ids)
-        learned = torch.ones_like(image)
-        if self.settings.train_on != "all":
-            learned = tokens_in(offsets, [(turn.start, turn.end) for turn in trained])
-        labels = input_ids.where(learned & ~image, IGNORE_INDEX)
-        row = replace(
-            row, text=text, tokens=tokens, offsets=offsets, labels=labels, image=image, turns=turns, trained=trained
-        )
-        self._prove(row)
-        return row
+        learned = torch.ones_like(image) if self.settings.train_on == "all" else row.tokens_of(*row.trained)
+        return replace(row, labels=input_ids.where(learned & ~image, IGNORE_INDEX), image=image)
 
-    def _cut_tokens(
-        self, text: str, tokens: dict[str, Tensor], offsets: Tensor, starts: list[int]
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _cut_tokens(self, row: EncodedRow, starts: list[int]) -> EncodedRow:
         """Tokenizes the text again in pieces, so that a token ends where inference has the end of the prompt. Other
         per-token inputs are taken from the token that held the same character."""
-        ends = offsets[:, 1].contiguous()
-        pieces, places = [tokens["input_ids"][ends == 0]], [offsets[ends == 0]]  # what the tokenizer put in front
-        for start, end in zip([0, *starts], [*starts, len(text)], strict=True):
+        ends = row.offsets[:, 1].contiguous()
+        pieces, places = [row.tokens["input_ids"][ends == 0]], [row.offsets[ends == 0]]  # what the tokenizer put first
+        for start, end in zip([0, *starts], [*starts, len(row.text)], strict=True):
             piece = self.processor.tokenizer(
-                text[start:end], add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt"
+                row.text[start:end], add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt"
             )
             pieces.append(piece["input_ids"][0])
             places.append(piece["offset_mapping"][0] + start)
         offsets = torch.cat(places)
         same = torch.searchsorted(ends, offsets[:, 0].contiguous(), right=True).clamp(max=len(ends) - 1)
-        return {key: value[same] for key, value in tokens.items()} | {"input_ids": torch.cat(pieces)}, offsets
+        tokens = {key: value[same] for key, value in row.tokens.items()} | {"input_ids": torch.cat(pieces)}
+        return replace(row, tokens=tokens, offsets=offsets)
 
-    def _prove(self, row: EncodedRow) -> None:
-        """Raises unless each trained answer ends with its stop token: offsets and ids then speak of the same text."""
-        for turn in row.trained:
-            if turn.stop is None:
-                continue
-            inside = tokens_in(row.offsets, [(turn.start, turn.end)]).nonzero().flatten()
-            expected = self.processor.tokenizer.convert_tokens_to_ids(turn.stop)
-            if not len(inside) or row.tokens["input_ids"][inside[-1]] != expected:
-                raise ValueError(
-                    f"{row.name}: the answer in messages[{turn.message}] does not end with {turn.stop!r} once it is "
-                    f"tokenized; {type(self.processor).__name__} changes the text in a way that it does not report, "
-                    "so labels cannot be placed"
-                )
-
-    def _fit(self, row: EncodedRow, limit: int) -> EncodedRow | None:
-        """What fits into `max_length`: all, fewer exchanges, the first one (whose tail is cut later), or None."""
+    def _fit(self, row: EncodedRow, limit: int) -> EncodedRow:
+        """What fits into `max_length`: all, fewer exchanges, or the first one (whose tail is cut later)."""
         if len(row) <= limit:
             return row
         if self.settings.truncation == "error":
             raise ValueError(
                 f"{row.name}: {len(row)} tokens ({int(row.image.sum())} from images), more than max_length={limit}; "
-                "raise it, or set truncation='trim' or 'drop'"
+                "raise it, set truncation='trim', or drop the row"
             )
-        if self.settings.truncation == "drop":
-            logger.warning("%s: dropped, %d tokens are more than max_length=%d", row.name, len(row), limit)
-            return None
         for shorter in reversed(split_turns(row.conversation)[:-1]):
             # Rendered and processed again: a template or tiling may write a shorter conversation differently.
             [row], _ = self._process([replace(row, conversation=shorter, rendered=self._render(shorter))])
@@ -360,11 +326,10 @@ class ChatCollator:
         length = -(-max(map(len, rows)) // multiple) * multiple
         fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
         columns = [{**row.tokens, "labels": row.labels, "attention_mask": torch.ones_like(row.labels)} for row in rows]
-
-        def padded(key: str) -> list[Tensor]:
-            return [pad(column[key], (0, length - len(column[key])), value=fill.get(key, 0)) for column in columns]
-
-        return {key: torch.stack(padded(key)) for key in columns[0]}
+        return {
+            key: torch.stack([pad(c[key], (0, length - len(c[key])), value=fill.get(key, 0)) for c in columns])
+            for key in columns[0]
+        }
 
     def _join(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """All rows in one. The first token of each is not trained: the last one of the row before would predict it."""
@@ -374,7 +339,7 @@ class ChatCollator:
         return {**joined, "position_ids": positions, "labels": torch.cat(labels)[None]}
 
 
-def tokens_in(offsets: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+def _tokens_in(offsets: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     """Which tokens overlap one of the character spans: bool [T], from offsets [T, 2]. Tokens without characters
     (those that the tokenizer adds) overlap none."""
     start, end = offsets.unbind(-1)
@@ -384,15 +349,15 @@ def tokens_in(offsets: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     return inside & (start < end)
 
 
-def _expand(text: str, replacements: Replacements) -> str:
-    """The text that the tokenizer saw: each placeholder replaced by what its image brings."""
+def _expand(rendered: Rendered, replacements: Replacements) -> tuple[str, list[Turn]]:
+    """The text that the tokenizer saw, each placeholder replaced by what its image brings, and the turns in it."""
+    text = rendered.text
     for replaced in reversed(replacements):
         start, end = replaced["span"]
         text = text[:start] + replaced["replacement"] + text[end:]
-    return text
 
+    def shift(position: int) -> int:
+        before = [replaced for replaced in replacements if replaced["span"][1] <= position]
+        return position + int(before[-1]["new_span"][1] - before[-1]["span"][1]) if before else position
 
-def _shift(position: int, replacements: Replacements) -> int:
-    """Where a character of the rendered text stands in the expanded one."""
-    before = [replaced for replaced in replacements if replaced["span"][1] <= position]
-    return position + int(before[-1]["new_span"][1] - before[-1]["span"][1]) if before else position
+    return text, [turn._replace(start=shift(turn.start), end=shift(turn.end)) for turn in rendered.turns]

@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 PILImage = Image.Image
-Size = tuple[int, int]  # (width, height), as Pillow counts
 
 MAX_DECODED_PIXELS = 50_000_000
 """Images of more pixels are refused before they are decoded: 12 KB of PNG can hold 300 MB of pixels."""
@@ -22,17 +21,15 @@ MAX_DECODED_PIXELS = 50_000_000
 # Pillow guesses among all it knows, EPS included, which runs Ghostscript. These are what datasets hold.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
-_WHITES = (255, 65_535, 2**31 - 1)
+_WHITES = (1, 255, 65_535, 2**31 - 1)
 
 
-def to_rgb(image: Any, *, max_pixels: int | None = None) -> PILImage:
+def to_rgb(image: Any) -> PILImage:
     """The image in mode RGB, upright, on white where it is transparent.
 
-    Takes a PIL image, encoded bytes, the `{"bytes", "path"}` dict of `datasets.Image(decode=False)`, or a numpy array
-    [height, width] or [height, width, channels]. More than 8 bits per pixel and floats are scaled, not clipped. Of an
-    animation, the first frame. An image of more than `max_pixels` is made smaller, its shape kept.
-
-    Raises `ValueError` saying what is wrong with the image; the argument is left as it is.
+    Takes a PIL image, encoded bytes, or the `{"bytes", "path"}` dict of `datasets.Image(decode=False)`. More than 8
+    bits per pixel and floats are scaled, not clipped. Of an animation, the first frame.
+    Raises `ValueError` saying what is wrong with the image.
     """
     opened = open_image(image)
     try:
@@ -41,16 +38,19 @@ def to_rgb(image: Any, *, max_pixels: int | None = None) -> PILImage:
             opened = ImageOps.exif_transpose(opened)
     except Exception as error:  # each of Pillow's decoders has exceptions of its own: struct.error, SyntaxError, ...
         raise _damaged(_name(image), error) from None
-    rgb = _rgb(opened)
-    size = fit_pixels(rgb.size, max_pixels=max_pixels)
-    return rgb if size == rgb.size else rgb.resize(size, Image.Resampling.BICUBIC)
+    if opened.mode[0] in "IF":
+        return _to_8_bits(opened).convert("RGB")
+    if opened.has_transparency_data:
+        straight = opened.convert({"La": "LA", "RGBa": "RGBA"}.get(opened.mode, opened.mode)).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", opened.size, "white"), straight).convert("RGB")
+    return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
 def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = False) -> PILImage:
     """The image with its header read and, unless it came decoded, its pixels not yet.
 
-    A file path (or a dict with a path and no bytes) is opened only with a `folder`, to which it is relative and which
-    it must not leave, links followed, unless `allow_outside` is set.
+    A file path (or a dict with a path and no bytes) is relative to `folder`, without which none is opened, and which it
+    must not leave, links followed, unless `allow_outside` is set.
 
     Raises `ValueError` for what is not an image, more than `MAX_DECODED_PIXELS`, and every path that is not allowed.
     """
@@ -60,24 +60,17 @@ def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = 
     match source:
         case PILImage():
             opened = source
-        case np.ndarray():
-            opened = _from_array(source)
         case bytes() | bytearray():
             opened = _from_file(BytesIO(source), _name(image))
         case str() | Path():
             opened = _from_file(_allowed(str(source), folder, allow_outside), _name(image))
-        case None:
-            raise ValueError("the image is None; give an image, or drop it together with its image part")
         case _:
-            raise ValueError(
-                f"the image is a {type(source).__name__}; expected a PIL image, encoded bytes, a numpy array or a "
-                "{'bytes', 'path'} dict"
-            )
+            found = "None" if source is None else f"a {type(source).__name__}"
+            expected = "a PIL image, encoded bytes or a {'bytes', 'path'} dict"
+            raise ValueError(f"the image is {found}; expected {expected}, or no image part for it")
     if math.prod(opened.size) > MAX_DECODED_PIXELS:
-        raise ValueError(
-            f"{_name(image)} has {opened.width} x {opened.height} pixels; at most {MAX_DECODED_PIXELS:,} are decoded: "
-            "make it smaller"
-        )
+        found = f"{_name(image)} has {opened.width} x {opened.height} pixels"
+        raise ValueError(f"{found}; at most {MAX_DECODED_PIXELS:,} are decoded: make it smaller")
     return opened
 
 
@@ -98,17 +91,6 @@ def repairs_of(image: Any) -> list[str]:
     return repairs
 
 
-def fit_pixels(size: Size, *, max_pixels: int | None) -> Size:
-    """The largest size of the same shape with at most `max_pixels`; the size itself where it already fits."""
-    if max_pixels is None or math.prod(size) <= max_pixels:
-        return size
-    if max_pixels < 1:
-        raise ValueError(f"max_pixels is {max_pixels}; expected at least 1, or None for no limit")
-    scale = math.sqrt(max_pixels / math.prod(size))
-    width, height = (max(1, math.floor(side * scale)) for side in size)
-    return min(width, max_pixels), min(height, max_pixels)  # a side raised to 1 pixel must not let the other pass
-
-
 def _orientation(image: PILImage) -> int:
     """1 to 8 as in EXIF; 1, upright, where the image says nothing or its EXIF cannot be read."""
     try:
@@ -118,57 +100,27 @@ def _orientation(image: PILImage) -> int:
     return value if 1 <= value <= 8 else 1
 
 
-def _rgb(image: PILImage) -> PILImage:
-    if image.mode[0] in "IF":
-        return Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), straight).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _from_array(array: np.ndarray[Any, Any]) -> PILImage:
-    channels = 1 if array.ndim == 2 else array.shape[-1]
-    if array.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or 0 in array.shape:
-        raise ValueError(
-            f"the image is an array of shape {array.shape}; expected [height, width] or [height, width, channels] "
-            "with 1 to 4 channels"
-        )
-    array = _to_bytes(array)
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and channels == 1 else array)
-
-
-def _to_bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """8-bit values; white is 1 for bool, the type's limit for 8 and 16 bits, else the first of 1 (floats), 255, 65535,
-    2**31 - 1 that no value exceeds."""
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype.kind not in "buif":
-        raise ValueError(f"the image holds {array.dtype} values; expected numbers")
-    low, high = float(array.min()), float(array.max())
+def _to_8_bits(image: PILImage) -> PILImage:
+    """Scaled to 8 bits; white is 65,535 of 16 bits, else the first of `_WHITES` that no value exceeds (1: floats)."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= _WHITES[-1]):  # also false for NaN
         raise ValueError(f"the image holds values from {low:g} to {high:g}; expected 0 to 1, 255 or 65535: scale it")
-    whites = {"b": (1,), "f": (1, *_WHITES)}.get(array.dtype.kind, _WHITES)
-    white = 65_535 if array.dtype.itemsize == 2 and array.dtype.kind == "u" else min(w for w in whites if w >= high)
-    return (array.astype(np.float64) * (255 / white)).round().astype(np.uint8)
+    whites = {"F": _WHITES, "I": _WHITES[1:]}.get(image.mode, (65_535,))
+    white = next(white for white in whites if white >= high)
+    return Image.fromarray((values.astype(np.float64) * (255 / white)).round().astype(np.uint8))
 
 
 def _from_file(file: BytesIO | str, name: str) -> PILImage:
     try:
         return Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(
-            f"{name} has far more than {MAX_DECODED_PIXELS:,} pixels, which is all that is decoded: make it smaller"
-        ) from None
+        raise ValueError(f"{name} has far more than {MAX_DECODED_PIXELS:,} pixels; make it smaller") from None
     except UnidentifiedImageError:
         with BytesIO(file.getvalue()) if isinstance(file, BytesIO) else open(file, "rb") as again:
             start = again.read(12)
-        if not start:
-            raise ValueError(f"{name} is empty (0 bytes); replace the file or leave the row out") from None
-        raise ValueError(
-            f"{name} is not an image that can be read: it begins with {start!r}; expected {', '.join(FORMATS)}: "
-            "replace the file"
-        ) from None
+        what = f"not an image that can be read: it begins with {start!r}" if start else "empty (0 bytes)"
+        raise ValueError(f"{name} is {what}; expected {', '.join(FORMATS)}: replace the file") from None
     except Exception as error:
         raise _damaged(name, error) from None
 
@@ -184,6 +136,7 @@ _real = functools.cache(os.path.realpath)  # one folder for all rows, and a look
 
 
 def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
+    """The path of a file in the folder. Raises for any other."""
     name = _name(path)
     if "://" in path or path.startswith("data:"):
         raise ValueError(f"{name} is a URL, and nothing is fetched; download it and give the file's path")
@@ -198,10 +151,8 @@ def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
             f"{name} lies outside the image folder; move it there, or set allow_outside=True if you trust the rows"
         )
     if not os.path.isfile(target):
-        what = "is a directory" if os.path.isdir(target) else "does not exist"
-        raise ValueError(
-            f"{name} {what} in the image folder {root!r}; fix the path, or name the folder by --image_folder"
-        )
+        found = f"{'is a directory' if os.path.isdir(target) else 'does not exist'} in the image folder {root!r}"
+        raise ValueError(f"{name} {found}; fix the path, or name the folder by --image_folder")
     return target
 
 

@@ -1,8 +1,7 @@
 """One conversation: its shape made uniform, its faults named.
 
-A conversation is a list of messages `{"role", "content"}` and the images its `{"type": "image"}` parts stand for.
-Datasets write it in many ways (plain strings, Arrow structs filled with None, images by index, images inside the
-part). `normalise` turns each into one shape, or says what is wrong and where.
+Datasets write conversations in many ways (plain strings, Arrow structs filled with None, images by index, images inside
+the part). `normalise` turns each into one shape, or says what is wrong and where.
 """
 
 from __future__ import annotations
@@ -34,13 +33,10 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
     Content given as a string becomes one text part. Fields that are None (Arrow fills structs with them) count as
     absent. An image part takes the image it holds (`image`), else the one at its `index`, else the next one. Where
     every content is a plain string, the images stand in front of the first user message, as in TRL's own data format.
-
     Raises `ValueError` naming message, part, what was found, and what to do.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence):
-        raise ValueError(
-            f"`messages` is {_kind(messages)}; expected a list of {{'role', 'content'}} (parse JSON strings first)"
-        )
+        raise ValueError(f"`messages` is {_kind(messages)}; expected a list of messages (parse JSON strings first)")
     if not messages:
         raise ValueError("`messages` is empty; expected at least a user and an assistant message")
     pool = _flat(images)
@@ -51,12 +47,13 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         fields = _fields(message, where, allowed=("role", "content", "train"))
-        role, content = fields.get("role"), fields.get("content")
+        role, parts = fields.get("role"), fields.get("content")
         if role not in ROLES:
             raise ValueError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}")
         if not isinstance(fields.get("train", True), bool):
             raise ValueError(f"{where} has 'train': {fields['train']!r}; expected true or false")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if isinstance(parts, str):
+            parts = [{"type": "text", "text": parts}]
         if isinstance(parts, Mapping) or not isinstance(parts, Sequence):
             raise ValueError(f"{where} has a content that is {_kind(parts)}; expected a string or a list of parts")
         if in_front and role == "user":
@@ -74,45 +71,37 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
 
 
 def check_turns(messages: Sequence[Message]) -> None:
-    """Raises `ValueError` unless the messages read: at most one system message, then user and assistant in turn,
-    an assistant at the end."""
+    """Raises `ValueError` unless user and assistant alternate after at most one system message, an assistant last."""
     roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    first = len(roles) - len(turns)
-    for number, role in enumerate(turns):
-        expected = ("user", "assistant")[number % 2]
-        if role != expected:
+    first = int(roles[0] == "system")
+    for number, role in enumerate(roles[first:], first):
+        if role != (expected := ("user", "assistant")[(number - first) % 2]):
             raise ValueError(
-                f"messages[{first + number}] is from {role}; expected {expected}: a system message comes first or not "
-                "at all, user and assistant alternate (join neighbours of one role, drop what comes before the first "
-                "question)"
+                f"messages[{number}] is from {role}; expected {expected}: after at most one system message, user and "
+                "assistant alternate (join neighbours of one role, drop what comes before the first question)"
             )
     if roles[-1] != "assistant":
-        raise ValueError(
-            f"messages[{len(roles) - 1}] is from {roles[-1]} and nothing answers it; end with an assistant message or "
-            "drop it"
-        )
+        last = f"messages[{len(roles) - 1}] is from {roles[-1]}"
+        raise ValueError(f"{last} and nothing answers it; end with an assistant message or drop it")
 
 
 def guard_reserved(messages: Sequence[Message], reserved: re.Pattern[str], *, escape: bool) -> list[Message]:
     """The messages, free of reserved tokens typed as text; with `escape` a word joiner (U+2060) is put after the
     first character of each, so that the model reads the text and the tokenizer sees no token.
 
-    Raises `ValueError` naming message and token, also for a token that two neighbouring parts form together.
-    """
-    guarded = []
-    for number, message in enumerate(messages):
-        if escape:
-            message = with_texts(
-                message, lambda _, text: reserved.sub(lambda m: m[0][0] + _WORD_JOINER + m[0][1:], text)
-            )
+    Raises `ValueError` naming message and token, also for one that two neighbouring parts form together."""
+
+    def escaped(_: int, text: str) -> str:
+        return reserved.sub(lambda token: token[0][0] + _WORD_JOINER + token[0][1:], text)
+
+    guarded = [with_texts(message, escaped) if escape else message for message in messages]
+    for number, message in enumerate(guarded):
         if found := sorted(set(reserved.findall(text_of(message)))):
             raise ValueError(
                 f"messages[{number}] ({message['role']}) holds {', '.join(map(repr, found))} as text, which the "
                 "tokenizer would read as control tokens; remove them, write an image as {'type': 'image'}, or set "
                 "reserved_tokens='escape'"
             )
-        guarded.append(message)
     return guarded
 
 
@@ -133,15 +122,11 @@ def text_of(message: Message) -> str:
 def split_turns(conversation: Conversation) -> list[Conversation]:
     """One conversation per assistant message, each ending with it and holding the images up to there.
 
-    For templates that render an earlier assistant turn differently from the last one (thinking models): train each
-    piece with `train_on="last_assistant"`.
-    """
-    pieces = []
-    for end, message in enumerate(conversation.messages, start=1):
-        if message["role"] == "assistant":
-            kept = conversation.messages[:end]
-            pieces.append(Conversation(kept, conversation.images[: count_images(kept)]))
-    return pieces
+    For templates that render an earlier answer differently from the last one (thinking models): train each piece with
+    `train_on="last_assistant"`."""
+    messages, images = conversation
+    ends = [number for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
+    return [Conversation(messages[:end], images[: count_images(messages[:end])]) for end in ends]
 
 
 def count_images(messages: Sequence[Message]) -> int:
@@ -162,10 +147,8 @@ def _part(part: Any, where: str, role: str, pool: list[Any], used: set[int], ord
             except UnicodeEncodeError as error:
                 raise ValueError(f"{where} holds a lone surrogate at character {error.start}; remove it") from None
             if mark := _PROCESSOR_MARKS.search(text):
-                raise ValueError(
-                    f"{where} holds U+{ord(mark[0]):05X} at character {mark.start()}, with which processors mark what "
-                    "is not an image placeholder; remove it"
-                )
+                found = f"U+{ord(mark[0]):05X} at character {mark.start()}"
+                raise ValueError(f"{where} holds {found}, a mark that processors keep for themselves; remove it")
             return {"type": "text", "text": text}
         case "image":
             if role == "assistant":
@@ -199,12 +182,10 @@ def _fields(value: Any, where: str, *, allowed: tuple[str, ...]) -> Message:
 
 
 def _flat(images: Any) -> list[Any]:
-    if images is None:
-        return []
     if isinstance(images, (list, tuple)):
         # A None among images is an image that is missing, and is named when it is opened.
         return [image for item in images for image in ([None] if item is None else _flat(item))]
-    return [images]
+    return [] if images is None else [images]
 
 
 def _kind(value: Any) -> str:

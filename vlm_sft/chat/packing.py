@@ -1,9 +1,8 @@
 """Rows without padding: several conversations in one row, each with positions of its own.
 
-A collator with `padding_free=True` makes the row; attention then tells the conversations apart by their positions
-(transformers 5.23, `masking_utils`), which not every model does. So: `enable_padding_free` prepares the model, and
-`check_padding_free` proves on rows of the dataset that nothing changes. It pays with an attention kernel for variable
-lengths (FlashAttention); with SDPA a row of T tokens costs T squared, so there group by length instead.
+Attention tells the conversations apart by their positions (transformers 5.23, `masking_utils`), which not every model
+does: `enable_padding_free` prepares the model, `check_padding_free` proves on rows of the dataset that nothing changes.
+It pays with FlashAttention; with SDPA a row of T tokens costs T squared, so there group by length instead.
 
     collator = ChatCollator(processor, padding_free=enable_padding_free(model))
 """
@@ -25,26 +24,19 @@ from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
 from vlm_sft.common import base_of, evaluating
 
 
-def pack(dataset: Dataset, lengths: Sequence[int] | None = None, *, max_length: int) -> Dataset:
+def pack(dataset: Dataset, *, max_length: int) -> Dataset:
     """Rows `{"packed", "length"}`, each of whole conversations of `dataset` with at most `max_length` tokens together.
 
     Best fit, longest first: each conversation goes where the least room is left (Krell et al., arXiv 2107.02027). Every
-    row of the dataset is in exactly one pack, and is read, images and all, when its pack is. `lengths` holds the
-    tokens of each row, images included; the column `length` (`check_rows`) unless given.
+    row of the dataset is in exactly one pack, and is read, images and all, when its pack is.
 
-    Raises `ValueError` naming the rows that are longer than `max_length`, and for lengths that do not fit the dataset.
-    """
-    if lengths is None:
-        if "length" not in dataset.column_names:
-            raise ValueError("no lengths: give them, or a dataset with the column `length` (check_rows adds it)")
-        lengths = dataset.with_format(None)["length"][:]
-    if len(lengths) != len(dataset):
-        raise ValueError(f"{len(lengths)} lengths for {len(dataset)} rows; give one for each row")
+    Raises `ValueError` naming the rows that are longer than `max_length`, and without the column `length`."""
+    if "length" not in dataset.column_names:
+        raise ValueError("no column `length` of each row's tokens; check_rows adds it")
+    lengths = dataset.with_format(None)["length"][:]
     if too_long := [n for n, length in enumerate(lengths) if length > max_length]:
-        raise ValueError(
-            f"{len(too_long)} rows are longer than max_length={max_length} (the first at {too_long[:5]}); raise it, or "
-            "leave them out"
-        )
+        found = f"{len(too_long)} rows are longer than max_length={max_length} (the first at {too_long[:5]})"
+        raise ValueError(f"{found}; raise it, or leave them out")
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # what is left in each pack, and its number, in order
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
@@ -75,8 +67,8 @@ def check_padding_free(model: Any, collator: ChatCollator, rows: Sequence[Mappin
     """The largest difference of a trained token's loss between the first two rows (of packs, the rows in them) in a
     padded batch and in one row. The model should be on its device and in its precision.
 
-    Raises `ValueError` where it is more than the rounding of this precision, which is what padding itself changes: the
-    model then mixes the conversations of a row, or attends to images in both directions (Gemma).
+    Raises `ValueError` where it is more than the rounding of this precision: the model then mixes the conversations of
+    a row, or attends to images in both directions (Gemma).
     """
     rows = [row for example in rows for row in example.get("packed", [example])][:2]
     padded, flat = (

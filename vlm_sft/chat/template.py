@@ -1,14 +1,14 @@
 """A processor's chat template: the text of a conversation, and where the assistant's words lie in it.
 
-Use one `ChatTemplate` for training, audit, generation and evaluation: the prompt of training is then the prompt of
-inference. Nothing is searched for: the template is rendered again with invisible marks round each text, and up to each
-prompt. So text that imitates a turn changes nothing, and text that the template leaves out is noticed.
+Use one `ChatTemplate` for training, audit, generation and evaluation. Nothing is searched for: the template is rendered
+again with invisible marks round each text, and up to each prompt, so text that imitates a turn changes nothing.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,10 +19,9 @@ from PIL import Image
 from vlm_sft.chat.messages import ROLES, Message, text_of, with_texts
 from vlm_sft.common import eos_ids
 
+Render = Callable[[Sequence[Message]], str]
 Style = Callable[[Sequence[Message]], list[Message]]
 """How the same messages are handed to a template."""
-Render = Callable[[Sequence[Message]], str]
-"""Messages -> text, in one style."""
 Spans = dict[tuple[int, int], tuple[int | None, int]]
 """Where text parts (number of the message, number of the part in it) stand in a text."""
 
@@ -33,12 +32,13 @@ _MARK = re.compile("[\U00100000-\U0010fffd]")
 
 class Turn(NamedTuple):
     """An assistant message as characters [start, end) of the rendered text: all that the model has to write after the
-    generation prompt, the stop token included (`stop` is None where there is none)."""
+    generation prompt, the stop token included (`stop` is None where there is none); and whether it is trained on."""
 
     message: int
     start: int
     end: int
     stop: str | None
+    trained: bool
 
 
 class Rendered(NamedTuple):
@@ -56,7 +56,6 @@ class ChatTemplate:
 
     `stop_token`: `"auto"` keeps the one the template writes and inserts EOS after an answer where it writes none
     (LLaVA-1.5); a token to insert instead; `None` inserts nothing.
-
     Raises `ValueError` for a processor without a chat or a pad token, and for a stop token that is unknown.
     """
 
@@ -70,9 +69,8 @@ class ChatTemplate:
             raise ValueError(f"{kind} is not an image-text processor; pass load_processor(...) of a VLM")
         if processor.chat_template is None and "chat_template" not in (self.kwargs or {}):
             raise ValueError(
-                f"{kind} has no chat template. Prefix and suffix without a chat (PaliGemma) are not trained by "
-                "ChatCollator: call processor(text=..., images=..., suffix=...) in a collator of your own. For a base "
-                "model, set processor.chat_template"
+                f"{kind} has no chat template; for a base model set processor.chat_template, and for prefix and suffix "
+                "without a chat (PaliGemma) write a collator of your own"
             )
         if processor.tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token; set processor.tokenizer.pad_token (it is never trained)")
@@ -82,12 +80,10 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The template's own text of the messages as they are."""
         settings = {"add_generation_prompt": add_generation_prompt, **(self.kwargs or {})}
-        text: str = self.processor.apply_chat_template(list(messages), tokenize=False, **settings)
-        return text
+        return str(self.processor.apply_chat_template(list(messages), tokenize=False, **settings))
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text that the model continues, equal to what is trained before the answer to these messages: earlier
-        answers end with a stop token."""
+        """The text that the model continues, equal to what is trained before the answer to these messages."""
         return self.locate(messages, add_generation_prompt=True).text
 
     def locate(
@@ -95,11 +91,11 @@ class ChatTemplate:
     ) -> Rendered:
         """The conversation as it is trained on, with the span of each assistant message.
 
-        A span starts where the generation prompt ends, so that training and inference meet at the same character.
-        Where the template writes the header of an answer with other white space than its generation prompt
-        (LLaVA-OneVision), the generation prompt's is used. A span ends with the last added token that the template
-        writes after the answer; where there is none (LLaVA-1.5), the stop token to insert takes the place of the white
-        space there, as in the original LLaVA (`conv_vicuna_v1`, haotian-liu/LLaVA llava/conversation.py).
+        A span starts where the generation prompt ends, so that training and inference meet at the same character; where
+        the template writes the header of an answer with other white space (LLaVA-OneVision), the prompt's is used. It
+        ends with the last added token that the template writes after the answer; where there is none (LLaVA-1.5), the
+        stop token to insert takes the place of the white space there, as in the original LLaVA (`conv_vicuna_v1`,
+        haotian-liu/LLaVA llava/conversation.py).
 
         Raises `ValueError` where the template refuses the messages, leaves out a text, or renders a message of
         `trained` differently from its generation prompt (thinking templates).
@@ -125,15 +121,15 @@ class ChatTemplate:
             elif number in trained:
                 raise ValueError(
                     f"messages[{number}]: the chat template renders this answer differently from its generation "
-                    f"prompt, so training would not meet inference: the prompt ends with {prompt[-40:]!r}, the "
-                    f"conversation reads {plain[:words_start][-40:]!r}. Train one answer a row "
-                    "(vlm_sft.chat.messages.split_turns with train_on='last_assistant'), or use other "
-                    "chat_template_kwargs or another chat template"
+                    f"prompt: that ends with {prompt[-40:]!r}, the conversation reads {plain[:words_start][-40:]!r}. "
+                    "Train one answer a row (vlm_sft.chat.messages.split_turns with train_on='last_assistant'), or use "
+                    "another chat template or chat_template_kwargs"
                 )
             else:
                 header, begin = "", words_end if words_start is None else words_start
             is_whole = number + 1 == len(messages) and not add_generation_prompt
-            tail = _tail(plain, plain if is_whole else self.render(style(messages[: number + 1])), words_end)
+            up_to_here = plain if is_whole else self.render(style(messages[: number + 1]))
+            tail = _common(up_to_here, plain)[words_end:]  # what belongs to no other message
             written = list(self.added.finditer(tail))
             stop = written[-1].group() if written else self.stop_to_insert
             end = words_end + written[-1].end() if written else words_end
@@ -141,7 +137,7 @@ class ChatTemplate:
             pieces += [plain[copied:begin], header, plain[begin:end], inserted]
             start = length + begin - copied + len(header)
             length = start + end - begin + len(inserted)
-            turns.append(Turn(number, start, length, stop))
+            turns.append(Turn(number, start, length, stop, number in trained))
             copied = end + len(tail) if inserted and tail.isspace() else end
         return Rendered("".join([*pieces, plain[copied:]]), turns, style)
 
@@ -149,32 +145,28 @@ class ChatTemplate:
         """The first style that loses no text, the text of the messages in it, and where their parts stand there."""
         if any(_MARK.search(text_of(message)) for message in messages):
             raise ValueError("a text holds private-use characters of Unicode plane 16; remove them")
-        refusal: Exception | None = None
-        lost: int | None = None
-        for style in (_as_parts, _system_as_string, _as_strings, _joined):
-            given = style(messages) if style is _joined else messages
+        refusal = lost = ""  # the first of each explains best
+        for style in (list, _system_as_string, _as_strings):
             try:
-                plain = self.render(style(given), prompt)
-            except Exception as error:  # a template may raise anything; the first refusal explains best
-                refusal = refusal or error
+                plain = self.render(style(messages), prompt)
+            except Exception as error:  # a template may raise anything
+                refusal = refusal or f"refuses the conversation: {error}; fix the messages"
                 continue
-            texts = _find_texts(given, lambda these, style=style: self.render(style(these), prompt), plain)  # type: ignore[misc]
+            texts = _find_texts(messages, lambda these, style=style: self.render(style(these), prompt), plain)  # type: ignore[misc]
             missing = [
                 number
-                for number, message in enumerate(given)
+                for number, message in enumerate(messages)
                 for n, part in enumerate(message["content"])
                 if part.get("text", "").strip() and (number, n) not in texts
             ]
             if not missing:
                 return style, plain, texts
-            lost = missing[0] if lost is None else lost
-        advice = "(a system text may go to the start of the first user message) or use another chat template"
-        if lost is not None:
-            role = messages[lost]["role"]
-            raise ValueError(
-                f"the chat template does not write the text of messages[{lost}] ({role}) as it is; move it {advice}"
-            )
-        raise ValueError(f"the chat template refuses the conversation: {refusal}; fix the messages {advice}")
+            where = f"messages[{missing[0]}] ({messages[missing[0]]['role']})"
+            lost = lost or f"does not write the text of {where} as it is; join its text parts, or move it"
+        raise ValueError(
+            f"the chat template {lost or refusal} (a system text may go to the start of the first user message) or use "
+            "another chat template"
+        )
 
     def stop_ids(self, generation_config: Any) -> list[int]:
         """Where generation ends: at the stop token of a trained answer, the one to insert (EOS), and those of the
@@ -190,17 +182,16 @@ class ChatTemplate:
     @property
     def stop_to_insert(self) -> str | None:
         """What ends an answer after which the template writes no added token."""
-        eos: str | None = self.processor.tokenizer.eos_token
-        return eos if self.stop_token == "auto" else self.stop_token
+        return self.processor.tokenizer.eos_token if self.stop_token == "auto" else self.stop_token
 
     @cached_property
     def stops(self) -> tuple[str, ...]:
         """The stop token of a one-turn conversation as it is trained on, if it has one.
 
         Raises `ValueError` where the template writes another one than `stop_token`."""
-        said = {role: [{"type": "text", "text": text}] for role, text in (("user", "x"), ("assistant", "y"))}
-        turns = self.locate([{"role": role, "content": content} for role, content in said.items()], {1}).turns
-        found = tuple(turn.stop for turn in turns if turn.stop)
+        word = [{"type": "text", "text": "x"}]
+        messages = [{"role": role, "content": word} for role in ("user", "assistant")]
+        found = tuple(turn.stop for turn in self.locate(messages, {1}).turns if turn.stop)
         if self.stop_token not in ("auto", None) and found != (self.stop_token,):
             raise ValueError(
                 f"stop_token={self.stop_token!r}, but the chat template itself writes {found[0]!r} after an answer; "
@@ -226,39 +217,39 @@ class ChatTemplate:
         encoding one question with and without an image.
 
         Raises `ValueError` where the processor does not tell what it writes in the place of an image."""
-        word = {"type": "text", "text": "x"}
-        seen = []
-        for content in ([{"type": "image"}, word], [word]):
+
+        def encode(image: Image.Image | None) -> Any:
+            content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": "x"}]
             text = self.render([{"role": "user", "content": content}], True)
-            images = [[Image.new("RGB", (64, 48))]] if len(content) > 1 else None
-            try:
-                output = self.processor(text=[text], images=images, return_text_replacement_offsets=True)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{type(self.processor).__name__} cannot encode a question: {error}") from error
-            if images and not any(output.get("text_replacement_offsets") or []):
-                raise ValueError(
-                    f"{type(self.processor).__name__} does not report what it writes in the place of an image "
-                    "(return_text_replacement_offsets), so labels could not be proven right; use a model whose "
-                    "processor does"
-                )
-            seen.append({int(i) for i in output["input_ids"][0]})
-        with_image, without = seen
-        return frozenset((with_image - without) & self.processor.tokenizer.added_tokens_decoder.keys())
+            images = image and [[image]]
+            return self.processor(text=[text], images=images, return_text_replacement_offsets=True)
+
+        try:
+            with_image, without = encode(Image.new("RGB", (64, 48))), encode(None)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{type(self.processor).__name__} cannot encode a question: {error}") from error
+        if not any(with_image.get("text_replacement_offsets") or []):
+            raise ValueError(
+                f"{type(self.processor).__name__} does not report what it writes in the place of an image "
+                "(return_text_replacement_offsets), so labels cannot be proven; use a model whose processor does"
+            )
+        brought = {int(i) for i in with_image["input_ids"][0]} - {int(i) for i in without["input_ids"][0]}
+        return frozenset(brought & self.processor.tokenizer.added_tokens_decoder.keys())
 
 
 def _find_texts(messages: Sequence[Message], render: Render, plain: str) -> Spans:
     """Where each text part stands in `plain`: (start, end); the start is None where the template moved it (it may split
     an answer at `</think>`). Parts that it leaves out, repeats or rewrites are absent."""
-    for inside in (False, True):
-        if (found := _marked(messages, render, plain, range(len(messages)), inside)) is not None:
-            return found
-    found = {}
-    for number in range(len(messages)):  # marks changed what the template writes: one message at a time
-        for inside in (False, True):
-            if (one := _marked(messages, render, plain, [number], inside)) is not None:
-                found |= one
-                break
-    return found
+
+    def found_in(chosen: Container[int]) -> Spans | None:
+        tries = (_marked(messages, render, plain, chosen, inside) for inside in (False, True))
+        return next((found for found in tries if found is not None), None)
+
+    numbers = range(len(messages))
+    if (found := found_in(numbers)) is not None:
+        return found
+    # Marks changed what the template writes: one message at a time.
+    return {place: span for number in numbers for place, span in (found_in([number]) or {}).items()}
 
 
 def _marked(
@@ -283,18 +274,16 @@ def _marked(
         rendered = render(marked)
     except Exception:  # a template that checks its texts
         return None
-    places: dict[int, int] = {}
-    repeated = set()
+    places: dict[int, list[int]] = defaultdict(list)
     for count, match in enumerate(_MARK.finditer(rendered)):
-        mark_number = ord(match.group()) - _FIRST_MARK
-        repeated |= {mark_number} & places.keys()
-        places[mark_number] = match.start() - count
+        places[ord(match.group()) - _FIRST_MARK].append(match.start() - count)
     if _MARK.sub("", rendered) != plain:
         return None
+    ends = {key: (places[2 * i], places[2 * i + 1]) for i, key in enumerate(keys)}
     return {
-        key: (places.get(2 * i), places[2 * i + 1])
-        for i, key in enumerate(keys)
-        if 2 * i + 1 in places and not {2 * i, 2 * i + 1} & repeated
+        key: (start[0] if start else None, end[0])
+        for key, (start, end) in ends.items()
+        if len(start) <= 1 and len(end) == 1
     }
 
 
@@ -302,13 +291,6 @@ def _same_but_white_space(text: str, prompt: str) -> int | None:
     """The length of the common start, if only white space follows it in both."""
     common = len(_common(text, prompt))
     return common if not text[common:].strip() and not prompt[common:].strip() else None
-
-
-def _tail(plain: str, up_to_here: str, words_end: int) -> str:
-    """What the template writes after an answer before anything that belongs to the next message."""
-    if not up_to_here.startswith(plain[:words_end]):
-        return ""
-    return _common(up_to_here, plain)[words_end:]
 
 
 def _common(a: str, b: str) -> str:
@@ -322,10 +304,6 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
 
 
-def _as_parts(messages: Sequence[Message]) -> list[Message]:
-    return list(messages)
-
-
 def _as_strings(messages: Sequence[Message], roles: Container[str] = ROLES) -> list[Message]:
     """Contents as strings where they are all text."""
     return [
@@ -336,19 +314,4 @@ def _as_strings(messages: Sequence[Message], roles: Container[str] = ROLES) -> l
     ]
 
 
-def _system_as_string(messages: Sequence[Message]) -> list[Message]:
-    return _as_strings(messages, ("system",))
-
-
-def _joined(messages: Sequence[Message]) -> list[Message]:
-    """Neighbouring text parts as one."""
-    joined = []
-    for message in messages:
-        content: list[Message] = []
-        for part in message["content"]:
-            if content and part["type"] == content[-1]["type"] == "text":
-                content[-1] = {"type": "text", "text": content[-1]["text"] + part["text"]}
-            else:
-                content.append(part)
-        joined.append({**message, "content": content})
-    return joined
+_system_as_string = partial(_as_strings, roles=("system",))

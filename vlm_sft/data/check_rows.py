@@ -250,9 +250,9 @@ class _Rows:
                 look.encoded = None
                 record = record_of(look.key + b"trim%d" % settings.max_length, self.collator)
             else:
-                remedy = "set truncation='trim' or 'drop'" if settings.truncation == "error" else "leave the row out"
                 told = f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
-                record = record._replace(faults=[f"{told}{settings.max_length}; raise it, or {remedy}"])
+                remedy = "raise it, set truncation='trim', or drop the row"
+                record = record._replace(faults=[f"{told}{settings.max_length}; {remedy}"])
         return _Finding(look.index, look.name, look.key, record, bool(look.key) and not look.looked_at, fresh)
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 from torch.utils.data import Subset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from vlm_sft.chat.collator import ChatCollator
@@ -42,14 +42,13 @@ def evaluate_answers(
     """Has `trainer` answer some of `rows` at each evaluation and log `eval_<name>` for each of `metrics`.
 
     The numbers join the evaluation's own before any other callback sees them, so each may be the
-    `metric_for_best_model` (with `greater_is_better` set to match), or what an `EarlyStoppingCallback` waits for. The
-    cost is bounded: at most `num_rows` rows, spread evenly over all, and `max_new_tokens` each; `eval_generation_s`
-    logs the seconds. Every answer is appended to `samples.jsonl` in the output folder; `samples.html` there shows the
-    newest answers next to the oldest, those before training with `eval_on_start=True`. The trackers that the run
-    reports to get some of the images.
+    `metric_for_best_model` (with `greater_is_better` set to match), or what an `EarlyStoppingCallback` waits for. At
+    most `num_rows` rows are answered, spread evenly over all; `eval_generation_s` logs the seconds. Every answer is
+    appended to `samples.jsonl` in the output folder; `samples.html` there shows the newest answers next to the oldest,
+    those before training with `eval_on_start=True`. The trackers that the run reports to get some of the images.
 
-    - `metrics`: name -> function of (predictions, references), from the metrics module or your own. The first one
-      scores the rows of the page, where 1 is right.
+    - `metrics`: name -> function of (predictions, references), of the metrics module or your own. The first one scores
+      the rows of the page, where 1 is right.
     - `references`: the right answers, one entry per row (several for `vqa_accuracy`); default: each row's last answer.
 
     Raises `ValueError` naming all rows that have no reference.
@@ -64,14 +63,15 @@ def evaluate_answers(
     count = min(num_rows, len(rows))
     numbers = [i * len(rows) // count for i in range(count)]
     found = {i: split_reference(rows[i]).reference if references is None else references[i] for i in numbers}
-    if missing := [str(i) for i, reference in found.items() if reference is None]:
+    asked = {i: reference for i, reference in found.items() if reference is not None}
+    if missing := [str(i) for i in numbers if i not in asked]:
         raise ValueError(
             f"rows {', '.join(missing)} do not end with an assistant message, so there is nothing to compare an answer "
             "with; leave them out or pass references=..."
         )
-    asked = {i: reference for i, reference in found.items() if reference is not None}
     evaluation = AnswerEvaluation(trainer, rows, asked, dict(metrics), batch_size, max_new_tokens)
     trainer.callback_handler.callbacks.insert(0, evaluation)
+    print_main(f"Each evaluation answers {count} of {len(rows)} rows, up to {max_new_tokens} tokens each.")
 
 
 @dataclass(eq=False)
@@ -84,29 +84,10 @@ class AnswerEvaluation(TrainerCallback):
     metrics: Mapping[str, Metric]
     batch_size: int
     max_new_tokens: int
-    warned: bool = False
-
-    @property
-    def samples_file(self) -> Path:
-        return Path(self.trainer.args.output_dir, "samples.jsonl")
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        print_main(
-            f"Each evaluation generates answers to {len(self.references)} of {len(self.rows)} rows, up to "
-            f"{self.max_new_tokens} tokens each."
-        )
+    skipped: int = 0  # lines of samples.jsonl
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: Any = None,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, *, model: Any = None, metrics: Any = None, **kwargs: Any
     ) -> None:
         started, references = time.perf_counter(), [*self.references.values()]
         asked = Subset(cast(Any, self.rows), [*self.references])
@@ -120,51 +101,48 @@ class AnswerEvaluation(TrainerCallback):
             metrics.update(scores)
         self.trainer.log(scores)
         if state.is_world_process_zero:
-            self._append(state.global_step, predictions)
-            steps, last = self._read_steps(), state.global_step
+            page, last = Path(str(args.output_dir), "samples.html"), state.global_step
+            steps = self._append(page.with_suffix(".jsonl"), last, predictions)
             # The oldest to all of the same rows, maybe of an earlier run.
             first = min((n for n in steps if n < last and steps[n].keys() >= self.references.keys()), default=None)
             before = None if first is None else [steps[first][number] for number in self.references]
             samples = make_samples(asked, references, next(iter(self.metrics.values())), predictions, before)
-            page, shown = self.samples_file.with_suffix(".html"), f"before: step {first}, after: step {last}"
-            title = f"Answers of {page.parent.name}"
-            write_samples_html(samples, page, title=title, subtitle=f"step {last}" if first is None else shown)
+            shown = f"step {last}" if first is None else f"before: step {first}, after: step {last}"
+            write_samples_html(samples, page, title=f"Answers of {page.parent.name}", subtitle=shown)
             log_samples(self.trainer, samples)
 
-    def _append(self, step: int, predictions: Sequence[str]) -> None:
-        self.samples_file.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.samples_file.exists() and not self.samples_file.read_bytes().endswith(b"\n")
-        with self.samples_file.open("a", encoding="utf-8") as file:
-            file.write("\n" * torn)
-            for (number, reference), prediction in zip(self.references.items(), predictions, strict=True):
-                scores = {name: metric([prediction], [reference]) for name, metric in self.metrics.items()}
-                sample = {"step": step, "row": number, "prediction": prediction, "reference": reference}
-                file.write(json.dumps({**sample, "scores": scores}, ensure_ascii=False) + "\n")
-
-    def _read_steps(self) -> dict[int, dict[int, str]]:
-        """Predictions by step and row. Lines that a killed run left torn, or that are not ours, are left out."""
+    def _append(self, file: Path, step: int, predictions: Sequence[str]) -> dict[int, dict[int, str]]:
+        """Predictions by step and row, all that the file holds now. Lines that a killed run left torn, or that are not
+        ours, are left out."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = file.read_bytes().split(b"\n") if file.exists() else []
+        new = []
+        for (number, reference), prediction in zip(self.references.items(), predictions, strict=True):
+            scores = {name: metric([prediction], [reference]) for name, metric in self.metrics.items()}
+            sample = {"step": step, "row": number, "prediction": prediction, "reference": reference, "scores": scores}
+            new.append(json.dumps(sample, ensure_ascii=False).encode())
+        torn = b"\n" if lines and lines[-1] else b""
+        with file.open("ab") as opened:
+            opened.write(torn + b"\n".join(new) + b"\n")
         steps: dict[int, dict[int, str]] = {}
         skipped = 0
-        for line in filter(bytes.strip, self.samples_file.read_bytes().split(b"\n")):
+        for line in filter(bytes.strip, [*lines, *new]):
             with suppress(ValueError):
                 match json.loads(line):
                     case {"step": int(step), "row": int(row), "prediction": str(prediction)}:
                         steps.setdefault(step, {})[row] = prediction
                         continue
             skipped += 1
-        if skipped and not self.warned:
-            self.warned = True
-            print_main(f"{self.samples_file}: {skipped} lines are not samples of an evaluation and were left out.")
+        if skipped > self.skipped:
+            print_main(f"{file}: {skipped} lines are not samples of an evaluation and were left out.")
+        self.skipped = skipped
         return steps
 
 
 def log_samples(trainer: Any, samples: Sequence[Sample]) -> None:
-    """Shows the first samples that have an image under `samples/0`, `samples/1`, ... at this step of the trackers that
-    the run reports to: TensorBoard, Trackio, Weights & Biases.
-
-    Question, prediction and reference are each image's caption, in TensorBoard the text of the same name. Call it after
-    `trainer.log`, which opens a tracker's run, on the main process; a tracker that is not in `report_to` is left alone.
-    """
+    """Shows the first samples that have an image, with question, prediction and reference, under `samples/0`, ... at
+    this step of the trackers that the run reports to: TensorBoard, Trackio, Weights & Biases. Call it on the main
+    process after `trainer.log`, which opens a tracker's run."""
     captioned = {}
     for number, sample in enumerate([sample for sample in samples if sample.images][:TRACKED_IMAGES]):
         caption = f"{sample.question}\n\nprediction: {sample.after}\n\nreference: {sample.reference}"

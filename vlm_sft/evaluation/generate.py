@@ -1,7 +1,4 @@
-"""What the model answers to the last question of each row.
-
-Shapes: `B` rows of a batch, `T` tokens, padding on the left.
-"""
+"""What the model answers to the last question of each row. Shapes: `B` rows of a batch, `T` tokens."""
 
 from __future__ import annotations
 
@@ -17,6 +14,9 @@ from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import Message, normalise, text_of
 from vlm_sft.chat.template import ChatTemplate
 from vlm_sft.common import evaluating
+
+# Whatever the model's generation config says: Qwen-VL's samples, with a repetition penalty.
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 class Rows(Protocol):
@@ -72,25 +72,13 @@ def generate(
     share = [i % len(rows) for i in range(rank, -(-len(rows) // world_size) * world_size, world_size)]
     template = prompter.template if isinstance(prompter, ChatCollator) else prompter
     tokenizer, stop_ids = template.processor.tokenizer, template.stop_ids(model.generation_config)
+    settings = {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id, "use_cache": True, **GREEDY}
     answers: dict[int, str] = {}
     with _answering(model), tqdm(total=len(share), desc="Generating", disable=not progress or rank > 0) as bar:
         for start in range(0, len(share), batch_size):
             batch = share[start : start + batch_size]
             inputs = _inputs(prompter, template, rows, batch).to(model.device)
-            output = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=stop_ids,
-                pad_token_id=tokenizer.pad_token_id,
-                use_cache=True,
-                # Greedy, whatever the model's generation config says (Qwen-VL's samples, with a repetition penalty).
-                do_sample=False,
-                num_beams=1,
-                temperature=1.0,
-                top_k=50,
-                top_p=1.0,
-                repetition_penalty=1.0,
-            )
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
             for row, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
                 answers[row] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
@@ -112,8 +100,7 @@ def _inputs(prompter: ChatCollator | ChatTemplate, template: ChatTemplate, rows:
             name = row.get("row", number)  # `rows` may be some of a dataset
             question = split_reference(row)
             images.append([to_rgb(image) for image in question.images])
-            guard = prompter.guard if isinstance(prompter, ChatCollator) else list
-            texts.append(template.prompt(guard(question.messages)))
+            texts.append(prompter.prompt(question.messages))
         except ValueError as error:
             raise ValueError(f"row {name}: {error}") from error
     return template.processor(
@@ -128,8 +115,8 @@ def _inputs(prompter: ChatCollator | ChatTemplate, template: ChatTemplate, rows:
 
 @contextmanager
 def _answering(model: Any) -> Iterator[None]:
-    """Evaluation mode, restored afterwards, and one precision: in training, autocast brings adapters or a projector in
-    float32 and their 16-bit base together."""
+    """Evaluation mode, and one precision: in training, autocast brings adapters or a projector in float32 and their
+    16-bit base together."""
     dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
     narrow = min(dtypes - {torch.float32}, key=str, default=None)
     with evaluating(model), torch.autocast(model.device.type, narrow, enabled=len(dtypes) > 1):

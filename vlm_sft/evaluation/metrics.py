@@ -24,7 +24,8 @@ Metric = Callable[[Sequence[str], Sequence[Reference]], float]
 def exact_match(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Share of the rows whose answer equals a reference, outer white space aside."""
     return fmean(
-        float(said.strip() in {right.strip() for right in rights}) for said, rights in _pairs(predictions, references)
+        float(answer.strip() in {right.strip() for right in rights})
+        for answer, rights in _pairs(predictions, references)
     )
 
 
@@ -35,7 +36,7 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Reference]) ->
     Antol et al. 2015, "VQA", and the normalisation of its evaluation code (GT-Vision-Lab/VQA, vqaEval.py); apostrophes
     are dropped in place of its table of contractions.
     """
-    return fmean(_vqa_score(said, rights) for said, rights in _pairs(predictions, references))
+    return fmean(_vqa_score(answer, rights) for answer, rights in _pairs(predictions, references))
 
 
 def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
@@ -43,9 +44,13 @@ def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
 
     Case and runs of white space do not count. Source: Biten et al. 2019, "Scene Text Visual Question Answering".
     """
+
+    def same(text: str) -> str:
+        return " ".join(text.lower().split())
+
     return fmean(
-        max(similarity if (similarity := _similarity(said, right)) >= 0.5 else 0.0 for right in rights)
-        for said, rights in _pairs(predictions, references)
+        max(Levenshtein.normalized_similarity(answer, right, processor=same, score_cutoff=0.5) for right in rights)
+        for answer, rights in _pairs(predictions, references)
     )
 
 
@@ -64,25 +69,23 @@ cer.lower_is_better = wer.lower_is_better = True  # type: ignore[attr-defined]
 
 def json_validity(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Share of the answers that are one JSON value, alone or in a Markdown fence. References are not looked at."""
-    return fmean(float(_try_json(said) is not _NOTHING) for said, _ in _pairs(predictions, references))
+    return fmean(float(_json_leaves(answer) is not None) for answer, _ in _pairs(predictions, references))
 
 
 def json_field_f1(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """F1 over all fields of all rows; a field is the keys that lead to a leaf, and its value as text.
 
-    An answer that is no JSON has no fields; the order of a list does not count. Source: Kim et al. 2022, "OCR-free
+    An answer that is not JSON has no fields; the order of a list does not count. Source: Kim et al. 2022, "OCR-free
     Document Understanding Transformer" (clovaai/donut, JSONParseEvaluator.cal_f1).
     """
-    right = wrong = 0
-    for row, (said, rights) in enumerate(_pairs(predictions, references)):
-        try:
-            expected = _json(rights[0])
-        except ValueError as error:
-            raise ValueError(f"references[{row}]: {error} in {rights[0][:80]!r}; fix or drop the row") from None
-        found_fields, expected_fields = Counter(_fields(_try_json(said))), Counter(_fields(expected))
-        right += (found_fields & expected_fields).total()
-        wrong += (found_fields - expected_fields).total() + (expected_fields - found_fields).total()
-    return right / (right + wrong / 2) if right else float(wrong == 0)
+    right = fields = 0
+    for row, (answer, rights) in enumerate(_pairs(predictions, references)):
+        found, expected = _json_leaves(answer) or Counter(), _json_leaves(rights[0])
+        if expected is None:
+            raise ValueError(f"references[{row}] is not JSON: {rights[0][:80]!r}; fix or drop the row")
+        right += (found & expected).total()
+        fields += found.total() + expected.total()
+    return 2 * right / fields if fields else 1.0
 
 
 def row_score(metric: Metric, prediction: str, reference: Reference) -> float:
@@ -91,7 +94,6 @@ def row_score(metric: Metric, prediction: str, reference: Reference) -> float:
     return max(0.0, 1 - value) if getattr(metric, "lower_is_better", False) else value
 
 
-_NOTHING: Any = object()
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?```", re.DOTALL)
 
 # The normalisation of vqaEval.py: marks that go, words that are numbers, words that go.
@@ -104,20 +106,19 @@ _VQA_ARTICLES = {"a", "an", "the"}
 def _pairs(predictions: Sequence[str], references: Sequence[Reference]) -> list[tuple[str, list[str]]]:
     """(answer, its references), with a single reference made a list."""
     if not predictions or len(predictions) != len(references):
-        raise ValueError(
-            f"{len(predictions)} predictions and {len(references)} references; expected as many of both, at least one"
-        )
+        found = f"{len(predictions)} predictions and {len(references)} references"
+        raise ValueError(f"{found}; expected as many of both, at least one")
     rights = [[reference] if isinstance(reference, str) else list(reference) for reference in references]
     if empty := [str(row) for row, right in enumerate(rights) if not right]:
         raise ValueError(f"references {', '.join(empty)} are empty; give at least one right answer for each row")
     return list(zip(predictions, rights, strict=True))
 
 
-def _vqa_score(said: str, rights: list[str]) -> float:
-    said, rights = _vqa_normal(said), [_vqa_normal(right) for right in rights]
+def _vqa_score(answer: str, rights: list[str]) -> float:
+    answer, rights = _vqa_normal(answer), [_vqa_normal(right) for right in rights]
     if len(rights) == 1:
-        return float(said == rights[0])
-    matches = [said == right for right in rights]
+        return float(answer == rights[0])
+    matches = [answer == right for right in rights]
     enough = min(3, len(rights) - 1)
     return fmean(min(1.0, (sum(matches) - match) / enough) for match in matches)
 
@@ -133,49 +134,34 @@ def _vqa_normal(answer: str) -> str:
     return " ".join(_VQA_WORDS.get(word, word) for word in answer.split() if word not in _VQA_ARTICLES)
 
 
-def _similarity(said: str, right: str) -> float:
-    return float(Levenshtein.normalized_similarity(*(" ".join(text.lower().split()) for text in (said, right))))
-
-
 def _error_rate(
     predictions: Sequence[str], references: Sequence[Reference], units: Callable[[str], Sequence[str]]
 ) -> float:
     """Edits per unit of the nearest references; without any unit in them, each edit counts as one."""
-    edits = length = 0
-    for said, rights in _pairs(predictions, references):
-        nearest = min((Levenshtein.distance(units(said), units(right)), len(units(right))) for right in rights)
-        edits += nearest[0]
-        length += nearest[1]
-    return edits / max(length, 1)
+    nearest = [
+        min((Levenshtein.distance(units(answer), units(right)), len(units(right))) for right in rights)
+        for answer, rights in _pairs(predictions, references)
+    ]
+    return sum(edits for edits, _ in nearest) / max(sum(length for _, length in nearest), 1)
 
 
-def _try_json(text: str) -> Any:
-    try:
-        return _json(text)
-    except ValueError:
-        return _NOTHING
-
-
-def _json(text: str) -> Any:
-    """The JSON value of the text, or of the fence that the text is."""
+def _json_leaves(text: str) -> Counter[tuple[str, ...]] | None:
+    """(keys ..., text of the leaf) of the JSON value that the text is, alone or in a fence, or None."""
     fence = _FENCE.fullmatch(text.strip())
-    return json.loads(fence[1] if fence else text, parse_constant=_refuse)
+    try:
+        value = json.loads(fence[1] if fence else text, parse_constant=int)  # which refuses NaN and Infinity
+    except ValueError:
+        return None
+    return Counter(_leaves(value))
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """(keys ..., text of the leaf) for each leaf."""
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     match value:
         case dict():
             for key, item in value.items():
-                yield from _fields(item, (*path, key))
+                yield from _leaves(item, (*path, key))
         case list():
             for item in value:
-                yield from _fields(item, path)
-        case str():
-            yield (*path, value.strip())
-        case _ if value is not _NOTHING:
-            yield (*path, json.dumps(value))
+                yield from _leaves(item, path)
+        case _:
+            yield (*path, value.strip() if isinstance(value, str) else json.dumps(value))

@@ -1,6 +1,6 @@
 """Two pages that open from disk and need nothing else: answers next to their references, and what is trained.
 
-Every process may call the writers; the main one writes. Every text is escaped (jinja2's autoescape).
+Every process may call the writers; the main one writes.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from jinja2 import Environment
 from PIL import Image
 
 from vlm_sft.chat.audit import AuditReport, kinds_of
-from vlm_sft.chat.collator import EncodedRow, tokens_in
+from vlm_sft.chat.collator import EncodedRow
 from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import text_of
 from vlm_sft.evaluation.generate import Rows, split_reference
@@ -63,22 +65,20 @@ def make_samples(
             reference=reference if isinstance(reference, str) else " | ".join(reference),
             after=after[n],
             score=row_score(metric, after[n], reference),
-            before=None if before is None else before[n],
-            score_before=None if before is None else row_score(metric, before[n], reference),
+            before=before[n] if before else None,
+            score_before=row_score(metric, before[n], reference) if before else None,
         )
         for n, (question, reference) in enumerate(zip(questions, references, strict=True))
     ]
 
 
 def write_samples_html(
-    samples: Sequence[Sample], path: str | Path, *, title: str = "Samples", subtitle: str = "", image_px: int = 480
+    samples: Sequence[Sample], path: str | Path, *, title: str = "Samples", subtitle: str = ""
 ) -> None:
     """Writes the samples as one page: sortable columns, filters for right, wrong and changed rows.
 
-    Images lie inside the file, at most `image_px` on their longer side. The page's policy lets no script run but its
-    own.
-
-    Raises `ValueError` for no samples, and for samples of which only some have the answer before training.
+    Images lie inside the file; no script runs but the page's own. Raises `ValueError` for no samples, and for samples
+    of which only some have the answer before training.
     """
     compared = {sample.before is not None and sample.score_before is not None for sample in samples}
     if len(compared) != 1:
@@ -86,15 +86,13 @@ def write_samples_html(
         raise ValueError(f"expected samples that all have `before` and `score_before`, or none of them; found: {found}")
     counts = Counter(kind for sample in samples for kind in sample.kinds)
     texts = {"title": title, "subtitle": subtitle}
-    _write("samples.html", path, samples=samples, before=compared.pop(), counts=counts, image_px=image_px, **texts)
+    _write("samples.html", path, samples=samples, before=compared.pop(), counts=counts, image_px=480, **texts)
 
 
 def write_audit_html(report: AuditReport, path: str | Path) -> None:
     """Writes what `audit` found as one page: the images, and each token with its id, trained ones coloured."""
-    rows = [(row, [*_pieces(row, report.collator.processor.tokenizer)]) for row in report.rows]
-    counts = {kind: count for kind, count in report.tokens.items() if count}
-    facts = {subject: sentence for subject, sentence in report.facts().items() if subject != "tokens"}
-    _write("audit.html", path, rows=rows, counts=counts, facts=facts, image_px=400)
+    pieces = partial(_pieces, tokenizer=report.collator.processor.tokenizer)
+    _write("audit.html", path, report=report, pieces=pieces, image_px=400)
 
 
 def small_image(image: Any, image_px: int) -> Image.Image:
@@ -115,46 +113,43 @@ def _thumbnail(image: Any, image_px: int) -> tuple[str, bool]:
 def _write(name: str, path: str | Path, **values: Any) -> None:
     if not PartialState().is_main_process:
         return
-    folder = resources.files("vlm_sft.evaluation")
-    source = folder.joinpath(name).read_text("utf-8")
-    hashes = {f"{element}_hash": _csp_hash(source, element) for element in ("style", "script")}
-    page = Environment(autoescape=True).from_string(source).render(thumbnail=_thumbnail, **hashes, **values)
+    source = resources.files("vlm_sft.evaluation").joinpath(name).read_text("utf-8")
+    for element in ("style", "script"):  # the page's policy allows exactly the text between these tags
+        inside = source.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        values[f"{element}_hash"] = f"sha256-{digest}"
+    page = Environment(autoescape=True).from_string(source).render(thumbnail=_thumbnail, **values)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
-
-
-def _csp_hash(source: str, element: str) -> str:
-    """What the page's policy allows: exactly the text between the tags of this element."""
-    inside = source.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
-    return "sha256-" + base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
 
 
 def _pieces(row: EncodedRow, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """What is shown as one: a token, all tokens of an image, or those of one character; `turn` is the number of the
     answer that it belongs to, or 0."""
-    kinds, turns = kinds_of(row), [0] * len(row)
+    numbers = torch.zeros(len(row), dtype=torch.long)
     for number, turn in enumerate(row.turns, 1):
-        for place in tokens_in(row.offsets, [(turn.start, turn.end)]).nonzero().flatten().tolist():
-            turns[place] = number
+        numbers[row.tokens_of(turn)] = number
+    kinds = [*zip(kinds_of(row), numbers.tolist(), strict=True)]
     start, end = row.offsets.T.tolist()
     shown = last = 0
     while last < len(row):
         first, last = last, last + 1
+        (kind, number), is_image = kinds[first], kinds[first][0] == "image"
         while (
             last < len(row)
-            and (kinds[last], turns[last]) == (kinds[first], turns[first])
-            and (kinds[first] == "image" or (start[last] < end[last - 1] and start[last] < end[last]))
+            and kinds[last] == kinds[first]
+            and (is_image or start[last] < min(end[last - 1 : last + 1]))
         ):
             last += 1
         counts = Counter(row.tokens["input_ids"][first:last].tolist())
         [(most, count)] = counts.most_common(1)
         name = tokenizer.convert_ids_to_tokens(most)
-        text = f"{name} x {count}" if kinds[first] == "image" else row.text[start[first] : end[last - 1]] or name
         ids = ", ".join(f"{i}" if n == 1 else f"{n} x {i}" for i, n in counts.items())
+        text = f"{name} x {count}" if is_image else row.text[start[first] : end[last - 1]] or name
         yield {
-            "turn": turns[first],
+            "turn": number,
             "before": row.text[shown : start[first]],
-            "look": kinds[first] + " special" * (most in tokenizer.added_tokens_decoder),
+            "look": kind + " special" * (most in tokenizer.added_tokens_decoder),
             "hint": f"id {ids} · position {first}" + f" to {last - 1}" * (last - first > 1),
             "text": text.replace("\n", "↵\n"),
         }
