@@ -82,7 +82,7 @@ def test_where_its_parts_cannot_be_told_it_is_refused_until_they_are_registered(
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_adapters_a_full_projector_and_a_quantized_base(packed: bool, folder: Path, tmp_path: Path) -> None:
-    nf4 = nf4_config(folder, compute_dtype=torch.float32) if packed else None
+    nf4 = nf4_config(AutoConfig.from_pretrained(folder), compute_dtype=torch.float32) if packed else None
     model = load_model(folder, quantization_config=nf4, dtype="float32")
     if packed:
         assert len(check_quantized(model).quantized) == 14

@@ -451,6 +451,30 @@ def test_experts_that_adapters_do_not_reach_show_in_the_share(tiny_model: Callab
     assert "100%" not in report.lines()[3]
 
 
+def test_parameters_are_counted_by_part_as_what_they_stand_for(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llava15", quantization_config=nf4(tiny_model("llava15")), dtype=torch.bfloat16)
+    trains: Any = {"projector": "full"}
+    lora_config(model, trains)
+    found, plain = check_trains(model, trains).parts, tiny_model("llava15")
+    assert list(found) == [*PARTS, "total"]
+    parts = parts_of(plain)
+    for part in PARTS:
+        size = sum(weight.numel() for name, weight in plain.named_parameters() if part_of(name, parts) == part)
+        assert found[part].parameters == size
+        assert found[part].trainable == (size if part == "projector" else 0)
+    linears = sum(w.numel() for n, w in plain.named_parameters() if "language_model.layers" in n and w.ndim == 2)
+    assert (found["language"].quantized, found["language"].dtypes) == (linears, ("bfloat16", "uint8"))
+    assert (found["vision"].quantized, found["vision"].dtypes) == (0, ("bfloat16",))
+    assert found["total"].parameters == plain.num_parameters()
+
+
+def test_adapters_count_to_the_part_they_lie_in(tiny_model: Callable[..., Any]) -> None:
+    wrapped = adapted(tiny_model("llava15"))
+    size = sum(weight.numel() for weight in wrapped.parameters() if weight.requires_grad)
+    found = check_trains(wrapped, LORA).parts
+    assert found["language"].trainable == found["total"].trainable == size
+
+
 def test_the_table_and_the_facts(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llava15", quantization_config=nf4(tiny_model("llava15")), dtype=torch.bfloat16)
     report = check_trains(adapted(model, LORA_AND_PROJECTOR, r=4, lora_alpha=8, use_dora=True), LORA_AND_PROJECTOR)

@@ -1,4 +1,4 @@
-"""What trains is in a precision that can, a frozen tower costs no backward pass, and the table shows all parts."""
+"""What trains is in a precision that can, and a frozen tower costs no backward pass."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ from peft import get_peft_model
 from runs import Collate, rows, trainer
 
 from vlm_sft.models.adapters import lora_config
-from vlm_sft.models.freezing import (
-    cast_trainable_to_fp32,
-    check_precision,
-    count_parameters,
-    detach_frozen_tower,
-    parameter_table,
-)
+from vlm_sft.models.freezing import cast_trainable_to_fp32, check_precision, detach_frozen_tower
 from vlm_sft.models.loading import load_model
-from vlm_sft.models.parts import PARTS, part_of, parts_of
+from vlm_sft.models.parts import part_of, parts_of
 from vlm_sft.models.quantization import nf4_config
 from vlm_sft.tools import tiny
 
@@ -34,39 +28,6 @@ PROJECTOR: Any = {"projector": "full"}
 @pytest.fixture(scope="module")
 def batch(tiny_processor: Callable[..., Any]) -> Callable[[str], dict[str, torch.Tensor]]:
     return lambda family: Collate(tiny_processor(family))(list(rows(2).remove_columns("row")))
-
-
-def test_the_table(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("llava15", quantization_config=nf4(tiny_model("llava15")), dtype=torch.bfloat16)
-    lora_config(model, PROJECTOR)
-    lines = parameter_table(model).splitlines()
-    assert lines[0].split() == ["part", "parameters", "trainable", "quantized", "dtypes"]
-    table = {line.split()[0]: line.split()[1:] for line in lines[1:]}
-    assert table.keys() == {*PARTS, "total"}
-    plain = tiny_model("llava15")
-    parts = parts_of(plain)
-    for part in PARTS:
-        size = sum(weight.numel() for name, weight in plain.named_parameters() if part_of(name, parts) == part)
-        assert table[part][0] == f"{size:,}"  # packed weights count as what they stand for
-        assert table[part][1] == (f"{size:,}" if part == "projector" else "0")
-    linears = sum(w.numel() for n, w in plain.named_parameters() if "language_model.layers" in n and w.ndim == 2)
-    assert table["language"][2:] == [f"{linears:,}", "bfloat16,", "uint8"]
-    assert table["vision"][2:] == ["0", "bfloat16"]
-    assert table["total"][0] == f"{plain.num_parameters():,}"
-    counts = count_parameters(model)["language"]
-    assert (f"{counts.parameters:,}", counts.trainable, counts.dtypes) == (
-        table["language"][0],
-        0,
-        ("bfloat16", "uint8"),
-    )
-
-
-def test_adapters_count_to_the_part_they_lie_in(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("llava15")
-    wrapped = get_peft_model(model, lora_config(model))
-    size = sum(weight.numel() for weight in wrapped.parameters() if weight.requires_grad)
-    table = {line.split()[0]: line.split()[2] for line in parameter_table(wrapped).splitlines()}
-    assert table["language"] == table["total"] == f"{size:,}"
 
 
 def test_only_what_trains_is_put_into_float32(tiny_model: Callable[..., Any]) -> None:

@@ -15,7 +15,6 @@ from transformers import AutoConfig, TrainerCallback
 from vlm_sft.common import on_meta
 from vlm_sft.models.adapters import lora_config
 from vlm_sft.models.loading import load_model
-from vlm_sft.models.quantization import nf4_config
 from vlm_sft.tools import memory, tiny
 
 REST = ("projector", "language", "head")
@@ -83,7 +82,7 @@ def test_shares_are_those_of_a_run_by_two_processes(tiny_dir: Any, tmp_path: Pat
 def test_packed_weights_take_what_bitsandbytes_takes(tmp_path: Path) -> None:
     """The tables of NF4 and of its scales, 1 kB a layer, weigh only in layers as small as these."""
     base = tiny.save("llava15", tmp_path / "base", hidden_size=256)
-    model = load_model(base, quantization_config=nf4_config(base, compute_dtype=torch.float32))
+    model = load_model(base, load_in_4bit=True)
     packed = [m for m in model.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
     states = [layer.weight.quant_state.as_dict(packed=True).values() for layer in packed]
     found = sum(nbytes(layer.weight) for layer in packed)

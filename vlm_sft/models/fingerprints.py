@@ -17,9 +17,6 @@ from vlm_sft.models.hardware import dtype_name
 from vlm_sft.upstream import commit_of
 
 TRAINING_BASE = "training_base.json"
-RATES = "rates_by_part"
-"""The keyword by which an optimizer learns its rates, and the default under which it keeps them."""
-
 _SAMPLES = 16
 
 

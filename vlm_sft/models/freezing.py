@@ -1,12 +1,9 @@
-"""A frozen tower costs no backward pass, what trains is in a precision that can, and a table shows all parts."""
+"""A frozen tower costs no backward pass, and what trains is in a precision that can."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -15,19 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlm_sft.common import base_of, is_quantized, listed
+from vlm_sft.common import base_of, listed
 from vlm_sft.models.hardware import dtype_name
-from vlm_sft.models.parts import PARTS, ModelParts, part_of, parts_of
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many parameters a part has, as what they stand for where two 4-bit ones share a byte."""
-
-    parameters: int
-    trainable: int
-    quantized: int
-    dtypes: tuple[str, ...]
+from vlm_sft.models.parts import ModelParts, part_of, parts_of
 
 
 def detach_frozen_tower(model: PreTrainedModel) -> None:
@@ -91,32 +78,6 @@ def check_precision(model: nn.Module, *, fp16: bool) -> None:
         )
 
 
-def parameter_table(model: nn.Module) -> str:
-    """One line a part: parameters, how many of them train, how many are quantized, and their dtypes."""
-    lines = [f"{'part':<11}{'parameters':>16}{'trainable':>16}{'quantized':>16}  dtypes"]
-    for part, of in count_parameters(model).items():
-        numbers = f"{of.parameters:>16,}{of.trainable:>16,}{of.quantized:>16,}"
-        lines.append(f"{part:<11}{numbers}  {', '.join(of.dtypes)}".rstrip())
-    return "\n".join(lines)
-
-
-def count_parameters(model: nn.Module) -> dict[str, Counts]:
-    """The counts of each part and of all together (`total`), without what PEFT trains a copy of."""
-    parts = parts_of(model)
-    by_part: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
-    for name, parameter in model.named_parameters():
-        if ".original_module." not in name:
-            by_part[part_of(name, parts)].append(parameter)
-    by_part["total"] = [parameter for members in by_part.values() for parameter in members]
-    return {part: _count(members) for part, members in by_part.items()}
-
-
-def size_of(parameter: Any) -> int:
-    """Weights held, also where two 4-bit ones share a byte."""
-    packing = getattr(parameter, "quant_state", None)
-    return math.prod(packing.shape) if packing is not None else parameter.numel()
-
-
 def _mark_embeddings(model: Any, *, parts: ModelParts) -> None:
     _unmark_embeddings(model, parts=parts)
     if any(weight.requires_grad and part_of(name, parts) == "vision" for name, weight in model.named_parameters()):
@@ -130,11 +91,3 @@ def _unmark_embeddings(model: Any, *, parts: ModelParts) -> None:
     type(model).disable_input_require_grads(model)
     for path in parts.language:
         model.get_submodule(path).disable_input_require_grads()
-
-
-def _count(members: Iterable[nn.Parameter]) -> Counts:
-    groups = (members, [p for p in members if p.requires_grad], [p for p in members if is_quantized(p)])
-    parameters, trainable, quantized = (sum(map(size_of, group)) for group in groups)
-    return Counts(
-        parameters, trainable, quantized, tuple(sorted({dtype_name(parameter.dtype) for parameter in members}))
-    )

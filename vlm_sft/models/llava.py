@@ -1,7 +1,12 @@
-"""A LLaVA from its parts: a CLIP tower, a new projector, and a text model of the Llama or Qwen kind."""
+"""A LLaVA from its parts: a CLIP tower, a new projector, and a text model of the Llama or Qwen kind.
+
+vicuna.jinja is conv_vicuna_v1 of haotian-liu/LLaVA, llava/conversation.py, without its system prompt, as
+llava-hf/llava-1.5-7b-hf; unlike there, it writes the end token, so that all that renders it shows what was trained.
+"""
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +26,10 @@ from transformers.utils.hub import resolve_revision
 
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.loading import check_weights
-from vlm_sft.models.source import first_line, place, read_config, record_source
+from vlm_sft.models.loading import check_weights, first_line, place, read_config, record_source
 
 # Models whose decoder takes embeddings as they are; Gemma, for one, would scale the features of an image.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
-
-# conv_vicuna_v1 of haotian-liu/LLaVA, llava/conversation.py, without its system prompt, as llava-hf/llava-1.5-7b-hf;
-# unlike there, the end token is written, so that every tool that renders a conversation sees what was trained.
-VICUNA_TEMPLATE = r"""
-{%- for turn in messages -%}
-    {%- set parts = [{'type': 'text', 'text': turn['content']}] if turn['content'] is string else turn['content'] -%}
-    {%- if turn['role'] == 'assistant' -%}
-        {{- 'ASSISTANT:' -}}
-        {%- generation -%}
-            {{- ' ' -}}
-            {%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
-            {{- eos_token -}}
-        {%- endgeneration -%}
-    {%- else -%}
-        {%- if turn['role'] == 'user' -%}{{ 'USER: ' }}{%- endif -%}
-        {%- for part in parts if part['type'] == 'image' -%}{{ '<image>\n' }}{%- endfor -%}
-        {%- for part in parts if part['type'] == 'text' -%}{{ part['text'] ~ ' ' }}{%- endfor -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
 
 
 def assemble_llava(
@@ -115,7 +99,7 @@ def assemble_llava(
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=VICUNA_TEMPLATE,
+        chat_template=(files("vlm_sft.models") / "vicuna.jinja").read_text("utf-8"),
     )
     detach_frozen_tower(model)
     for made in (model, processor):

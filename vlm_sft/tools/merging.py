@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_sft.models.fingerprints import read_training_base
+from vlm_sft.models.hardware import dtype_name
 from vlm_sft.models.loading import ADAPTER_WEIGHTS, load_model, load_processor
 
 Base = Literal["as-trained", "original"]
@@ -85,17 +85,10 @@ def merge(
     adapter, out = Path(adapter), Path(out)
     recorded = _check(adapter, out, base)
     quantization = recorded.get("quantization_config") if base == "as-trained" else None
-    load = partial(
-        load_model,
-        adapter,
-        base_model=base_model,
-        attn_implementation=None,
-        quantization_config="auto" if quantization else None,
-        device_map="auto" if torch.accelerator.is_available() else None,
-        trust_remote_code=trust_remote_code,
-    )
+    device_map = "auto" if torch.accelerator.is_available() else None
+    load = partial(load_model, attn_implementation=None, device_map=device_map, trust_remote_code=trust_remote_code)
 
-    model = load().eval()
+    model = load(adapter, base_model=base_model, quantization_config="auto" if quantization else None).eval()
     own = (adapter / "processor_config.json").is_file()
     source = adapter if own else base_model or recorded["base_model_name_or_path"]
     revision = None if own or base_model else recorded.get("revision")
@@ -111,8 +104,7 @@ def merge(
         eight_bit = quantization and quantization.get("load_in_8bit")
         tolerance = max(_TOLERANCES[dtype], _TOLERANCES[reference_dtype], _TOLERANCE_8BIT if eight_bit else 0.0)
     if quantization:
-        del model  # never two of them in memory
-        model = load(dequantize=True).eval()
+        model = PeftModel.from_pretrained(model.unload().dequantize(dtype=reference_dtype), adapter).eval()
     if dtype == torch.float32:
         model.float()  # before the sum, which rounds in the dtype of the weights
     model = model.merge_and_unload(safe_merge=True).to(dtype)
@@ -122,10 +114,11 @@ def merge(
         folder = Path(scratch, out.name)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        del model
-        found = _answers(*_reloaded(folder, trust_remote_code))
+        del model  # never two of them in memory
+        model, processor = load(folder, dtype=dtype), load_processor(folder, trust_remote_code=trust_remote_code)
+        found = _answers(model.eval(), _questions(processor))
         error, effect = _compare(expected, found, bare, tolerance)
-        written, name = str(dtype).removeprefix("torch."), recorded["base_model_name_or_path"]
+        written, name = dtype_name(dtype), recorded["base_model_name_or_path"]
         into = "its dequantized base, as it was in training" if quantization else "its base"
         local = Path(name).is_absolute() or Path(name).exists()  # of no use to others
         known = "" if local else f"base_model: {name}\n"
@@ -184,19 +177,6 @@ def _answers(model: Any, questions: list[Any], *, new_tokens: int = _NEW_TOKENS)
             answers.steps.append(torch.cat(generated.logits).float().cpu())
             answers.tokens.append(generated.sequences[0, -len(generated.logits) :].cpu())
     return answers
-
-
-def _reloaded(folder: Path, trust_remote_code: bool) -> tuple[Any, list[Any]]:
-    """Model and questions as plain transformers reads them from the folder."""
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    processor = AutoProcessor.from_pretrained(folder, **options)  # type: ignore[no-untyped-call]
-    if torch.accelerator.is_available():
-        options["device_map"] = "auto"
-    from_pretrained: Any = AutoModelForImageTextToText.from_pretrained
-    model, found = from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
-    if faults := {name: sorted(map(str, keys)) for name, keys in found.items() if keys}:
-        raise ValueError(f"the merged model does not load again: {faults}")
-    return model.eval(), _questions(processor)
 
 
 def _compare(expected: _Answers, found: _Answers, bare: _Answers, tolerance: float) -> tuple[float, float]:
