@@ -88,7 +88,7 @@ def test_adapters_a_full_projector_and_a_quantized_base(packed: bool, folder: Pa
         assert len(check_quantized(model).quantized) == 14
     wrapped = get_peft_model(model, lora_config(model, LORA_AND_PROJECTOR, use_dora=True))
     report = check_trains(wrapped, LORA_AND_PROJECTOR)
-    assert report.parts["language"].adapted_layers == len(report.adapted) == 14
+    assert report.parts["language"].adapted_layers == report.parts["total"].adapted_layers == 14
     assert report.parts["projector"].how == "full"
     tower: list[bool] = []
     hook = model.model.vision_tower.register_forward_hook(

@@ -26,6 +26,7 @@ from transformers import (
 
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops
 from vlm_sft.chat.collator import ChatCollator
+from vlm_sft.models import llava
 from vlm_sft.models.adapters import lora_config
 from vlm_sft.models.llava import assemble_llava, check_tower, plain_template
 from vlm_sft.models.loading import load_model, load_processor
@@ -135,8 +136,9 @@ def proven(model: Any, processor: Any) -> AuditReport:
     return report
 
 
-def test_every_part_has_the_asked_dtype(parts: tuple[Path, Path]) -> None:
-    model, _ = assemble_llava(*parts, seed=0, dtype=torch.bfloat16)
+def test_every_part_has_the_dtype_of_the_hardware(parts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llava, "best_dtype", lambda: torch.bfloat16)
+    model, _ = assemble_llava(*parts, seed=0)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
 from math import prod
@@ -49,8 +49,6 @@ class TrainsReport:
     """What `check_trains` found, part by part."""
 
     parts: Mapping[str, PartReport]
-    adapted: tuple[str, ...]
-    """Full paths of the layers that hold adapters."""
 
     def lines(self) -> list[str]:
         """A table of six lines."""
@@ -62,10 +60,6 @@ class TrainsReport:
             numbers = f"{found.adapted_layers:>6}{share:>10}{found.trainable:>15,}{found.parameters:>16,}"
             lines.append(f"{part:<11}{found.how:<{width}}{numbers}  {', '.join(found.dtypes)}".rstrip())
         return lines
-
-    def facts(self) -> dict[str, Any]:
-        """The same as plain values, for run.json."""
-        return {part: asdict(found) for part, found in self.parts.items()}
 
 
 def lora_config(
@@ -138,22 +132,18 @@ def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
     asked = set(plan.layers)
     unused = {name for name in held.keys() - asked if _is_unused(name, plan.base.config, plan.parts)}
     dora = {name for name, module in held.items() if len(module.lora_magnitude_vector)}
-    adapters, own = defaultdict(list), {}
-    for name, parameter in plan.base.named_parameters():
-        if adapter := re.match(r"(.*)\.lora_", name):
-            adapters[adapter[1]].append(parameter)
-        else:
-            own[name] = parameter
+    trainable = {name: parameter.requires_grad for name, parameter in plan.base.named_parameters()}
+    own = {name for name in trainable if ".lora_" not in name}
     # Beside adapters PEFT trains a copy of the whole projector, and saves modules only.
     full = {n for n in own if trains.get(part_of(n, plan.parts)) == "full" and ".original_module." not in n}
     bare = full & {*plan.parts.projector} if held else set()
     full -= bare
-    trained = {name for name, parameter in own.items() if parameter.requires_grad}
+    trained = {name for name in own if trainable[name]}
     differences = {
         "layers asked for are not adapted": asked - held.keys(),
         "layers are adapted and not asked for": held.keys() - asked - unused,
         "tower layers are adapted whose output the model drops, so that no gradient arrives": unused,
-        "adapted layers are frozen": {n for n in held if not all(weight.requires_grad for weight in adapters[n])},
+        "adapted layers are frozen": {n.partition(".lora_")[0] for n in trainable.keys() - own if not trainable[n]},
         "layers are without DoRA, while others have it": held.keys() - dora if dora else set(),
         "weights train and should not": trained - full,
         "weights should train in full and do not": full - trained,
@@ -163,7 +153,7 @@ def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
             f"What trains differs from TRAINS={dict(trains)}. {'; '.join(found)}. Give lora_config the same TRAINS and "
             "SFTTrainer its result as peft_config, and set no requires_grad afterwards."
         )
-    return TrainsReport(_report(plan, trains, held, bare), tuple(held))
+    return TrainsReport(_report(plan, trains, held, bare))
 
 
 class _Plan:
@@ -205,10 +195,8 @@ class _Plan:
         if self.layers and trains.get("projector") == "full":
             for path in filter(self.modules.__contains__, self.parts.projector):
                 # A ModuleList as its items, since PEFT's wrapper cannot be indexed.
-                module = self.modules[path]
-                self.whole += (
-                    [f"{path}.{n}" for n in range(len(module))] if isinstance(module, nn.ModuleList) else [path]
-                )
+                is_list = isinstance(self.modules[path], nn.ModuleList)
+                self.whole += [f"{path}.{n}" for n, _ in self.modules[path].named_children()] if is_list else [path]
             if not self.whole:
                 faults.append(f"'projector' is {listed(self.parts.projector)}, not a module: PEFT cannot save it")
         if faults:
@@ -331,15 +319,8 @@ def _report(plan: _Plan, trains: Trains, held: Mapping[str, Any], bare: Collecti
         elif trains.get(part) == "full":
             how = "full" + (f" but {listed(bare)}, which PEFT cannot save" if bare else "")
         share = count["reached"] / count["matrices"] if count["matrices"] else float(count["trainable"] > 0)
-        reports[part] = PartReport(
-            parameters=count["parameters"],
-            trainable=count["trainable"],
-            quantized=count["quantized"],
-            dtypes=tuple(sorted(dtypes[part])),
-            how=how,
-            adapted_layers=len(layers),
-            share=share,
-        )
+        sizes = count["parameters"], count["trainable"], count["quantized"]
+        reports[part] = PartReport(*sizes, tuple(sorted(dtypes[part])), how, len(layers), share)
     return reports
 
 

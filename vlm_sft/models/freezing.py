@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -12,8 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlm_sft.common import base_of, listed
-from vlm_sft.models.hardware import dtype_name
+from vlm_sft.common import base_of
 from vlm_sft.models.parts import ModelParts, part_of, parts_of
 
 
@@ -36,32 +33,14 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
     """Puts the trainable parameters into float32: what fp16 training needs, and bf16 training of whole parts.
 
     A bfloat16 weight of 0.02 cannot move by less than 6e-5, which an AdamW step at a learning rate of 2e-5 never
-    reaches. Call it after the Trainer is made (TRL 1.16 casts the adapters of a quantized base to bfloat16) and
-    before `train()`. The forward pass then needs the autocast that `bf16=True` or `fp16=True` brings.
+    reaches; the gradient scaler of fp16 unscales float32 alone. `prove` calls it, after the Trainer is made: TRL 1.16
+    casts the adapters of a quantized base to bfloat16. The forward pass then needs autocast.
+
+    Raises ValueError for a SmolVLM whose embeddings are then in another dtype than its tower.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
-
-
-def check_precision(model: nn.Module, *, fp16: bool) -> None:
-    """Refuses trainable parameters that the precision of this run cannot train.
-
-    Raises ValueError for float16 ones, and with `fp16=True` for any but float32: the gradient scaler unscales no
-    others. And for a SmolVLM whose embeddings are in another dtype than its tower. Warns of bfloat16 ones outside
-    adapters, which lose small updates.
-    """
-    names: dict[str, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            names[dtype_name(parameter.dtype)].append(name)
-    refused = {dtype: found for dtype, found in names.items() if dtype == "float16" or (fp16 and dtype != "float32")}
-    if refused:
-        faults = "; ".join(f"{len(found)} in {dtype} ({listed(found)})" for dtype, found in refused.items())
-        raise ValueError(
-            f"fp16={fp16} and trainable parameters that it cannot train: {faults}. Call "
-            "cast_trainable_to_fp32(trainer.model) before train(), or train in bf16."
-        )
     base = base_of(model)
     # It casts the features of an image to the dtype of its first parameter, and merges them with the embeddings
     # (transformers 5.23, modeling_smolvlm.py).
@@ -69,12 +48,6 @@ def check_precision(model: nn.Module, *, fp16: bool) -> None:
         raise ValueError(
             f"The tower is in {base.dtype} and the embeddings in {held}, which SmolVLM cannot merge; load it with "
             'load_model(dtype="float32"): bf16=True or fp16=True still computes in 16 bit.'
-        )
-    if lossy := [name for name in names["bfloat16"] if ".lora_" not in name]:
-        warnings.warn(
-            f"{len(lossy)} weights outside adapters train in bfloat16 ({listed(lossy)}), where an update much smaller "
-            "than the weight has no effect; call cast_trainable_to_fp32(trainer.model) before train().",
-            stacklevel=2,
         )
 
 

@@ -1,5 +1,5 @@
-"""Processor and model as the recipes want them: precision and attention of this machine, one pinned revision, nothing
-missing, an adapter on the very base it was trained on; and the tower kept out of autograd while it is frozen.
+"""Processor and model in the precision and attention of this machine, at one revision, with no weight missing; an
+adapter on the very base it was trained on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedConfig,
 )
 from transformers.utils.hub import resolve_revision
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -96,7 +95,7 @@ def load_model(
     load_in_4bit: bool = False,
     quantization_config: BitsAndBytesConfig | str | None = "auto",
     dtype: torch.dtype | str = "auto",
-    attn_implementation: str | None = "auto",
+    attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     base_model: str | Path | None = None,
@@ -108,8 +107,8 @@ def load_model(
     - `dtype="auto"` is `best_dtype()`, and `quantization_config="auto"` none; for an adapter both are those of its base
       in training (where nothing records them, the base's own dtype and none).
     - `load_in_4bit=True` quantizes the language model alone, by `nf4_config`.
-    - `attn_implementation="auto"` is FlashAttention 2 where it is installed, the GPU (Ampere or newer) and the model
-      take it; else, and with None, what transformers chooses: PyTorch's SDPA.
+    - `attn_implementation` is by default FlashAttention 2 where it is installed and the GPU (Ampere or newer) and the
+      model take it; else what transformers chooses, PyTorch's SDPA.
     - A quantized model goes to the GPU of this process (LOCAL_RANK); any other stays on the CPU for the Trainer.
     - `revision` is resolved to its commit once, and recorded in the model's config.
     - For an adapter, `base_model` takes the place of the base that it names; `is_trainable` leaves it trainable.
@@ -143,8 +142,7 @@ def load_model(
 
 def check_weights(model: Any, info: Mapping[str, Any], at: str) -> None:
     """Raises ValueError for weights that from_pretrained found missing, left over or of another shape."""
-    unfit = [f"{len(keys)} {kind} ({listed([str(key) for key in keys])})" for kind, keys in info.items() if keys]
-    if unfit:
+    if unfit := [f"{len(keys)} {kind} ({listed([*map(str, keys)])})" for kind, keys in info.items() if keys]:
         raise ValueError(
             f"The weights in {at} do not fit {type(model).__name__}: {'; '.join(unfit)}. Give the complete checkpoint "
             "of this very model."
@@ -152,14 +150,11 @@ def check_weights(model: Any, info: Mapping[str, Any], at: str) -> None:
 
 
 def loaded_from(model_or_processor: Any) -> tuple[str, str | None]:
-    """The name or folder that `load_model` or `load_processor` was given, and the commit that the revision was.
-
-    Of what they did not load, the name that transformers knows, and None.
-    """
+    """The name or folder that `load_model` or `load_processor` was given, and the commit; else what transformers knows,
+    and None."""
     named = getattr(model_or_processor, "config", None) or getattr(model_or_processor, "tokenizer", None)
     known = (str(getattr(named, "name_or_path", "")), None)
-    source: tuple[str, str | None] = getattr(model_or_processor, _SOURCE, known)
-    return source
+    return getattr(model_or_processor, _SOURCE, known)
 
 
 def record_source(model_or_processor: Any, name: str, revision: str | None) -> None:
@@ -167,16 +162,12 @@ def record_source(model_or_processor: Any, name: str, revision: str | None) -> N
     setattr(model_or_processor, _SOURCE, (name, getattr(revision, "resolved", revision)))
 
 
-def read_config(
-    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedConfig:
+def read_config(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The config of a vision-language model. Raises ValueError where there is none, and for a text-only model."""
     name = existing(name_or_path)
     at = place(name, revision)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(f"No model in {at}: {first_line(error)}. Give its folder or Hub name.") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
@@ -221,7 +212,7 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
         model, info = from_pretrained(
             name,
             revision=revision,
-            attn_implementation=None if attn_implementation == "auto" else attn_implementation,
+            attn_implementation=attn_implementation,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # `check_weights` names them
             output_loading_info=True,
@@ -233,7 +224,7 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
             "read; save the model again with save_pretrained."
         ) from error
     check_weights(model, info, place(name, revision))
-    if attn_implementation == "auto" and _flash_attention_runs(model):
+    if attn_implementation is None and _flash_attention_runs(model):
         with contextlib.suppress(ValueError):  # this model has no FlashAttention
             model.set_attn_implementation("flash_attention_2")
     set_commit(model.config, revision)

@@ -25,19 +25,13 @@ _PACKED = ("Linear4bit", "Linear8bitLt")
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What `check_quantized` found: how the language model's linear layers are packed, and what was kept."""
+    """What `check_quantized` found: the packed layers, and a sentence on them and on what was kept."""
 
-    kind: str
     quantized: tuple[str, ...]
-    kept: dict[str, int]
-    kept_dtypes: tuple[str, ...]
+    sentence: str
 
     def __str__(self) -> str:
-        kept = ", ".join(f"{part} {count}" for part, count in self.kept.items())
-        return (
-            f"{self.kind} on {len(self.quantized)} linear layers of the language model; kept in "
-            f"{'/'.join(self.kept_dtypes)}: {kept} linear layers, all norms and embeddings"
-        )
+        return self.sentence
 
 
 def nf4_config(
@@ -99,11 +93,12 @@ def check_quantized(model: nn.Module) -> QuantizationReport:
             f"{config.llm_int8_skip_modules}; build it with nf4_config, and load the original 16-bit checkpoint."
         )
     kept = Counter(part_of(name, parts) for name in linears.keys() - packed)
+    counts = ", ".join(f"{part} {kept[part]}" for part in PARTS if part in kept)
+    dtypes = "/".join(sorted({dtype_name(parameter.dtype) for parameter in others.values()}))
     return QuantizationReport(
-        kind=_kind(config),
-        quantized=tuple(sorted(packed)),
-        kept={part: kept[part] for part in PARTS if part in kept},
-        kept_dtypes=tuple(sorted({dtype_name(parameter.dtype) for parameter in others.values()})),
+        tuple(sorted(packed)),
+        f"{_kind(config)} on {len(packed)} linear layers of the language model; kept in {dtypes}: {counts} linear "
+        "layers, all norms and embeddings",
     )
 
 

@@ -86,7 +86,7 @@ def merge(
     recorded = _check(adapter, out, base)
     quantization = recorded.get("quantization_config") if base == "as-trained" else None
     device_map = "auto" if torch.accelerator.is_available() else None
-    load = partial(load_model, attn_implementation=None, device_map=device_map, trust_remote_code=trust_remote_code)
+    load = partial(load_model, device_map=device_map, trust_remote_code=trust_remote_code)
 
     model = load(adapter, base_model=base_model, quantization_config="auto" if quantization else None).eval()
     own = (adapter / "processor_config.json").is_file()
