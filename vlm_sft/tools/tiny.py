@@ -1,8 +1,7 @@
 """A small random twin of each model family, built offline: for trying a recipe, and for tests.
 
-Processor, image processor, tokenizer and model are the real classes; only the sizes, the weights and the
-vocabulary, which is trained on the spot, are small. `python -m vlm_sft tiny llava15 twins/llava15` writes a folder
-that `from_pretrained` reads.
+The classes are the real ones; only sizes, weights and the vocabulary, which is trained on the spot, are small.
+`python -m vlm_sft tiny llava15 twins/llava15` writes a folder that `from_pretrained` reads.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 _hf: Any = transformers  # partly typed
 
-# Words of the templates and of ordinary messages, runs of line breaks, and scripts beyond ASCII.
+# Words of the templates and of messages, runs of line breaks, and scripts beyond ASCII.
 _TEXTS = (
     "USER: What is in this picture? ASSISTANT: The digit is seven. Hello world, a cat and a dog.",
     "User: Describe the image. Assistant: It shows 12 red cars; and <b>bold</b> text\n\n\n",
@@ -47,7 +46,7 @@ def _bpe(texts: Sequence[str], words: Any, *, reserved: Sequence[str], **setting
 
 def _byte_level(texts: Sequence[str]) -> dict[str, Any]:
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return _bpe(texts, words, reserved=(), initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    return _bpe(texts, words, reserved=(), initial_alphabet=words.alphabet())
 
 
 def _byte_fallback(texts: Sequence[str], *reserved: str) -> dict[str, Any]:
@@ -108,19 +107,6 @@ class _Size:
     image: int
     patch: int
 
-    @property
-    def square(self) -> dict[str, int]:
-        return {"height": self.image, "width": self.image}
-
-    @property
-    def tilings(self) -> list[list[int]]:
-        return [[self.image, 2 * self.image], [2 * self.image, self.image], [2 * self.image, 2 * self.image]]
-
-    @property
-    def pooled(self) -> int:
-        """Tokens of an image (or tile) whose squares of 2 x 2 patches become one token each."""
-        return (self.image // self.patch // 2) ** 2
-
     def blocks(self, **others: Any) -> dict[str, Any]:
         shape = {"hidden_size": self.hidden, "intermediate_size": 2 * self.hidden}
         return shape | {"num_hidden_layers": self.layers, "num_attention_heads": self.hidden // 16} | others
@@ -129,92 +115,75 @@ class _Size:
         return self.blocks(image_size=self.image, patch_size=self.patch) | others
 
 
-# Arguments by what takes them: image, video (processors), processor, and the configurations: vision, text, config.
 _Settings = dict[str, dict[str, Any]]
 
 
-def _clip(size: _Size, **tilings: Any) -> _Settings:
-    select = {"vision_feature_select_strategy": "default"}
-    return {
-        "image": {"size": {"shortest_edge": size.image}, "crop_size": size.square, **tilings},
-        # One layer more than asked for: features are taken before the last, which never gets a gradient.
-        "vision": size.vision(model_type="clip_vision_model", num_hidden_layers=size.layers + 1),
-        "processor": select | {"patch_size": size.patch, "num_additional_image_tokens": 1},
-        "config": select | {"vision_feature_layer": -2, **tilings},
-    }
+def _settings(size: _Size) -> dict[str, _Settings]:
+    """By family, arguments of image, video (processors), processor, and the configurations vision, text, config."""
+    edge, patch = size.image, size.patch
+    square = {"size": {"height": edge, "width": edge}}
+    wider = [[edge, 2 * edge], [2 * edge, edge], [2 * edge, 2 * edge]]
+    pooled = (edge // patch // 2) ** 2  # tokens of an image (or tile) whose squares of 2 x 2 patches become one each
+    siglip = size.vision(model_type="siglip_vision_model", vision_use_head=False)
+    sliding = ["sliding_attention"] * (size.layers - 1) + ["full_attention"]
 
+    def clip(**tilings: Any) -> _Settings:
+        select = {"vision_feature_select_strategy": "default"}
+        return {
+            "image": {"size": {"shortest_edge": edge}, "crop_size": square["size"], **tilings},
+            # One layer more than asked for: features are taken before the last, which never gets a gradient.
+            "vision": size.vision(model_type="clip_vision_model", num_hidden_layers=size.layers + 1),
+            "processor": select | {"patch_size": patch, "num_additional_image_tokens": 1},
+            "config": select | {"vision_feature_layer": -2, **tilings},
+        }
 
-def _clip_tiles(size: _Size) -> _Settings:
-    return _clip(size, image_grid_pinpoints=size.tilings)
+    def qwen(mrope: list[int], rope: dict[str, Any], **vision: Any) -> _Settings:
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope, **rope}
+        return {
+            "image": {"patch_size": patch, "min_pixels": edge**2 // 2, "max_pixels": (2 * edge) ** 2},
+            "video": {"patch_size": patch},
+            "vision": size.vision(**vision),
+            "text": {"head_dim": 16, "rope_parameters": rope},
+        }
 
-
-def _siglip_tiles(size: _Size) -> _Settings:
-    select = {"vision_feature_select_strategy": "full"}
-    tilings = {"image_grid_pinpoints": [[size.image, size.image], *size.tilings]}
-    return {
-        "image": {"size": size.square, **tilings},
-        "video": {"size": size.square},
-        "vision": size.vision(model_type="siglip_vision_model", vision_use_head=False),
-        "processor": select | {"num_image_tokens": (size.image // size.patch) ** 2},
-        "config": select | {"vision_feature_layer": -1, **tilings},
-    }
-
-
-def _any_size(size: _Size, rope: dict[str, Any], **vision: Any) -> _Settings:
-    return {
-        "image": {"patch_size": size.patch, "min_pixels": size.image**2 // 2, "max_pixels": (2 * size.image) ** 2},
-        "video": {"patch_size": size.patch},
-        "vision": size.vision(**vision),
-        "text": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **rope}},
-    }
-
-
-def _qwen2_vl(size: _Size) -> _Settings:
-    return _any_size(size, {"mrope_section": [2, 3, 3]}, embed_dim=size.hidden, mlp_ratio=2)
-
-
-def _qwen2_5_vl(size: _Size) -> _Settings:
-    attention = {"window_size": 4 * size.patch, "fullatt_block_indexes": [size.layers - 1]}
-    return _any_size(size, {"mrope_section": [2, 3, 3]}, out_hidden_size=size.hidden, **attention)
-
-
-def _qwen3_vl(size: _Size) -> _Settings:
-    rope = {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    onevision, select = {"image_grid_pinpoints": [[edge, edge], *wider]}, {"vision_feature_select_strategy": "full"}
+    windows = {"window_size": 4 * patch, "fullatt_block_indexes": [size.layers - 1]}
     taps = {"deepstack_visual_indexes": [*range(size.layers)], "num_position_embeddings": 256}
-    return _any_size(size, rope, out_hidden_size=size.hidden, **taps)
-
-
-def _idefics3(size: _Size) -> _Settings:
-    return {
-        "image": {"size": {"longest_edge": 2 * size.image}, "max_image_size": {"longest_edge": size.image}},
+    idefics3: _Settings = {
+        "image": {"size": {"longest_edge": 2 * edge}, "max_image_size": {"longest_edge": edge}},
         "vision": size.vision(),
-        "processor": {"image_seq_len": size.pooled},
+        "processor": {"image_seq_len": pooled},
         "config": {"scale_factor": 2},
     }
-
-
-def _smolvlm(size: _Size) -> _Settings:
-    return _idefics3(size) | {"video": {key: {"longest_edge": size.image} for key in ("size", "max_image_size")}}
-
-
-def _gemma3(size: _Size) -> _Settings:
-    layers = ["sliding_attention"] * (size.layers - 1) + ["full_attention"]
     return {
-        "image": {"size": size.square},
-        "vision": size.vision(model_type="siglip_vision_model", vision_use_head=False),
-        "processor": {"image_seq_length": size.pooled},
-        "config": {"mm_tokens_per_image": size.pooled},
-        "text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "layer_types": layers},
-    }
-
-
-def _internvl(size: _Size) -> _Settings:
-    return {
-        "image": {"size": size.square, "crop_to_patches": True, "min_patches": 1, "max_patches": 4},
-        "video": {"size": size.square},
-        "vision": size.vision(image_size=[size.image] * 2, patch_size=[size.patch] * 2),
-        "processor": {"image_seq_length": size.pooled},
-        "config": {"image_seq_length": size.pooled, "downsample_ratio": 0.5},
+        "llava15": clip(),
+        "llava_next": clip(image_grid_pinpoints=wider),
+        "llava_onevision": {
+            "image": square | onevision,
+            "video": square,
+            "vision": siglip,
+            "processor": select | {"num_image_tokens": (edge // patch) ** 2},
+            "config": select | {"vision_feature_layer": -1} | onevision,
+        },
+        "qwen2_vl": qwen([2, 3, 3], {}, embed_dim=size.hidden, mlp_ratio=2),
+        "qwen2_5_vl": qwen([2, 3, 3], {}, out_hidden_size=size.hidden, **windows),
+        "qwen3_vl": qwen([3, 3, 2], {"mrope_interleaved": True}, out_hidden_size=size.hidden, **taps),
+        "idefics3": idefics3,
+        "smolvlm": idefics3 | {"video": {key: {"longest_edge": edge} for key in ("size", "max_image_size")}},
+        "gemma3": {
+            "image": square,
+            "vision": siglip,
+            "processor": {"image_seq_length": pooled},
+            "config": {"mm_tokens_per_image": pooled},
+            "text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "layer_types": sliding},
+        },
+        "internvl": {
+            "image": square | {"crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+            "video": square,
+            "vision": size.vision(image_size=[edge] * 2, patch_size=[patch] * 2),
+            "processor": {"image_seq_length": pooled},
+            "config": {"image_seq_length": pooled, "downsample_ratio": 0.5},
+        },
     }
 
 
@@ -270,7 +239,6 @@ _GEMMA3 = _Tokens(
 class _Family:
     classes: str  # the names of its classes begin with this
     language: str  # model_type of the language model
-    settings: Callable[[_Size], _Settings]
     tokens: _Tokens
     template: str  # file in templates, or in trl/chat_templates
     image: str = ""  # the name of the image (video) processor begins with this, where not with `classes`
@@ -278,18 +246,16 @@ class _Family:
 
 
 _FAMILIES = {
-    "llava15": _Family("Llava", "llama", _clip, _LLAMA, "llava15", image="CLIP"),
-    "llava_next": _Family("LlavaNext", "mistral", _clip_tiles, _LLAMA, "llava_next"),
-    "llava_onevision": _Family("LlavaOnevision", "qwen2", _siglip_tiles, _ONEVISION, "llava_onevision"),
-    "qwen2_vl": _Family("Qwen2VL", "qwen2_vl_text", _qwen2_vl, _QWEN, "qwen2_5_vl"),
-    "qwen2_5_vl": _Family(
-        "Qwen2_5_VL", "qwen2_5_vl_text", _qwen2_5_vl, _QWEN, "qwen2_5_vl", image="Qwen2VL", video="Qwen2VL"
-    ),
-    "qwen3_vl": _Family("Qwen3VL", "qwen3_vl_text", _qwen3_vl, _QWEN, "qwen3_vl", image="Qwen2VL"),
-    "smolvlm": _Family("SmolVLM", "llama", _smolvlm, _SMOLVLM, "smolvlm"),
-    "idefics3": _Family("Idefics3", "llama", _idefics3, _IDEFICS3, "idefics3"),
-    "gemma3": _Family("Gemma3", "gemma3_text", _gemma3, _GEMMA3, "gemma3"),
-    "internvl": _Family("InternVL", "qwen2", _internvl, _INTERNVL, "internvl", image="GotOcr2"),
+    "llava15": _Family("Llava", "llama", _LLAMA, "llava15", image="CLIP"),
+    "llava_next": _Family("LlavaNext", "mistral", _LLAMA, "llava_next"),
+    "llava_onevision": _Family("LlavaOnevision", "qwen2", _ONEVISION, "llava_onevision"),
+    "qwen2_vl": _Family("Qwen2VL", "qwen2_vl_text", _QWEN, "qwen2_5_vl"),
+    "qwen2_5_vl": _Family("Qwen2_5_VL", "qwen2_5_vl_text", _QWEN, "qwen2_5_vl", image="Qwen2VL", video="Qwen2VL"),
+    "qwen3_vl": _Family("Qwen3VL", "qwen3_vl_text", _QWEN, "qwen3_vl", image="Qwen2VL"),
+    "smolvlm": _Family("SmolVLM", "llama", _SMOLVLM, "smolvlm"),
+    "idefics3": _Family("Idefics3", "llama", _IDEFICS3, "idefics3"),
+    "gemma3": _Family("Gemma3", "gemma3_text", _GEMMA3, "gemma3"),
+    "internvl": _Family("InternVL", "qwen2", _INTERNVL, "internvl", image="GotOcr2"),
 }
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
@@ -308,9 +274,8 @@ def build(
     """A random model (float32, evaluation mode) of one of `FAMILIES`, and the processor that goes with it.
 
     `image_size` and `patch_size` are edges in pixels: of the square (or tile) that the tower sees and of a patch;
-    Qwen-VL takes images up to twice that edge. The vocabulary is trained on `corpus` beside some English, so that
-    its words become tokens. `legacy_tokenizer` is for the two families with a Llama tokenizer: True, the default,
-    is the form in llava-1.5-hf's files, False is what `LlamaTokenizer` builds.
+    Qwen-VL takes images up to twice that edge. Words of `corpus` become tokens. `legacy_tokenizer` is for the families
+    with a Llama tokenizer: by default as in llava-1.5-hf's files, with False what `LlamaTokenizer` builds.
 
     Raises ValueError for settings that do not fit, all at once, and ImportError where torchvision is missing.
     """
@@ -328,7 +293,7 @@ def build(
     }
     if any(faults.values()):
         raise ValueError("; ".join(text for text, wrong in faults.items() if wrong))
-    tokens, settings = spec.tokens, spec.settings(size)
+    tokens, settings = spec.tokens, _settings(size)[family]
     unnamed = [token for token in tokens.ids.values() if token not in tokens.names.values()]
     options: dict[str, Any] = {"extra_special_tokens": [*unnamed, *tokens.others.split()], **tokens.names}
     options |= {} if legacy_tokenizer is None else {"legacy": legacy_tokenizer}
