@@ -98,64 +98,49 @@ def _llama3(texts: Sequence[str], **tokens: Any) -> Any:
     return _backend(texts, words, letters, add_bos_token=True, **tokens)
 
 
-@dataclass(frozen=True)
-class _Size:
-    """Width and depth of tower and language model; edge of an image (or of a tile of it) and of a patch."""
-
-    hidden: int
-    layers: int
-    image: int
-    patch: int
-
-    def blocks(self, **others: Any) -> dict[str, Any]:
-        shape = {"hidden_size": self.hidden, "intermediate_size": 2 * self.hidden}
-        return shape | {"num_hidden_layers": self.layers, "num_attention_heads": self.hidden // 16} | others
-
-    def vision(self, **others: Any) -> dict[str, Any]:
-        return self.blocks(image_size=self.image, patch_size=self.patch) | others
-
-
 _Settings = dict[str, dict[str, Any]]
 
 
-def _settings(size: _Size) -> dict[str, _Settings]:
-    """By family, arguments of image, video (processors), processor, and the configurations vision, text, config."""
-    edge, patch = size.image, size.patch
+def _settings(family: str, *, hidden: int, layers: int, edge: int, patch: int) -> _Settings:
+    """Arguments of image, video (processors), processor, and of the configurations vision, text, config."""
+    shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": hidden // 16}
+    vision = shape | {"image_size": edge, "patch_size": patch}
     square = {"size": {"height": edge, "width": edge}}
     wider = [[edge, 2 * edge], [2 * edge, edge], [2 * edge, 2 * edge]]
     pooled = (edge // patch // 2) ** 2  # tokens of an image (or tile) whose squares of 2 x 2 patches become one each
-    siglip = size.vision(model_type="siglip_vision_model", vision_use_head=False)
-    sliding = ["sliding_attention"] * (size.layers - 1) + ["full_attention"]
+    siglip = vision | {"model_type": "siglip_vision_model", "vision_use_head": False}
+    sliding = ["sliding_attention"] * (layers - 1) + ["full_attention"]
 
     def clip(**tilings: Any) -> _Settings:
         select = {"vision_feature_select_strategy": "default"}
         return {
             "image": {"size": {"shortest_edge": edge}, "crop_size": square["size"], **tilings},
             # One layer more than asked for: features are taken before the last, which never gets a gradient.
-            "vision": size.vision(model_type="clip_vision_model", num_hidden_layers=size.layers + 1),
+            "vision": vision | {"model_type": "clip_vision_model", "num_hidden_layers": layers + 1},
             "processor": select | {"patch_size": patch, "num_additional_image_tokens": 1},
             "config": select | {"vision_feature_layer": -2, **tilings},
         }
 
-    def qwen(mrope: list[int], rope: dict[str, Any], **vision: Any) -> _Settings:
+    def qwen(mrope: list[int], rope: dict[str, Any], **others: Any) -> _Settings:
         rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope, **rope}
         return {
             "image": {"patch_size": patch, "min_pixels": edge**2 // 2, "max_pixels": (2 * edge) ** 2},
             "video": {"patch_size": patch},
-            "vision": size.vision(**vision),
+            "vision": vision | others,
             "text": {"head_dim": 16, "rope_parameters": rope},
         }
 
     onevision, select = {"image_grid_pinpoints": [[edge, edge], *wider]}, {"vision_feature_select_strategy": "full"}
-    windows = {"window_size": 4 * patch, "fullatt_block_indexes": [size.layers - 1]}
-    taps = {"deepstack_visual_indexes": [*range(size.layers)], "num_position_embeddings": 256}
+    windows = {"window_size": 4 * patch, "fullatt_block_indexes": [layers - 1]}
+    taps = {"deepstack_visual_indexes": [*range(layers)], "num_position_embeddings": 256}
     idefics3: _Settings = {
         "image": {"size": {"longest_edge": 2 * edge}, "max_image_size": {"longest_edge": edge}},
-        "vision": size.vision(),
+        "vision": vision,
         "processor": {"image_seq_len": pooled},
         "config": {"scale_factor": 2},
     }
-    return {
+    families: dict[str, _Settings] = {
         "llava15": clip(),
         "llava_next": clip(image_grid_pinpoints=wider),
         "llava_onevision": {
@@ -165,9 +150,9 @@ def _settings(size: _Size) -> dict[str, _Settings]:
             "processor": select | {"num_image_tokens": (edge // patch) ** 2},
             "config": select | {"vision_feature_layer": -1} | onevision,
         },
-        "qwen2_vl": qwen([2, 3, 3], {}, embed_dim=size.hidden, mlp_ratio=2),
-        "qwen2_5_vl": qwen([2, 3, 3], {}, out_hidden_size=size.hidden, **windows),
-        "qwen3_vl": qwen([3, 3, 2], {"mrope_interleaved": True}, out_hidden_size=size.hidden, **taps),
+        "qwen2_vl": qwen([2, 3, 3], {}, embed_dim=hidden, mlp_ratio=2),
+        "qwen2_5_vl": qwen([2, 3, 3], {}, out_hidden_size=hidden, **windows),
+        "qwen3_vl": qwen([3, 3, 2], {"mrope_interleaved": True}, out_hidden_size=hidden, **taps),
         "idefics3": idefics3,
         "smolvlm": idefics3 | {"video": {key: {"longest_edge": edge} for key in ("size", "max_image_size")}},
         "gemma3": {
@@ -180,11 +165,14 @@ def _settings(size: _Size) -> dict[str, _Settings]:
         "internvl": {
             "image": square | {"crop_to_patches": True, "min_patches": 1, "max_patches": 4},
             "video": square,
-            "vision": size.vision(image_size=[edge] * 2, patch_size=[patch] * 2),
+            "vision": vision | {"image_size": [edge] * 2, "patch_size": [patch] * 2},
             "processor": {"image_seq_length": pooled},
             "config": {"image_seq_length": pooled, "downsample_ratio": 0.5},
         },
     }
+    settings = families[family]
+    text = shape | {"num_key_value_heads": hidden // 32, "max_position_embeddings": 4096}
+    return settings | {"text": text | settings.get("text", {})}
 
 
 @dataclass(frozen=True)
@@ -282,7 +270,6 @@ def build(
     if family not in _FAMILIES:
         raise ValueError(f"unknown family {family!r}; the known ones are {', '.join(FAMILIES)}.")
     spec = _FAMILIES[family]
-    size = _Size(hidden_size, num_layers, image_size, patch_size)
     odd_patches = patch_size < 1 or image_size < 1 or image_size % (2 * patch_size)
     no_llama = legacy_tokenizer is not None and spec.tokens is not _LLAMA
     faults = {
@@ -293,7 +280,8 @@ def build(
     }
     if any(faults.values()):
         raise ValueError("; ".join(text for text, wrong in faults.items() if wrong))
-    tokens, settings = spec.tokens, _settings(size)[family]
+    settings = _settings(family, hidden=hidden_size, layers=num_layers, edge=image_size, patch=patch_size)
+    tokens = spec.tokens
     unnamed = [token for token in tokens.ids.values() if token not in tokens.names.values()]
     options: dict[str, Any] = {"extra_special_tokens": [*unnamed, *tokens.others.split()], **tokens.names}
     options |= {} if legacy_tokenizer is None else {"legacy": legacy_tokenizer}
@@ -302,7 +290,7 @@ def build(
         processor = _processor(spec, settings, tokenizer)
     except ImportError as error:
         raise ImportError(f'{family} needs what pip install "vlm_sft[torchvision]" brings: {error}') from error
-    return _model(spec, settings, tokenizer, size, seed), processor
+    return _model(spec, settings, tokenizer, seed), processor
 
 
 def _processor(spec: _Family, settings: _Settings, tokenizer: Any) -> Any:
@@ -317,7 +305,7 @@ def _processor(spec: _Family, settings: _Settings, tokenizer: Any) -> Any:
     return getattr(_hf, f"{spec.classes}Processor")(**parts, **options)
 
 
-def _model(spec: _Family, settings: _Settings, tokenizer: Any, size: _Size, seed: int) -> Any:
+def _model(spec: _Family, settings: _Settings, tokenizer: Any, seed: int) -> Any:
     id_of = tokenizer.convert_tokens_to_ids
     stop = id_of(spec.tokens.stop.split())
     ends = {
@@ -326,14 +314,9 @@ def _model(spec: _Family, settings: _Settings, tokenizer: Any, size: _Size, seed
         "eos_token_id": stop if len(stop) > 1 else stop[0],
         "pad_token_id": tokenizer.pad_token_id,
     }
-    text = size.blocks(
-        model_type=spec.language,
-        vocab_size=-(-len(tokenizer) // 64) * 64,  # larger than the tokenizer, as those of the Hub are
-        num_key_value_heads=size.hidden // 32,
-        max_position_embeddings=4096,
-    )
+    rows = -(-len(tokenizer) // 64) * 64  # more than the tokenizer has, as those of the Hub
     config = getattr(_hf, f"{spec.classes}Config")(
-        text_config=text | ends | settings.get("text", {}),
+        text_config=settings["text"] | ends | {"model_type": spec.language, "vocab_size": rows},
         vision_config=settings["vision"],
         **{name: id_of(token) for name, token in spec.tokens.ids.items()},
         **settings.get("config", {}),
