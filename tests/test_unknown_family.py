@@ -68,7 +68,7 @@ def test_where_its_parts_cannot_be_told_it_is_refused_until_they_are_registered(
         (partial(check_trains, trains=IN_FULL), model),
         (nf4_config, model),
         (nf4_config, config),
-        (nf4_config, folder),
+        (partial(load_model, load_in_4bit=True), folder),
     ]
     for ask, subject in asked:
         with pytest.raises(ValueError, match=refused + listed):
