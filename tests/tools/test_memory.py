@@ -70,13 +70,13 @@ def test_weights_gradients_and_optimizer_are_those_of_a_run(method: Any, tiny_di
 
 @pytest.mark.slow
 @pytest.mark.loopback
-def test_shares_are_those_of_a_run_by_two_processes(tiny_dir: Any, tmp_path: Path) -> None:
+def test_two_processes_hold_what_is_estimated(tiny_dir: Any, tmp_path: Path) -> None:
     base = tiny_dir("llava15")
     found = together(held, base, tmp_path, "full", {}, config="cpu_2proc_fsdp2")
     model = on_meta(AutoConfig.from_pretrained(base))
     expected = memory.estimate(model, method="full", gpus=2, strategy="fsdp2", frozen_bytes=4)
     for name in ("weights", "gradients", "optimizer"):
-        assert [share[name] for share in found] == [pytest.approx(expected[name], rel=0.01)] * 2
+        assert [held[name] for held in found] == [pytest.approx(expected[name], rel=0.01)] * 2
 
 
 def test_packed_weights_take_what_bitsandbytes_takes(tmp_path: Path) -> None:

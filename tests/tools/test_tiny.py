@@ -38,7 +38,7 @@ ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
 
 
-def picture(seed: int, *, width: int = 40, height: int = 28) -> Image.Image:
+def pixels_of(seed: int, *, width: int = 40, height: int = 28) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -60,7 +60,7 @@ def test_folder_gives_the_same_processor_and_logits(
     family: str, tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]
 ) -> None:
     model, processor = tiny.build(family)
-    built, loaded = batch_of(processor, picture(0)), batch_of(tiny_processor(family), picture(0))
+    built, loaded = batch_of(processor, pixels_of(0)), batch_of(tiny_processor(family), pixels_of(0))
     assert built.keys() == loaded.keys()
     assert all(torch.equal(built[key], loaded[key]) for key in built)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_placeholders_are_as_many_as_features(
     family: str, tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]
 ) -> None:
     model = tiny_model(family)
-    batch = batch_of(tiny_processor(family), picture(0), picture(1, width=90, height=40))
+    batch = batch_of(tiny_processor(family), pixels_of(0), pixels_of(1, width=90, height=40))
     takes = inspect.signature(model.get_image_features).parameters
     with torch.no_grad():
         features = model.get_image_features(**{k: v for k, v in batch.items() if k in takes}).pooler_output
@@ -85,7 +85,7 @@ def test_answers_depend_on_the_image_and_on_positions(
     family: str, tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]
 ) -> None:
     model, processor = tiny_model(family), tiny_processor(family)
-    batch, other = batch_of(processor, picture(0)), batch_of(processor, picture(1))
+    batch, other = batch_of(processor, pixels_of(0)), batch_of(processor, pixels_of(1))
     with torch.no_grad():
         last = model(**batch).logits[0, -1]
         assert (model(**other).logits[0, -1] - last).abs().max() > 0.1
@@ -99,7 +99,7 @@ def test_gradient_reaches_every_part(
 ) -> None:
     model = tiny_model(family).train()
     parts = parts_of(model)
-    batch = batch_of(tiny_processor(family), picture(0))
+    batch = batch_of(tiny_processor(family), pixels_of(0))
     model(**batch, labels=batch["input_ids"]).loss.backward()
     reached = {
         part_of(name, parts)
@@ -121,7 +121,7 @@ def test_generation_ends_at_the_tokens_of_the_family(
     assert (settings.pad_token_id, settings.bos_token_id) == (id_of(pad), id_of(bos))
     assert processor.tokenizer.pad_token == pad
 
-    batch = batch_of(processor, picture(0), messages=[QUESTION])
+    batch = batch_of(processor, pixels_of(0), messages=[QUESTION])
     length = batch["input_ids"].shape[1]
     first = model.generate(**batch, do_sample=False, max_new_tokens=5)[0, length]
     # Were the first greedy token a stop token, generation would end after it.
@@ -223,7 +223,7 @@ def test_options_shape_the_twin() -> None:
     assert (text.hidden_size, text.num_hidden_layers) == (128, 3)
     assert (vision.hidden_size, vision.image_size, vision.patch_size) == (128, 48, 12)
     assert all(len(processor.tokenizer.tokenize(f"a {word}")) == 2 for word in words)
-    batch = batch_of(processor, picture(0))
+    batch = batch_of(processor, pixels_of(0))
     assert (batch["input_ids"] == model.config.image_token_id).sum() == 16
     assert torch.isfinite(model(**batch).logits).all()
 
@@ -232,7 +232,7 @@ def test_options_shape_the_twin() -> None:
 def test_every_family_takes_other_sizes(family: str) -> None:
     model, processor = tiny.build(family, hidden_size=128, num_layers=3, image_size=64, patch_size=16)
     with torch.no_grad():
-        logits = model(**batch_of(processor, picture(0, width=100, height=70))).logits
+        logits = model(**batch_of(processor, pixels_of(0, width=100, height=70))).logits
     assert logits.shape[-1] == model.config.get_text_config().vocab_size
     assert torch.isfinite(logits).all()
 

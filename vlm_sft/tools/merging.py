@@ -1,6 +1,6 @@
 """An adapter merged into its base: a standalone model, kept only if it answers as adapter on base does.
 
-`python -m vlm_sft merge ADAPTER OUT` reads the `training_base.json` that `SafeCheckpoints` writes beside the adapter.
+`python -m vlm_sft merge ADAPTER OUT` reads the `training_base.json` that `SafeCheckpoints` writes next to the adapter.
 """
 
 from __future__ import annotations

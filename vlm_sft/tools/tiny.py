@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,15 @@ _TEXTS = (
     "élan naïve 日本語 テスト 🙂 привет мир",
 )
 
-_LLAMA3_WORDS = (
+_SMOLLM_WORDS = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+_LLAMA3_REGEX = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LLAMA3_WORDS = [
+    pre_tokenizers.Split(_LLAMA3_REGEX, "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+]
 
 
 def _bpe(texts: Sequence[str], words: Any, *, reserved: Sequence[str], **settings: Any) -> dict[str, Any]:
@@ -80,22 +86,11 @@ def _qwen(texts: Sequence[str], **tokens: Any) -> Any:
     return _hf.Qwen2Tokenizer(**_byte_level(texts), **tokens)
 
 
-def _backend(texts: Sequence[str], *words: Any, **tokens: Any) -> Any:
+def _backend(words: list[Any], texts: Sequence[str], **tokens: Any) -> Any:
     backend = Tokenizer(models.BPE(**_byte_level(texts)))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(list(words))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(words)
     backend.decoder = decoders.ByteLevel()
     return _hf.TokenizersBackend(tokenizer_object=backend, **tokens)
-
-
-def _smollm(texts: Sequence[str], **tokens: Any) -> Any:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return _backend(texts, digits, pre_tokenizers.ByteLevel(add_prefix_space=False), **tokens)
-
-
-def _llama3(texts: Sequence[str], **tokens: Any) -> Any:
-    words = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return _backend(texts, words, letters, add_bos_token=True, **tokens)
 
 
 _Settings = dict[str, dict[str, Any]]
@@ -177,7 +172,7 @@ def _settings(family: str, *, hidden: int, layers: int, edge: int, patch: int) -
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A tokenizer and what it knows beside the tokens of its class; strings hold several, parted by spaces."""
+    """A tokenizer and what it knows next to the tokens of its class; strings hold several, separated by spaces."""
 
     make: Callable[..., Any]
     stop: str  # these end generation
@@ -199,7 +194,7 @@ _INTERNVL_NAMES = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<vide
 _INTERNVL_NAMES |= {"start_image_token": "<img>", "end_image_token": "</img>"}
 _INTERNVL = _Tokens(_qwen, "<|im_end|>", {"image_token_id": "<IMG_CONTEXT>"}, _INTERNVL_NAMES, "<|im_start|>")
 _SMOLVLM = _Tokens(
-    _smollm,
+    partial(_backend, _SMOLLM_WORDS),
     "<end_of_utterance>",
     _IMAGE,
     {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
@@ -208,7 +203,7 @@ _SMOLVLM = _Tokens(
     f"<|endoftext|> {_TILES}",
 )
 _IDEFICS3 = _Tokens(
-    _llama3,
+    partial(_backend, _LLAMA3_WORDS, add_bos_token=True),
     "<|end_of_text|> <end_of_utterance>",
     _IMAGE,
     {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"},
@@ -281,11 +276,9 @@ def build(
     if any(faults.values()):
         raise ValueError("; ".join(text for text, wrong in faults.items() if wrong))
     settings = _settings(family, hidden=hidden_size, layers=num_layers, edge=image_size, patch=patch_size)
-    tokens = spec.tokens
-    unnamed = [token for token in tokens.ids.values() if token not in tokens.names.values()]
-    options: dict[str, Any] = {"extra_special_tokens": [*unnamed, *tokens.others.split()], **tokens.names}
-    options |= {} if legacy_tokenizer is None else {"legacy": legacy_tokenizer}
-    tokenizer = tokens.make([*_TEXTS, *corpus], **options)
+    tokens, legacy = spec.tokens, {} if legacy_tokenizer is None else {"legacy": legacy_tokenizer}
+    extra = [*[token for token in tokens.ids.values() if token not in tokens.names.values()], *tokens.others.split()]
+    tokenizer = tokens.make([*_TEXTS, *corpus], extra_special_tokens=extra, **tokens.names, **legacy)
     try:
         processor = _processor(spec, settings, tokenizer)
     except ImportError as error:
@@ -333,10 +326,7 @@ def _model(spec: _Family, settings: _Settings, tokenizer: Any, seed: int) -> Any
 
 
 def save(family: str, folder: str | Path, **options: Any) -> Path:
-    """The folder, with the model and the processor that `build` makes with these options.
-
-    Raises ValueError for a folder that exists and is not empty, and what `build` raises.
-    """
+    """The folder, with what `build` makes. Raises ValueError where it exists and is not empty, and as `build`."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; name another one or empty it")
