@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
 
 from vlm_sft.models.parts import PARTS, part_of, parts_of
 from vlm_sft.tools import tiny
@@ -202,15 +201,13 @@ def test_own_templates_render_what_the_hub_s_render(
         assert processor.tokenizer.decode(marked) == spoken
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_both_forms_of_the_llama_tokenizer_survive_the_folder(legacy: bool, tmp_path: Path) -> None:
-    tiny.save("llava15", tmp_path, legacy_tokenizer=legacy)
-    tokenizer = AutoProcessor.from_pretrained(tmp_path).tokenizer
-    assert (tokenizer.backend_tokenizer.pre_tokenizer is None) == legacy
-    assert (tokenizer.backend_tokenizer.normalizer is not None) == legacy
+def test_the_llama_tokenizer_of_the_hubs_files_survives_the_folder(tiny_processor: Callable[..., Any]) -> None:
+    tokenizer = tiny_processor("llava15").tokenizer
+    assert tokenizer.backend_tokenizer.pre_tokenizer is None
+    assert tokenizer.backend_tokenizer.normalizer is not None
     tokens = tokenizer.tokenize("<image>\nWhat")
-    # The normalizer writes a space at the start of every stretch of text, the pre-tokenizer only at the first.
-    assert tokens[1].startswith("▁") == legacy
+    # The normalizer writes a space at the start of every stretch of text.
+    assert tokens[1].startswith("▁")
     assert tokenizer("Hello")["input_ids"][0] == tokenizer.bos_token_id
 
 
@@ -241,8 +238,8 @@ def test_faulty_options_are_named_all_at_once() -> None:
     with pytest.raises(ValueError, match=r"'llava'; the known ones are llava15, .*internvl") as error:
         tiny.build("llava")
     assert all(family in str(error.value) for family in tiny.FAMILIES)
-    with pytest.raises(ValueError, match=r"hidden_size=100.*num_layers=0.*image_size=36.*legacy_tokenizer=True"):
-        tiny.build("gemma3", hidden_size=100, num_layers=0, image_size=36, legacy_tokenizer=True)
+    with pytest.raises(ValueError, match=r"hidden_size=100.*num_layers=0.*image_size=36"):
+        tiny.build("gemma3", hidden_size=100, num_layers=0, image_size=36)
 
 
 def test_a_folder_is_written_once(tmp_path: Path) -> None:

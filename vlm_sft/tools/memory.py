@@ -26,7 +26,7 @@ Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 GIB = 2**30
 # NF4 with double quantization: 4 bits, one 8-bit scale for 64 weights, one 32-bit scale for 256 of these (QLoRA,
 # arXiv 2305.14314). A bfloat16 weight takes 2 bytes, a trained one 4: `cast_trainable_to_fp32`.
-_NF4, _FROZEN, _TRAINED = (4 + 8 / 64 + 32 / (64 * 256)) / 8, 2, 4
+_NF4, _BF16, _TRAINED = (4 + 8 / 64 + 32 / (64 * 256)) / 8, 2, 4
 _ADAM = {"adamw": 8, "adamw_8bit": 2}
 
 # The four models in docs/scaling.md, as published: the shape of the language model, and whether its head is tied.
@@ -50,7 +50,6 @@ def estimate(
     lora_r: int = 16,
     optimizer: str = "adamw",
     checkpointing: bool = True,
-    frozen_bytes: float = _FROZEN,
 ) -> dict[str, float]:
     """The bytes that one training step takes on each of the GPUs, by purpose; `rows` of `tokens` at a time on each.
 
@@ -70,25 +69,25 @@ def estimate(
         frozen, trained = sizes["vision"], sizes.total() - sizes["vision"]
     else:
         frozen, trained = sizes.total() - packed, sum(lora_r * (m.in_features + m.out_features) for m in language)
-    held: float = frozen * frozen_bytes + packed * _NF4 + trained * _TRAINED
+    held: float = frozen * _BF16 + packed * _NF4 + trained * _TRAINED
     gradients, states = float(trained * _TRAINED), float(trained * _ADAM[optimizer])
     lists = [m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and part_of(n, parts) == "language"]
     layers = [*max(lists, key=len)]
     gathered = 0.0
     if strategy == "zero2":
-        held += trained * (_FROZEN - _TRAINED + _TRAINED / gpus)  # 16-bit copies in each, 32-bit ones sharded
+        held += trained * (_BF16 - _TRAINED + _TRAINED / gpus)  # 16-bit copies in each, 32-bit ones sharded
         gradients, states = gradients / gpus, states / gpus
     elif strategy in ("fsdp2", "zero3"):
         held, gradients, states = held / gpus, gradients / gpus, states / gpus
         # One layer at work and the next one on its way, the embedding, and the head as it is trained.
-        layer = sum(p.numel() * (_NF4 if method == "qlora" else _FROZEN) for p in layers[0].parameters())
+        layer = sum(p.numel() * (_NF4 if method == "qlora" else _BF16) for p in layers[0].parameters())
         ends = {*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()}
-        gathered = 2 * layer + sum(p.numel() for p in ends) * _FROZEN if gpus > 1 else 0.0
+        gathered = 2 * layer + sum(p.numel() for p in ends) * _BF16 if gpus > 1 else 0.0
     elif gpus > 1:
         gathered = gradients  # the buckets in which DDP sums gradients up
     if method == "full" and gpus == 1:
-        gathered = max((m.weight.numel() for m in linears.values()), default=0) * _FROZEN  # autocast's 16-bit copies
-        gathered += sum(p.numel() for p in layers[0].parameters()) * _FROZEN
+        gathered = max((m.weight.numel() for m in linears.values()), default=0) * _BF16  # autocast's 16-bit copies
+        gathered += sum(p.numel() for p in layers[0].parameters()) * _BF16
     return {
         "weights": held,
         "gradients": gradients,

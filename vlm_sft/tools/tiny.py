@@ -62,12 +62,10 @@ def _byte_fallback(texts: Sequence[str], *reserved: str) -> dict[str, Any]:
     return _bpe([text.replace(" ", "▁") for text in texts], pre_tokenizers.Sequence(words), reserved=reserved)
 
 
-def _llama(texts: Sequence[str], *, legacy: bool = True, **tokens: Any) -> Any:
-    """`legacy`: a normalizer writes the visible spaces and nothing splits, as in the files of llava-1.5-hf."""
+def _llama(texts: Sequence[str], **tokens: Any) -> Any:
+    """As in the files of llava-1.5-hf: a normalizer writes the visible spaces, and nothing splits."""
     parts = _byte_fallback([f" {text}" for text in texts], "<unk>", "<s>", "</s>")
     tokens |= {"pad_token": "<pad>", "add_bos_token": True, "padding_side": "left"}
-    if not legacy:
-        return _hf.LlamaTokenizer(**parts, **tokens)
     backend = Tokenizer(models.BPE(**parts, fuse_unk=True, byte_fallback=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     spaces, strip = decoders.Replace("▁", " "), decoders.Strip(content=" ", left=1, right=0)
@@ -252,13 +250,11 @@ def build(
     image_size: int = 32,
     patch_size: int = 8,
     corpus: Sequence[str] = (),
-    legacy_tokenizer: bool | None = None,
 ) -> tuple[Any, Any]:
     """A random model (float32, evaluation mode) of one of `FAMILIES`, and the processor that goes with it.
 
     `image_size` and `patch_size` are edges in pixels: of the square (or tile) that the tower sees and of a patch;
-    Qwen-VL takes images up to twice that edge. Words of `corpus` become tokens. `legacy_tokenizer` is for the families
-    with a Llama tokenizer: by default as in llava-1.5-hf's files, with False what `LlamaTokenizer` builds.
+    Qwen-VL takes images up to twice that edge. Words of `corpus` become tokens.
 
     Raises ValueError for settings that do not fit, all at once, and ImportError where torchvision is missing.
     """
@@ -266,19 +262,17 @@ def build(
         raise ValueError(f"unknown family {family!r}; the known ones are {', '.join(FAMILIES)}.")
     spec = _FAMILIES[family]
     odd_patches = patch_size < 1 or image_size < 1 or image_size % (2 * patch_size)
-    no_llama = legacy_tokenizer is not None and spec.tokens is not _LLAMA
     faults = {
         f"hidden_size={hidden_size}: expected a multiple of 64": hidden_size < 1 or hidden_size % 64,
         f"num_layers={num_layers}: expected 1 or more": num_layers < 1,
         f"image_size={image_size}, patch_size={patch_size}: expected an even number of patches": odd_patches,
-        f"legacy_tokenizer={legacy_tokenizer}: {family} has no Llama tokenizer, leave it out": no_llama,
     }
     if any(faults.values()):
         raise ValueError("; ".join(text for text, wrong in faults.items() if wrong))
     settings = _settings(family, hidden=hidden_size, layers=num_layers, edge=image_size, patch=patch_size)
-    tokens, legacy = spec.tokens, {} if legacy_tokenizer is None else {"legacy": legacy_tokenizer}
+    tokens = spec.tokens
     extra = [*[token for token in tokens.ids.values() if token not in tokens.names.values()], *tokens.others.split()]
-    tokenizer = tokens.make([*_TEXTS, *corpus], extra_special_tokens=extra, **tokens.names, **legacy)
+    tokenizer = tokens.make([*_TEXTS, *corpus], extra_special_tokens=extra, **tokens.names)
     try:
         processor = _processor(spec, settings, tokenizer)
     except ImportError as error:
