@@ -1,4 +1,7 @@
-"""Each fault that vlm_sft/upstream.py works round, shown on a small case: red when the name, or the fault, is gone."""
+"""Each fault that vlm_sft/upstream.py works round, and each name that is used in place, on a small case.
+
+Red when the name is gone, or the fault.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,17 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from runs import Collate, rows
+from runs import Collate, rows, trainer
 from safetensors import safe_open
 from together import together
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl.trainer import utils as trl_utils
 
 from vlm_sft import upstream
 from vlm_sft.models.quantization import nf4_config
 from vlm_sft.tools import tiny
+from vlm_sft.training.batches import _sampler_of
 
 
 def nf4(tiny_model: Callable[..., Any]) -> Any:
@@ -183,3 +188,111 @@ def test_transformers_saves_a_model_under_other_names(tiny_model: Callable[..., 
     assert not saved(tmp_path / "hub") & set(model.state_dict())
     upstream.save_with_own_names(model, tmp_path / "own", max_shard_size="1GB")
     assert saved(tmp_path / "own") == set(model.state_dict())
+
+
+# -- what other modules use in place
+
+
+def sampler_of(run: Any) -> Any:
+    return _sampler_of(run.get_train_dataloader())
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_rows_of_one_length_come_in_an_order_of_the_global_random_state(
+    accumulated: int, tiny_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": accumulated}
+    data = rows(12).add_column("length", [*range(12)])
+    sampler = sampler_of(trainer(tiny_dir("llava15"), tmp_path, callbacks=(), dataset=data, **options))
+    assert isinstance(sampler, LengthGroupedSampler)
+    assert (sampler.generator, [*sampler.lengths], sampler.batch_size % 2) == (None, [*range(12)], 0)
+
+    def orders() -> list[list[int]]:
+        found = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            found.append([*sampler])
+        return found
+
+    assert len(set(map(tuple, orders()))) == 2  # once it is 1, GroupByLength can go
+    sampler.lengths, found = [12 - length for length in sampler.lengths], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        sampler.generator = torch.Generator().manual_seed(0)
+        found.append([*sampler])
+    assert found[0] == found[1]
+    assert found[0][0] == 0  # the longest comes first
+
+
+def test_a_rebalanced_order_comes_from_seed_and_epoch(tiny_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    data = rows(12).add_column("length", [7] * 12)
+    options = {"train_sampling_strategy": "batch_rebalance", "callbacks": ()}
+    sampler = sampler_of(trainer(tiny_dir("llava15"), tmp_path, dataset=data, **options))
+    assert isinstance(sampler, BatchRebalanceSampler)
+    found = {}
+    for seed, epoch in ((0, 0), (0, 1), (5, 0)):
+        sampler.seed = seed
+        sampler.set_epoch(epoch)
+        found[seed, epoch] = str([*sampler])
+        assert found[seed, epoch] == str([*sampler])
+    assert len({*found.values()}) == 3
+
+
+def test_the_trainer_calls_what_is_not_an_optimizer_class(tiny_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def make(model: Any, **settings: Any) -> torch.optim.Optimizer:
+        asked.append((model, settings))
+        return torch.optim.SGD(model.parameters())
+
+    run = trainer(tiny_dir("llava15"), tmp_path, callbacks=())
+    run.optimizer_cls_and_kwargs = lambda: make, {"some": 1}
+    assert type(run.create_optimizer()) is torch.optim.SGD
+    assert asked == [(run.model, {"some": 1})]
+
+
+def test_weight_decay_is_asked_of_the_model_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    assert Trainer.get_decay_parameter_names(None, model) == ["0.weight"]  # type: ignore[arg-type]
+
+
+def test_trl_reports_the_log_probability_of_each_token(
+    tiny_dir: Callable[[str], Path], tiny_processor: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = trainer(tiny_dir("llava15"), tmp_path, callbacks=())
+    batch = Collate(tiny_processor("llava15"))(list(rows(2).remove_columns("row")))
+    found = []
+    run.model.register_forward_hook(lambda module, inputs, output: found.append(output.log_probs.shape))
+    run.compute_loss(run.model.train(), batch)
+    count, width = batch["input_ids"].shape
+    assert found == [(count, width - 1)]
+
+
+def test_a_dataset_is_known_again_by_its_fingerprint() -> None:
+    data = rows(3)
+    assert data._fingerprint == copy.deepcopy(data)._fingerprint
+    others = [data.select([1, 0]), data.add_column("length", [1, 2, 3]), data.with_transform(dict), rows(4)]
+    assert len({data._fingerprint, *(other._fingerprint for other in others)}) == 5
+
+
+def test_callbacks_run_in_the_order_of_a_list_and_evaluate_before_they_save(
+    tiny_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    seen: list[str] = []
+
+    class Note(TrainerCallback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            seen.append(f"{self.name} evaluate")
+
+        def on_save(self, *_: Any, **__: Any) -> None:
+            seen.append(f"{self.name} save")
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 1}
+    notes = [Note("a"), Note("b")]
+    run = trainer(tiny_dir("llava15"), tmp_path, callbacks=notes, eval_dataset=rows(1), **options)
+    run.callback_handler.callbacks.insert(0, Note("first"))
+    run.train()
+    assert seen == [f"{name} {event}" for event in ("evaluate", "save") for name in ("first", "a", "b")]

@@ -9,7 +9,7 @@ from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.data.check_rows import Checked, rows_checked
 from vlm_sft.data.rows import drawn_seed
 from vlm_sft.distributed import print_main
-from vlm_sft.models.source import loaded_from
+from vlm_sft.models.loading import loaded_from
 from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
 
 

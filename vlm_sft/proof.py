@@ -28,7 +28,7 @@ from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import AnswerEvaluation
 from vlm_sft.evaluation.pages import write_audit_html
 from vlm_sft.models.adapters import check_trains
-from vlm_sft.models.freezing import cast_trainable_to_fp32, check_precision
+from vlm_sft.models.freezing import cast_trainable_to_fp32
 from vlm_sft.models.quantization import check_quantized
 from vlm_sft.training.batches import GroupByLength
 from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
@@ -173,7 +173,6 @@ def prove(
     cast_trainable_to_fp32(model)
     if narrow:
         changes.append(f"{len(narrow)} trainable tensors cast to float32")
-    check_precision(model, fp16=trainer.args.fp16)
     parts = check_trains(model, trains)
     if getattr(base_of(model).config, "quantization_config", None) is not None:
         quantized = str(check_quantized(model))

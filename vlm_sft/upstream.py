@@ -1,7 +1,17 @@
 """Every private or fragile name of our dependencies that we touch, with its version and why.
 
 Each function here works round one fault, or reads one thing that has no public name. tests/test_upstream.py shows each
-fault on a small case and goes red when the name is gone, or when the fault is, so that the function can go too.
+fault on a small case and goes red when the name is gone, or when the fault is, so that the function can go too. It also
+holds what these modules rely on in place:
+
+- training/batches.py: batch_size, lengths and generator of LengthGroupedSampler, seed and set_epoch of
+  BatchRebalanceSampler (transformers 5.23), below accelerate 1.15's batch samplers: to order rows by seed and epoch.
+- training/optim.py: `optimizer_cls_and_kwargs` may hold a callable that makes the optimizer of a model, and
+  `get_decay_parameter_names` reads nothing of its Trainer (transformers 5.23): for rates by part.
+- training/callbacks.py: `log_probs` [B, T - 1] of TRL 1.16's fused head, to name the row of a NaN.
+- data/check_rows.py, proof.py: `Dataset._fingerprint` (datasets 5.2), to know rows again.
+- evaluation/callback.py, training/callbacks.py: callbacks run in the order of `callback_handler.callbacks`, and an
+  evaluation before the save of its step (transformers 5.23): answers are scored, then the random state is put back.
 """
 
 from __future__ import annotations

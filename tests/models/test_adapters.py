@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from runs import Collate, rows
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from vlm_sft.common import on_meta
 from vlm_sft.models.adapters import check_trains, lora_config
-from vlm_sft.models.parts import PARTS, part_of, parts_of
+from vlm_sft.models.parts import PARTS, part_of, parts_of, root_of
 from vlm_sft.models.quantization import nf4_config
 from vlm_sft.tools import tiny
 
@@ -43,6 +44,11 @@ def int8(model: Any) -> BitsAndBytesConfig:
 def linears(model: nn.Module, part: str) -> set[str]:
     parts = parts_of(model)
     return {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and part_of(n, parts) == part}
+
+
+def held(model: nn.Module) -> set[str]:
+    """The layers that hold adapters, by their paths in the base model."""
+    return {n for n, m in root_of(model).named_modules() if isinstance(m, LoraLayer)}
 
 
 def adapted(model: Any, trains: Any = LORA, **settings: Any) -> Any:
@@ -69,8 +75,8 @@ def test_by_default_every_linear_layer_of_the_language_model_and_nothing_else(
     asked = linears(model, "language")
     wrapped = get_peft_model(model, lora_config(model))
     report = check_trains(wrapped, LORA)
-    assert set(report.adapted) == asked
-    assert {name.rsplit(".", 1)[-1] for name in report.adapted} == LANGUAGE
+    assert held(wrapped) == asked
+    assert {name.rsplit(".", 1)[-1] for name in asked} == LANGUAGE
     trainable = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
     assert len(trainable) == 2 * len(asked)
     assert all(".lora_" in name for name in trainable)
@@ -99,7 +105,7 @@ def test_tower_and_projector_adapters_all_receive_a_gradient(
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert parameter.grad.abs().sum() > 0, name
-    left_out = tower - set(report.adapted)
+    left_out = tower - held(wrapped)
     dropped = {"llava15", "llava_next"}  # vision_feature_layer=-2
     last = model.config.vision_config.to_dict().get("num_hidden_layers", 0) - 1
     assert all(f".layers.{last}." in name for name in left_out)
@@ -146,9 +152,9 @@ def test_adapters_and_a_full_projector_on_a_quantized_base(
     report = check_trains(wrapped, LORA_AND_PROJECTOR)
     language = report.parts["language"]
     assert language.how.endswith(", DoRA") == use_dora
-    assert set(report.adapted) == linears(tiny_model("llava15"), "language")
+    assert held(wrapped) == linears(tiny_model("llava15"), "language")
     sizes = {n: w.numel() for n, w in tiny_model("llava15").named_parameters()}
-    assert language.quantized == sum(sizes[f"{name}.weight"] for name in report.adapted)
+    assert language.quantized == sum(sizes[f"{name}.weight"] for name in held(wrapped))
     assert language.share == 1.0
     stir(wrapped)
     wrapped(**batch("llava15")).loss.backward()
@@ -182,7 +188,8 @@ def test_the_pattern_is_one_short_line_that_any_copy_of_the_model_takes(
     wrapped.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == config.target_modules
     again = PeftModel.from_pretrained(tiny_model(family), tmp_path, is_trainable=True)
-    assert set(check_trains(again, LORA).adapted) == set(check_trains(wrapped, LORA).adapted)
+    assert held(again) == held(wrapped)
+    check_trains(again, LORA)
     assert not any(".lora_" in name for name in again.merge_and_unload().state_dict())
 
 
@@ -200,8 +207,9 @@ def test_the_pattern_reaches_the_asked_layers_only(tiny_model: Callable[..., Any
 
 def test_named_layers_only(tiny_model: Callable[..., Any]) -> None:
     trains: Any = {"language": ["q_proj", "v_proj"], "vision": ["self_attn.q_proj"], "projector": ["linear_1"]}
-    report = check_trains(adapted(tiny_model("llava15"), trains), trains)
-    assert {name.rsplit(".", 1)[-1] for name in report.adapted} == {"q_proj", "v_proj", "linear_1"}
+    wrapped = adapted(tiny_model("llava15"), trains)
+    report = check_trains(wrapped, trains)
+    assert {name.rsplit(".", 1)[-1] for name in held(wrapped)} == {"q_proj", "v_proj", "linear_1"}
     assert {part: found.adapted_layers for part, found in report.parts.items()} == {
         "vision": 2,
         "projector": 1,
@@ -446,12 +454,36 @@ def test_experts_that_adapters_do_not_reach_show_in_the_share(tiny_model: Callab
     mlp.experts = nn.Parameter(torch.zeros(4, 64, 64))
     report = check_trains(adapted(model), LORA)
     sizes = {n: w.numel() for n, w in tiny_model("llava15").named_parameters()}
-    reached = sum(sizes[f"{name}.weight"] for name in report.adapted)
+    reached = sum(sizes[f"{name}.weight"] for name in held(model))
     assert report.parts["language"].share == pytest.approx(reached / (reached + mlp.experts.numel()))
     assert "100%" not in report.lines()[3]
 
 
-def test_the_table_and_the_facts(tiny_model: Callable[..., Any]) -> None:
+def test_parameters_are_counted_by_part_as_what_they_stand_for(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llava15", quantization_config=nf4(tiny_model("llava15")), dtype=torch.bfloat16)
+    trains: Any = {"projector": "full"}
+    lora_config(model, trains)
+    found, plain = check_trains(model, trains).parts, tiny_model("llava15")
+    assert list(found) == [*PARTS, "total"]
+    parts = parts_of(plain)
+    for part in PARTS:
+        size = sum(weight.numel() for name, weight in plain.named_parameters() if part_of(name, parts) == part)
+        assert found[part].parameters == size
+        assert found[part].trainable == (size if part == "projector" else 0)
+    linears = sum(w.numel() for n, w in plain.named_parameters() if "language_model.layers" in n and w.ndim == 2)
+    assert (found["language"].quantized, found["language"].dtypes) == (linears, ("bfloat16", "uint8"))
+    assert (found["vision"].quantized, found["vision"].dtypes) == (0, ("bfloat16",))
+    assert found["total"].parameters == plain.num_parameters()
+
+
+def test_adapters_count_to_the_part_they_lie_in(tiny_model: Callable[..., Any]) -> None:
+    wrapped = adapted(tiny_model("llava15"))
+    size = sum(weight.numel() for weight in wrapped.parameters() if weight.requires_grad)
+    found = check_trains(wrapped, LORA).parts
+    assert found["language"].trainable == found["total"].trainable == size
+
+
+def test_the_table(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llava15", quantization_config=nf4(tiny_model("llava15")), dtype=torch.bfloat16)
     report = check_trains(adapted(model, LORA_AND_PROJECTOR, r=4, lora_alpha=8, use_dora=True), LORA_AND_PROJECTOR)
     lines = report.lines()
@@ -463,11 +495,11 @@ def test_the_table_and_the_facts(tiny_model: Callable[..., Any]) -> None:
     assert re.search(r" 14 +100% ", rows["language"])
     assert rows["language"].endswith("bfloat16, float32, uint8")
     assert rows["vision"].split()[1:5] == ["frozen", "0", "0%", "0"]
-    facts = json.loads(json.dumps(report.facts()))
-    assert facts["projector"]["how"] == "full"
-    assert facts["projector"]["trainable"] == facts["projector"]["parameters"]  # once, although PEFT holds two of it
-    assert facts["language"]["quantized"] == facts["total"]["quantized"] == 73728
-    assert facts["total"]["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    found = report.parts
+    assert found["projector"].how == "full"
+    assert found["projector"].trainable == found["projector"].parameters  # once, although PEFT holds two of it
+    assert found["language"].quantized == found["total"].quantized == 73728
+    assert found["total"].trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_the_check_sees_through_what_wraps_a_model(tiny_model: Callable[..., Any]) -> None:

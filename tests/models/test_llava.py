@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import (
     CLIPModel,
     CLIPVisionModel,
     GenerationConfig,
+    LlamaTokenizer,
+    LlavaProcessor,
     Qwen2Config,
     Qwen2ForCausalLM,
     set_seed,
@@ -26,6 +29,7 @@ from transformers import (
 
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops
 from vlm_sft.chat.collator import ChatCollator
+from vlm_sft.models import llava
 from vlm_sft.models.adapters import lora_config
 from vlm_sft.models.llava import assemble_llava, check_tower, plain_template
 from vlm_sft.models.loading import load_model, load_processor
@@ -135,8 +139,9 @@ def proven(model: Any, processor: Any) -> AuditReport:
     return report
 
 
-def test_every_part_has_the_asked_dtype(parts: tuple[Path, Path]) -> None:
-    model, _ = assemble_llava(*parts, seed=0, dtype=torch.bfloat16)
+def test_every_part_has_the_dtype_of_the_hardware(parts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llava, "best_dtype", lambda: torch.bfloat16)
+    model, _ = assemble_llava(*parts, seed=0)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
@@ -185,11 +190,22 @@ def test_every_answer_is_written_with_its_end_and_trained(assembled: tuple[Any, 
     assert report.prompts == {"equal those of inference": 2}
 
 
+def with_llama_tokenizer(processor: Any) -> Any:
+    """This processor with a `LlamaTokenizer` of the same vocabulary, whose first token alone begins with a blank."""
+    model = json.loads(processor.tokenizer.backend_tokenizer.to_str())["model"]
+    special = {"pad_token": "<pad>", "extra_special_tokens": ["<image>"]}
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True, **special)
+    settings = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return LlavaProcessor(processor.image_processor, tokenizer, patch_size=processor.patch_size, **settings)
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_caption_is_tokenized_as_if_it_stood_alone(legacy: bool, tiny_processor: Callable[..., Any]) -> None:
-    from vlm_sft.tools import tiny
-
-    _, processor = tiny.build("llava15", legacy_tokenizer=legacy)
+    processor = tiny_processor("llava15")
+    if not legacy:
+        processor = with_llama_tokenizer(processor)
+    assert processor.tokenizer.tokenize("<image>a")[1].startswith("▁") == legacy
     caption = "a cat and a dog.\n"
     talk = [
         {"role": "user", "content": [{"type": "image"}]},

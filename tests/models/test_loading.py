@@ -17,15 +17,20 @@ from peft import get_peft_model
 from PIL import Image
 from runs import Collate, rows
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from vlm_sft.models import loading
 from vlm_sft.models.adapters import check_trains, lora_config
 from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, training_base
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor
+from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, loaded_from
 from vlm_sft.models.quantization import check_quantized, nf4_config
-from vlm_sft.models.source import loaded_from
 from vlm_sft.tools import tiny
 
 TRAINS: Any = {"language": "lora", "projector": "full"}
@@ -206,7 +211,7 @@ def test_a_quantized_model_goes_to_the_gpu_of_its_process(
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    config = nf4_config(tiny_dir("llava15"), compute_dtype=torch.float32) if quantized else None
+    config = nf4_config(tiny.build("llava15")[0], compute_dtype=torch.float32) if quantized else None
     load_model(tiny_dir("llava15"), quantization_config=config, dtype="float32")
     assert asked["device_map"] == expected
     assert asked["use_safetensors"] is True
@@ -324,8 +329,7 @@ def test_an_evaluation_leaves_4_bit_weights_as_they_were_loaded(
     # On this kind of CPU bitsandbytes packs them for a kernel without a backward pass.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     folder = tiny_dir("llava15")
-    config = nf4_config(folder, compute_dtype=torch.float32)
-    model = load_model(folder, quantization_config=config, dtype=torch.float32)
+    model = load_model(folder, load_in_4bit=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         model.eval()(**batch("llava15"))
@@ -359,8 +363,7 @@ def test_weights_that_do_not_fit(fault: str, twin: Path) -> None:
 def adapted(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     """A DoRA adapter with a projector trained in full, on the LLaVA twin in NF4, as a run saves it; and its logits."""
     folder = tmp_path_factory.mktemp("adapter")
-    config = nf4_config(tiny_dir("llava15"), compute_dtype=torch.float32)
-    model = load_model(tiny_dir("llava15"), quantization_config=config)
+    model = load_model(tiny_dir("llava15"), load_in_4bit=True)
     wrapped = get_peft_model(model, lora_config(model, TRAINS, use_dora=True))
     torch.manual_seed(0)
     for weight in wrapped.parameters():

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
 
 from vlm_sft.models.parts import PARTS, part_of, parts_of
 from vlm_sft.tools import tiny
@@ -38,7 +37,7 @@ ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
 
 
-def picture(seed: int, *, width: int = 40, height: int = 28) -> Image.Image:
+def pixels_of(seed: int, *, width: int = 40, height: int = 28) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -60,7 +59,7 @@ def test_folder_gives_the_same_processor_and_logits(
     family: str, tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]
 ) -> None:
     model, processor = tiny.build(family)
-    built, loaded = batch_of(processor, picture(0)), batch_of(tiny_processor(family), picture(0))
+    built, loaded = batch_of(processor, pixels_of(0)), batch_of(tiny_processor(family), pixels_of(0))
     assert built.keys() == loaded.keys()
     assert all(torch.equal(built[key], loaded[key]) for key in built)
     with torch.no_grad():
@@ -72,7 +71,7 @@ def test_placeholders_are_as_many_as_features(
     family: str, tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]
 ) -> None:
     model = tiny_model(family)
-    batch = batch_of(tiny_processor(family), picture(0), picture(1, width=90, height=40))
+    batch = batch_of(tiny_processor(family), pixels_of(0), pixels_of(1, width=90, height=40))
     takes = inspect.signature(model.get_image_features).parameters
     with torch.no_grad():
         features = model.get_image_features(**{k: v for k, v in batch.items() if k in takes}).pooler_output
@@ -85,7 +84,7 @@ def test_answers_depend_on_the_image_and_on_positions(
     family: str, tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]
 ) -> None:
     model, processor = tiny_model(family), tiny_processor(family)
-    batch, other = batch_of(processor, picture(0)), batch_of(processor, picture(1))
+    batch, other = batch_of(processor, pixels_of(0)), batch_of(processor, pixels_of(1))
     with torch.no_grad():
         last = model(**batch).logits[0, -1]
         assert (model(**other).logits[0, -1] - last).abs().max() > 0.1
@@ -99,7 +98,7 @@ def test_gradient_reaches_every_part(
 ) -> None:
     model = tiny_model(family).train()
     parts = parts_of(model)
-    batch = batch_of(tiny_processor(family), picture(0))
+    batch = batch_of(tiny_processor(family), pixels_of(0))
     model(**batch, labels=batch["input_ids"]).loss.backward()
     reached = {
         part_of(name, parts)
@@ -121,7 +120,7 @@ def test_generation_ends_at_the_tokens_of_the_family(
     assert (settings.pad_token_id, settings.bos_token_id) == (id_of(pad), id_of(bos))
     assert processor.tokenizer.pad_token == pad
 
-    batch = batch_of(processor, picture(0), messages=[QUESTION])
+    batch = batch_of(processor, pixels_of(0), messages=[QUESTION])
     length = batch["input_ids"].shape[1]
     first = model.generate(**batch, do_sample=False, max_new_tokens=5)[0, length]
     # Were the first greedy token a stop token, generation would end after it.
@@ -202,15 +201,13 @@ def test_own_templates_render_what_the_hub_s_render(
         assert processor.tokenizer.decode(marked) == spoken
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_both_forms_of_the_llama_tokenizer_survive_the_folder(legacy: bool, tmp_path: Path) -> None:
-    tiny.save("llava15", tmp_path, legacy_tokenizer=legacy)
-    tokenizer = AutoProcessor.from_pretrained(tmp_path).tokenizer
-    assert (tokenizer.backend_tokenizer.pre_tokenizer is None) == legacy
-    assert (tokenizer.backend_tokenizer.normalizer is not None) == legacy
+def test_the_llama_tokenizer_of_the_hubs_files_survives_the_folder(tiny_processor: Callable[..., Any]) -> None:
+    tokenizer = tiny_processor("llava15").tokenizer
+    assert tokenizer.backend_tokenizer.pre_tokenizer is None
+    assert tokenizer.backend_tokenizer.normalizer is not None
     tokens = tokenizer.tokenize("<image>\nWhat")
-    # The normalizer writes a space at the start of every stretch of text, the pre-tokenizer only at the first.
-    assert tokens[1].startswith("▁") == legacy
+    # The normalizer writes a space at the start of every stretch of text.
+    assert tokens[1].startswith("▁")
     assert tokenizer("Hello")["input_ids"][0] == tokenizer.bos_token_id
 
 
@@ -223,7 +220,7 @@ def test_options_shape_the_twin() -> None:
     assert (text.hidden_size, text.num_hidden_layers) == (128, 3)
     assert (vision.hidden_size, vision.image_size, vision.patch_size) == (128, 48, 12)
     assert all(len(processor.tokenizer.tokenize(f"a {word}")) == 2 for word in words)
-    batch = batch_of(processor, picture(0))
+    batch = batch_of(processor, pixels_of(0))
     assert (batch["input_ids"] == model.config.image_token_id).sum() == 16
     assert torch.isfinite(model(**batch).logits).all()
 
@@ -232,7 +229,7 @@ def test_options_shape_the_twin() -> None:
 def test_every_family_takes_other_sizes(family: str) -> None:
     model, processor = tiny.build(family, hidden_size=128, num_layers=3, image_size=64, patch_size=16)
     with torch.no_grad():
-        logits = model(**batch_of(processor, picture(0, width=100, height=70))).logits
+        logits = model(**batch_of(processor, pixels_of(0, width=100, height=70))).logits
     assert logits.shape[-1] == model.config.get_text_config().vocab_size
     assert torch.isfinite(logits).all()
 
@@ -241,8 +238,8 @@ def test_faulty_options_are_named_all_at_once() -> None:
     with pytest.raises(ValueError, match=r"'llava'; the known ones are llava15, .*internvl") as error:
         tiny.build("llava")
     assert all(family in str(error.value) for family in tiny.FAMILIES)
-    with pytest.raises(ValueError, match=r"hidden_size=100.*num_layers=0.*image_size=36.*legacy_tokenizer=True"):
-        tiny.build("gemma3", hidden_size=100, num_layers=0, image_size=36, legacy_tokenizer=True)
+    with pytest.raises(ValueError, match=r"hidden_size=100.*num_layers=0.*image_size=36"):
+        tiny.build("gemma3", hidden_size=100, num_layers=0, image_size=36)
 
 
 def test_a_folder_is_written_once(tmp_path: Path) -> None:

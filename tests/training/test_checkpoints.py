@@ -26,7 +26,6 @@ from vlm_sft.models.adapters import lora_config
 from vlm_sft.models.fingerprints import read_training_base
 from vlm_sft.models.freezing import cast_trainable_to_fp32
 from vlm_sft.models.loading import load_model
-from vlm_sft.models.quantization import nf4_config
 from vlm_sft.tools import tiny
 from vlm_sft.training.checkpoints import (
     MANIFEST,
@@ -174,7 +173,7 @@ def test_a_resumed_4_bit_run_is_bit_equal(llava: Path, tmp_path: Path) -> None:
     """As a recipe takes it: DoRA in float32 on NF4, and a projector in full."""
 
     def run() -> dict[str, torch.Tensor]:
-        model = load_model(llava, quantization_config=nf4_config(llava, compute_dtype=torch.float32))
+        model = load_model(llava, load_in_4bit=True)
         config = lora_config(model, {"language": "lora", "projector": "full"}, r=4, use_dora=True, lora_dropout=0.1)
         trainer = untrained(llava, tmp_path, model=model, peft_config=config)
         cast_trainable_to_fp32(trainer.model)

@@ -1,19 +1,18 @@
 """What trains, in one sentence: `TRAINS = {"language": "lora"}`. `lora_config` makes it so, `check_trains` proves it.
 
-A part is adapted ("lora"), adapted in the layers of these names (["q_proj", "v_proj"]), trained whole ("full"), or not
-named and frozen. A bare name such as `q_proj` given to PEFT also matches the vision tower, and a list that matches in
-part passes without a word (PEFT 0.21). So the pattern is written from the model's own modules, and what trains is
-judged again, parameter by parameter, on the model that the trainer holds.
+A part is adapted ("lora"), adapted in layers of these names (["q_proj", "v_proj"]), trained whole ("full"), or not
+named and frozen. PEFT 0.21 matches a bare name in the tower too, and a list that matches in part passes without a word.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
+from math import prod
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftModel
@@ -22,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from vlm_sft.common import is_quantized, listed
-from vlm_sft.models.freezing import Counts, count_parameters, size_of
+from vlm_sft.models.hardware import dtype_name
 from vlm_sft.models.parts import PARTS, ModelParts, part_of, parts_of, root_of
 from vlm_sft.upstream import lacks_dora
 
@@ -30,9 +29,16 @@ Trains = Mapping[str, Literal["lora", "full"] | Sequence[str]]
 
 
 @dataclass(frozen=True)
-class PartReport(Counts):
-    """How a part trains. `share` is that of its matrices, embedding tables aside, that training reaches."""
+class PartReport:
+    """How a part trains. `share` is that of its matrices, embedding tables aside, that training reaches.
 
+    Two 4-bit parameters in one byte count as two; what PEFT trains a copy of counts once.
+    """
+
+    parameters: int
+    trainable: int
+    quantized: int
+    dtypes: tuple[str, ...]
     how: str
     adapted_layers: int
     share: float
@@ -43,8 +49,6 @@ class TrainsReport:
     """What `check_trains` found, part by part."""
 
     parts: Mapping[str, PartReport]
-    adapted: tuple[str, ...]
-    """Full paths of the layers that hold adapters."""
 
     def lines(self) -> list[str]:
         """A table of six lines."""
@@ -56,10 +60,6 @@ class TrainsReport:
             numbers = f"{found.adapted_layers:>6}{share:>10}{found.trainable:>15,}{found.parameters:>16,}"
             lines.append(f"{part:<11}{found.how:<{width}}{numbers}  {', '.join(found.dtypes)}".rstrip())
         return lines
-
-    def facts(self) -> dict[str, Any]:
-        """The same as plain values, for run.json."""
-        return {part: asdict(found) for part, found in self.parts.items()}
 
 
 def lora_config(
@@ -79,9 +79,7 @@ def lora_config(
     The projector is adapted in all its linear layers, or trained whole and saved with the adapters, except for a bare
     parameter such as LLaVA-NeXT's `image_newline`: PEFT saves modules only.
 
-    Raises ValueError for all that cannot be meant or made: an unknown part or word, a part without linear layers, a
-    name that matches nothing, a quantized part in full, a whole tower next to adapters, a setting out of range, DoRA on
-    a layer type that has none.
+    Raises ValueError for all that cannot be meant or made, such as a quantized part in full.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -134,22 +132,18 @@ def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
     asked = set(plan.layers)
     unused = {name for name in held.keys() - asked if _is_unused(name, plan.base.config, plan.parts)}
     dora = {name for name, module in held.items() if len(module.lora_magnitude_vector)}
-    adapters, own = defaultdict(list), {}
-    for name, parameter in plan.base.named_parameters():
-        if adapter := re.match(r"(.*)\.lora_", name):
-            adapters[adapter[1]].append(parameter)
-        else:
-            own[name] = parameter
+    trainable = {name: parameter.requires_grad for name, parameter in plan.base.named_parameters()}
+    own = {name for name in trainable if ".lora_" not in name}
     # Beside adapters PEFT trains a copy of the whole projector, and saves modules only.
     full = {n for n in own if trains.get(part_of(n, plan.parts)) == "full" and ".original_module." not in n}
     bare = full & {*plan.parts.projector} if held else set()
     full -= bare
-    trained = {name for name, parameter in own.items() if parameter.requires_grad}
+    trained = {name for name in own if trainable[name]}
     differences = {
         "layers asked for are not adapted": asked - held.keys(),
         "layers are adapted and not asked for": held.keys() - asked - unused,
         "tower layers are adapted whose output the model drops, so that no gradient arrives": unused,
-        "adapted layers are frozen": {n for n in held if not all(weight.requires_grad for weight in adapters[n])},
+        "adapted layers are frozen": {n.partition(".lora_")[0] for n in trainable.keys() - own if not trainable[n]},
         "layers are without DoRA, while others have it": held.keys() - dora if dora else set(),
         "weights train and should not": trained - full,
         "weights should train in full and do not": full - trained,
@@ -159,7 +153,7 @@ def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
             f"What trains differs from TRAINS={dict(trains)}. {'; '.join(found)}. Give lora_config the same TRAINS and "
             "SFTTrainer its result as peft_config, and set no requires_grad afterwards."
         )
-    return TrainsReport(_report(plan, trains, held, bare), tuple(held))
+    return TrainsReport(_report(plan, trains, held, bare))
 
 
 class _Plan:
@@ -172,39 +166,41 @@ class _Plan:
         self.modules = _modules(self.base)
         linears = _linears(self.base, self.modules, self.parts)
         self.layers: list[str] = []
+        self.whole: list[str] = []
         faults = []
         weights: dict[str, list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.base.named_parameters():
             weights[part_of(name, self.parts)].append(parameter)
         for part, how in trains.items():
-            if how == "full":
-                faults += self._faults_of_full(part, weights[part], trains)
-                continue
             chosen = linears[part]
-            kinds = sorted({path.rpartition(".")[2] for path in chosen})
+            if how == "full":
+                if packed := sum(map(is_quantized, weights[part])):
+                    faults.append(
+                        f"{packed} weights of {part!r} are quantized and cannot train in full; load without "
+                        "quantization (no --load_in_4bit; nf4_config leaves all but the language model in 16 bit), or "
+                        "adapt it"
+                    )
+                elif not weights[part] and not (part == "head" and trains.get("language") == "full"):
+                    faults.append(f"{part!r} has no parameters of its own; a shared head trains with 'language'")
+                continue
             if not chosen:
                 faults.append(f'{part!r} has no linear layers to adapt; "full" trains it whole')
             elif how != "lora":
+                kinds = sorted({path.rpartition(".")[2] for path in chosen})
                 matched = {name: {path for path in chosen if f".{path}".endswith(f".{name}")} for name in how}
                 lost = [name for name in how if not matched[name]]
                 faults += [f"{name!r} matches no linear layer of {part!r}, which are {kinds}" for name in lost]
                 chosen = [path for path in chosen if any(path in paths for paths in matched.values())]
             self.layers += chosen
-        self.whole = _whole(self.modules, self.parts) if trains.get("projector") == "full" and self.layers else []
-        if self.layers and trains.get("projector") == "full" and not self.whole:
-            faults.append(f"'projector' is {listed(self.parts.projector)}, which is not a module: PEFT cannot save it")
+        if self.layers and trains.get("projector") == "full":
+            for path in filter(self.modules.__contains__, self.parts.projector):
+                # A ModuleList as its items, since PEFT's wrapper cannot be indexed.
+                is_list = isinstance(self.modules[path], nn.ModuleList)
+                self.whole += [f"{path}.{n}" for n, _ in self.modules[path].named_children()] if is_list else [path]
+            if not self.whole:
+                faults.append(f"'projector' is {listed(self.parts.projector)}, not a module: PEFT cannot save it")
         if faults:
             raise ValueError(f"TRAINS={dict(trains)}: {'; '.join(faults)}.")
-
-    def _faults_of_full(self, part: str, weights: Collection[nn.Parameter], trains: Trains) -> list[str]:
-        if packed := sum(is_quantized(parameter) for parameter in weights):
-            return [
-                f"{packed} weights of {part!r} are quantized and cannot train in full; load without quantization (no "
-                "--load_in_4bit; nf4_config leaves all but the language model in 16 bit), or adapt it"
-            ]
-        if not weights and not (part == "head" and trains.get("language") == "full"):
-            return [f"{part!r} has no parameters of its own; a head that shares the embedding trains with 'language'"]
-        return []
 
 
 def _refuse_unknown(trains: Trains) -> None:
@@ -278,16 +274,6 @@ def _is_unused(name: str, config: PreTrainedConfig, parts: ModelParts) -> bool:
     return int(layer[1]) >= max(state if state >= 0 else layers + 1 + state for state in states)
 
 
-def _whole(modules: Mapping[str, nn.Module], parts: ModelParts) -> list[str]:
-    """The projector's modules; a ModuleList as its items, since PEFT's wrapper cannot be indexed."""
-    whole = []
-    for path in parts.projector:
-        module = modules.get(path)
-        if module is not None:
-            whole += [f"{path}.{n}" for n in range(len(module))] if isinstance(module, nn.ModuleList) else [path]
-    return whole
-
-
 def _pattern(layers: Sequence[str], modules: Collection[str]) -> str:
     r"""One pattern that PEFT full-matches: `\d+` where it reaches asked layers only, else their numbers.
 
@@ -308,28 +294,33 @@ def _pattern(layers: Sequence[str], modules: Collection[str]) -> str:
 
 def _report(plan: _Plan, trains: Trains, held: Mapping[str, Any], bare: Collection[str]) -> dict[str, PartReport]:
     """How each part trains, and all together (`total`)."""
-    matrices: dict[str, int] = defaultdict(int)
-    reached: dict[str, int] = defaultdict(int)
+    counts: dict[str, Counter[str]] = {part: Counter() for part in (*PARTS, "total")}
+    dtypes: dict[str, set[str]] = defaultdict(set)
     tables = {f"{name}.weight" for name, module in plan.modules.items() if isinstance(module, nn.Embedding)}
     for name, parameter in plan.base.named_parameters():
-        whole, path = ".original_module." in name, re.sub(r"\.(base_layer|original_module)\.", ".", name)
-        matrix = parameter.ndim > 1 or getattr(parameter, "quant_state", None) is not None
-        if not matrix or path in tables or ".lora_" in name or ".modules_to_save." in name:
-            continue
-        trained = parameter.requires_grad or whole or path.rpartition(".")[0] in held
+        packing = getattr(parameter, "quant_state", None)
+        size = parameter.numel() if packing is None else prod(packing.shape)
+        copied, path = ".original_module." in name, re.sub(r"\.(base_layer|original_module)\.", ".", name)
+        matrix = (parameter.ndim > 1 or packing is not None) and path not in tables
+        matrix &= ".lora_" not in name and ".modules_to_save." not in name
+        reached = matrix and (parameter.requires_grad or copied or path.rpartition(".")[0] in held)
         for part in (part_of(name, plan.parts), "total"):
-            matrices[part] += size_of(parameter)
-            reached[part] += size_of(parameter) * trained
+            counts[part].update(matrices=size * matrix, reached=size * reached)
+            if not copied:
+                quantized, trainable = size * is_quantized(parameter), size * parameter.requires_grad
+                counts[part].update(parameters=size, trainable=trainable, quantized=quantized)
+                dtypes[part].add(dtype_name(parameter.dtype))
     reports = {}
-    for part, counts in count_parameters(plan.base).items():
+    for part, count in counts.items():
         layers = [held[name] for name in held if part in ("total", part_of(name, plan.parts))]
         how = "frozen" if part in PARTS else ""
         if layers and part in PARTS:
             how = _settings(layers) + (f" on {', '.join(trains[part])}" if trains[part] != "lora" else "")
         elif trains.get(part) == "full":
             how = "full" + (f" but {listed(bare)}, which PEFT cannot save" if bare else "")
-        share = reached[part] / matrices[part] if matrices[part] else float(counts.trainable > 0)
-        reports[part] = PartReport(**vars(counts), how=how, adapted_layers=len(layers), share=share)
+        share = count["reached"] / count["matrices"] if count["matrices"] else float(count["trainable"] > 0)
+        sizes = count["parameters"], count["trainable"], count["quantized"]
+        reports[part] = PartReport(*sizes, tuple(sorted(dtypes[part])), how, len(layers), share)
     return reports
 
 

@@ -17,17 +17,13 @@ from vlm_sft.models.hardware import dtype_name
 from vlm_sft.upstream import commit_of
 
 TRAINING_BASE = "training_base.json"
-RATES = "rates_by_part"
-"""The keyword by which an optimizer learns its rates, and the default under which it keeps them."""
-
 _SAMPLES = 16
 
 
 def plain(value: Mapping[str, Any]) -> dict[str, Any]:
     """The mapping as it reads back from JSON: sets sorted to lists, enums and dtypes as text."""
     text = json.dumps(value, default=lambda item: sorted(item) if isinstance(item, set) else str(item))
-    result: dict[str, Any] = json.loads(text)
-    return result
+    return json.loads(text)  # type: ignore[no-any-return]
 
 
 def differences(recorded: Any, found: Any, *, path: str = "") -> list[str]:
@@ -93,11 +89,10 @@ def weight_differences(recorded: Mapping[str, str], found: Mapping[str, str]) ->
     return faults
 
 
-def read_training_base(folder: Path) -> dict[str, Any] | None:
+def read_training_base(folder: Path) -> Any:
     """What `training_base` recorded next to an adapter; None where nothing is."""
     file = folder / TRAINING_BASE
-    recorded: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return recorded
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def model_settings(model: Any) -> dict[str, Any]:

@@ -1,12 +1,7 @@
-"""A frozen tower costs no backward pass, what trains is in a precision that can, and a table shows all parts."""
+"""A frozen tower costs no backward pass, and what trains is in a precision that can."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -15,19 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlm_sft.common import base_of, is_quantized, listed
-from vlm_sft.models.hardware import dtype_name
-from vlm_sft.models.parts import PARTS, ModelParts, part_of, parts_of
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many parameters a part has, as what they stand for where two 4-bit ones share a byte."""
-
-    parameters: int
-    trainable: int
-    quantized: int
-    dtypes: tuple[str, ...]
+from vlm_sft.common import base_of
+from vlm_sft.models.parts import ModelParts, part_of, parts_of
 
 
 def detach_frozen_tower(model: PreTrainedModel) -> None:
@@ -49,32 +33,14 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
     """Puts the trainable parameters into float32: what fp16 training needs, and bf16 training of whole parts.
 
     A bfloat16 weight of 0.02 cannot move by less than 6e-5, which an AdamW step at a learning rate of 2e-5 never
-    reaches. Call it after the Trainer is made (TRL 1.16 casts the adapters of a quantized base to bfloat16) and
-    before `train()`. The forward pass then needs the autocast that `bf16=True` or `fp16=True` brings.
+    reaches; the gradient scaler of fp16 unscales float32 alone. `prove` calls it, after the Trainer is made: TRL 1.16
+    casts the adapters of a quantized base to bfloat16. The forward pass then needs autocast.
+
+    Raises ValueError for a SmolVLM whose embeddings are then in another dtype than its tower.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
-
-
-def check_precision(model: nn.Module, *, fp16: bool) -> None:
-    """Refuses trainable parameters that the precision of this run cannot train.
-
-    Raises ValueError for float16 ones, and with `fp16=True` for any but float32: the gradient scaler unscales no
-    others. And for a SmolVLM whose embeddings are in another dtype than its tower. Warns of bfloat16 ones outside
-    adapters, which lose small updates.
-    """
-    names: dict[str, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            names[dtype_name(parameter.dtype)].append(name)
-    refused = {dtype: found for dtype, found in names.items() if dtype == "float16" or (fp16 and dtype != "float32")}
-    if refused:
-        faults = "; ".join(f"{len(found)} in {dtype} ({listed(found)})" for dtype, found in refused.items())
-        raise ValueError(
-            f"fp16={fp16} and trainable parameters that it cannot train: {faults}. Call "
-            "cast_trainable_to_fp32(trainer.model) before train(), or train in bf16."
-        )
     base = base_of(model)
     # It casts the features of an image to the dtype of its first parameter, and merges them with the embeddings
     # (transformers 5.23, modeling_smolvlm.py).
@@ -83,38 +49,6 @@ def check_precision(model: nn.Module, *, fp16: bool) -> None:
             f"The tower is in {base.dtype} and the embeddings in {held}, which SmolVLM cannot merge; load it with "
             'load_model(dtype="float32"): bf16=True or fp16=True still computes in 16 bit.'
         )
-    if lossy := [name for name in names["bfloat16"] if ".lora_" not in name]:
-        warnings.warn(
-            f"{len(lossy)} weights outside adapters train in bfloat16 ({listed(lossy)}), where an update much smaller "
-            "than the weight has no effect; call cast_trainable_to_fp32(trainer.model) before train().",
-            stacklevel=2,
-        )
-
-
-def parameter_table(model: nn.Module) -> str:
-    """One line a part: parameters, how many of them train, how many are quantized, and their dtypes."""
-    lines = [f"{'part':<11}{'parameters':>16}{'trainable':>16}{'quantized':>16}  dtypes"]
-    for part, of in count_parameters(model).items():
-        numbers = f"{of.parameters:>16,}{of.trainable:>16,}{of.quantized:>16,}"
-        lines.append(f"{part:<11}{numbers}  {', '.join(of.dtypes)}".rstrip())
-    return "\n".join(lines)
-
-
-def count_parameters(model: nn.Module) -> dict[str, Counts]:
-    """The counts of each part and of all together (`total`), without what PEFT trains a copy of."""
-    parts = parts_of(model)
-    by_part: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
-    for name, parameter in model.named_parameters():
-        if ".original_module." not in name:
-            by_part[part_of(name, parts)].append(parameter)
-    by_part["total"] = [parameter for members in by_part.values() for parameter in members]
-    return {part: _count(members) for part, members in by_part.items()}
-
-
-def size_of(parameter: Any) -> int:
-    """Weights held, also where two 4-bit ones share a byte."""
-    packing = getattr(parameter, "quant_state", None)
-    return math.prod(packing.shape) if packing is not None else parameter.numel()
 
 
 def _mark_embeddings(model: Any, *, parts: ModelParts) -> None:
@@ -130,11 +64,3 @@ def _unmark_embeddings(model: Any, *, parts: ModelParts) -> None:
     type(model).disable_input_require_grads(model)
     for path in parts.language:
         model.get_submodule(path).disable_input_require_grads()
-
-
-def _count(members: Iterable[nn.Parameter]) -> Counts:
-    groups = (members, [p for p in members if p.requires_grad], [p for p in members if is_quantized(p)])
-    parameters, trainable, quantized = (sum(map(size_of, group)) for group in groups)
-    return Counts(
-        parameters, trainable, quantized, tuple(sorted({dtype_name(parameter.dtype) for parameter in members}))
-    )

@@ -1,7 +1,12 @@
-"""A LLaVA from its parts: a CLIP tower, a new projector, and a text model of the Llama or Qwen kind."""
+"""A LLaVA from its parts: a CLIP tower, a new projector, and a text model of the Llama or Qwen kind.
+
+vicuna.jinja is conv_vicuna_v1 of haotian-liu/LLaVA, llava/conversation.py, without its system prompt, as
+llava-hf/llava-1.5-7b-hf; unlike there, it writes the end token, so that all that renders it shows what was trained.
+"""
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +24,23 @@ from transformers import (
 )
 from transformers.utils.hub import resolve_revision
 
+from vlm_sft.common import eos_ids
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.loading import check_weights
-from vlm_sft.models.source import first_line, place, read_config, record_source
+from vlm_sft.models.loading import check_weights, first_line, place, read_config, record_source
 
 # Models whose decoder takes embeddings as they are; Gemma, for one, would scale the features of an image.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
-# conv_vicuna_v1 of haotian-liu/LLaVA, llava/conversation.py, without its system prompt, as llava-hf/llava-1.5-7b-hf;
-# unlike there, the end token is written, so that every tool that renders a conversation sees what was trained.
-VICUNA_TEMPLATE = r"""
-{%- for turn in messages -%}
-    {%- set parts = [{'type': 'text', 'text': turn['content']}] if turn['content'] is string else turn['content'] -%}
-    {%- if turn['role'] == 'assistant' -%}
-        {{- 'ASSISTANT:' -}}
-        {%- generation -%}
-            {{- ' ' -}}
-            {%- for part in parts if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
-            {{- eos_token -}}
-        {%- endgeneration -%}
-    {%- else -%}
-        {%- if turn['role'] == 'user' -%}{{ 'USER: ' }}{%- endif -%}
-        {%- for part in parts if part['type'] == 'image' -%}{{ '<image>\n' }}{%- endfor -%}
-        {%- for part in parts if part['type'] == 'text' -%}{{ part['text'] ~ ' ' }}{%- endfor -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
-
 
 def assemble_llava(
-    vision_tower: str | Path,
-    language_model: str | Path,
-    *,
-    seed: int,
-    language_revision: str | None = None,
-    dtype: torch.dtype | str = "auto",
+    vision_tower: str | Path, language_model: str | Path, *, seed: int, language_revision: str | None = None
 ) -> tuple[Any, Any]:
     """A LLaVA-1.5 made of the two models' weights and a random projector, and the processor that goes with it.
 
     The projector is LLaVA's `mlp2x_gelu` with PyTorch's own initialisation, drawn from `seed`; the random state of the
     process stays as it was. The tower is read one layer before its last, without the class token. The tokenizer gains
-    `<image>`, and a pad token where it has none; the embedding grows to hold them, and never shrinks. `dtype="auto"` is
+    `<image>`, and a pad token where it has none; the embedding grows to hold them, and never shrinks. The dtype is
     `best_dtype()`. Which tower it was is kept in the config (`check_tower`). Source: arXiv 2310.03744.
 
     Raises ValueError for a tower that is not a CLIP, a text model that is none of `LANGUAGE_MODELS`, and weights that
@@ -69,10 +49,9 @@ def assemble_llava(
     vision_name, language_name = str(vision_tower), str(language_model)
     vision_revision = resolve_revision(vision_name)
     language_revision = resolve_revision(language_name, language_revision)
-    dtype = best_dtype() if dtype == "auto" else dtype
     _check_kinds(vision_name, vision_revision, language_name, language_revision)
-    vision = _load(CLIPVisionModel, vision_name, vision_revision, dtype)
-    language = _load(AutoModelForCausalLM, language_name, language_revision, dtype)
+    vision = _load(CLIPVisionModel, vision_name, vision_revision)
+    language = _load(AutoModelForCausalLM, language_name, language_revision)
 
     tokenizer: Any = AutoTokenizer.from_pretrained(language_name, revision=language_revision)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
@@ -98,15 +77,14 @@ def assemble_llava(
         torch.default_generator.manual_seed(seed)  # the CPU's, where all of it is drawn
         for layer in (projector.linear_1, projector.linear_2):
             layer.reset_parameters()
-        projector.to(dtype)
+        projector.to(language.dtype)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             # A multiple of 64, as LLaVA's, for the sake of the GPU's matrix units.
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     # Ids alone: how to sample stays with the text model, whose settings may not even be savable (Vicuna's).
-    ends = language.generation_config.eos_token_id
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted({tokenizer.eos_token_id} | ({*ends} if isinstance(ends, list) else {ends} - {None})),
+        eos_token_id=sorted({tokenizer.eos_token_id, *eos_ids(language.generation_config.eos_token_id)}),
         pad_token_id=tokenizer.pad_token_id,
     )
     processor = LlavaProcessor(  # type: ignore[no-untyped-call]
@@ -115,7 +93,7 @@ def assemble_llava(
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=VICUNA_TEMPLATE,
+        chat_template=(files("vlm_sft.models") / "vicuna.jinja").read_text("utf-8"),
     )
     detach_frozen_tower(model)
     for made in (model, processor):
@@ -124,14 +102,13 @@ def assemble_llava(
 
 
 def check_tower(name_or_path: str | Path, vision_tower: str | Path | None, *, revision: str | None = None) -> None:
-    """Raises ValueError unless the model was assembled on this tower, by the name that `assemble_llava` was given; with
-    None any tower is right. Reads the config alone."""
+    """Raises ValueError unless the model's config says that it was assembled on this tower; with None any will do."""
     if vision_tower is None:
         return
     config = read_config(name_or_path, revision=revision)
     recorded = getattr(config, "assembled_from", {}).get("vision_tower")
     if recorded != _short(vision_tower):
-        vision: Any = config.vision_config
+        vision = config.vision_config
         found = f"was assembled on {recorded!r}" if recorded else "has no record of its tower"
         raise ValueError(
             f"{config.name_or_path!r} {found} (width {vision.hidden_size}, {vision.num_hidden_layers} layers, "
@@ -172,9 +149,9 @@ def _check_kinds(vision: str, vision_revision: str | None, language: str, langua
         raise ValueError(f"A LLaVA cannot be assembled: {'; '.join(faults)}.")
 
 
-def _load(kind: Any, name: str, revision: str | None, dtype: torch.dtype | str) -> Any:
+def _load(kind: Any, name: str, revision: str | None) -> Any:
     # Also from .bin files, in which both of LLaVA's own parts come: transformers reads no code from them.
-    model, info = kind.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True)
+    model, info = kind.from_pretrained(name, revision=revision, dtype=best_dtype(), output_loading_info=True)
     # A CLIP with its text half has weights left over.
     check_weights(model, {"missing_keys": info["missing_keys"]}, place(name, revision))
     return model

@@ -1,5 +1,5 @@
-"""Processor and model as the recipes want them: precision and attention of this machine, one pinned revision, nothing
-missing, an adapter on the very base it was trained on; and the tower kept out of autograd while it is frozen.
+"""Processor and model in the precision and attention of this machine, at one revision, with no weight missing; an
+adapter on the very base it was trained on.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedModel,
-    ProcessorMixin,
 )
 from transformers.utils.hub import resolve_revision
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -33,13 +34,13 @@ from vlm_sft.models.fingerprints import read_training_base, training_base, weigh
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
 from vlm_sft.models.quantization import nf4_config
-from vlm_sft.models.source import existing, first_line, place, read_config, record_source
 from vlm_sft.upstream import TWO_WAY_IMAGES, fit_to_shards, keep_packing, limit_pixels, set_commit
 
 AutoModelForVision2Seq = AutoModelForImageTextToText
 """The name that transformers 5 dropped, for code that was written with it."""
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_SOURCE = "_vlm_sft_source"  # where a model or processor keeps what `loaded_from` returns; saved by neither
 
 
 def load_processor(
@@ -56,8 +57,7 @@ def load_processor(
     that resize by their number (Qwen-VL).
 
     Raises ValueError for a folder that does not exist, a text-only model, and `max_pixels` where the family has no such
-    limit; ImportError that names the missing package (torchvision for Qwen-VL, SmolVLM, InternVL and LLaVA-OneVision,
-    num2words for SmolVLM).
+    limit; ImportError that names the missing package, torchvision or num2words.
     """
     name = existing(name_or_path)
     revision = resolve_revision(name, revision)
@@ -65,6 +65,8 @@ def load_processor(
         processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             name, revision=revision, trust_remote_code=trust_remote_code
         )
+        if getattr(processor, "image_processor", None) is None:
+            raise ValueError(f"it is a {type(processor).__name__} without an image processor")
     except (AttributeError, ImportError) as error:
         missing = [package for package in ("torchvision", "num2words") if importlib.util.find_spec(package) is None]
         if not missing:
@@ -75,14 +77,9 @@ def load_processor(
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No processor in {place(name, revision)}: {first_line(error)}. Give the folder or Hub name of a "
-            "vision-language model; a text-only model has no image processor."
+            f"No processor for images in {place(name, revision)}: {first_line(error)}. Give the folder or Hub name of "
+            "a vision-language model, not of a text-only model."
         ) from error
-    if not isinstance(processor, ProcessorMixin) or getattr(processor, "image_processor", None) is None:
-        raise ValueError(
-            f"{name!r} holds a {type(processor).__name__} and no image processor: a text-only model? Give a "
-            "vision-language model such as llava-hf/llava-1.5-7b-hf."
-        )
     tokenizer: Any = processor.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -98,12 +95,11 @@ def load_model(
     load_in_4bit: bool = False,
     quantization_config: BitsAndBytesConfig | str | None = "auto",
     dtype: torch.dtype | str = "auto",
-    attn_implementation: str | None = "auto",
+    attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     base_model: str | Path | None = None,
     is_trainable: bool = False,
-    dequantize: bool = False,
     device_map: Any = None,
 ) -> Any:
     """A vision-language model, or from an adapter's folder its base with the adapter on it (a PeftModel).
@@ -111,12 +107,11 @@ def load_model(
     - `dtype="auto"` is `best_dtype()`, and `quantization_config="auto"` none; for an adapter both are those of its base
       in training (where nothing records them, the base's own dtype and none).
     - `load_in_4bit=True` quantizes the language model alone, by `nf4_config`.
-    - `attn_implementation="auto"` is FlashAttention 2 where it is installed, the GPU (Ampere or newer) and the model
-      take it; else, and with None, what transformers chooses: PyTorch's SDPA.
+    - `attn_implementation` is by default FlashAttention 2 where it is installed and the GPU (Ampere or newer) and the
+      model take it; else what transformers chooses, PyTorch's SDPA.
     - A quantized model goes to the GPU of this process (LOCAL_RANK); any other stays on the CPU for the Trainer.
     - `revision` is resolved to its commit once, and recorded in the model's config.
-    - For an adapter, `base_model` takes the place of the base that it names, `is_trainable` leaves it trainable, and
-      `dequantize` puts the base back into 16 bit, with the values that training saw.
+    - For an adapter, `base_model` takes the place of the base that it names; `is_trainable` leaves it trainable.
     - Only safetensors are read. A weight that is missing, left over or of another shape is an error.
 
     A frozen tower stays out of autograd (`detach_frozen_tower`), or a line says that the parts cannot be told.
@@ -135,7 +130,7 @@ def load_model(
         options["dtype"] = best_dtype() if dtype == "auto" else dtype
         model = base = _read_model(name, revision, **options)
     else:
-        model = _read_adapted(name, revision, base_model, is_trainable, dequantize, **options)
+        model = _read_adapted(name, revision, base_model, is_trainable, **options)
         base = base_of(model)
     try:
         detach_frozen_tower(base)
@@ -147,49 +142,81 @@ def load_model(
 
 def check_weights(model: Any, info: Mapping[str, Any], at: str) -> None:
     """Raises ValueError for weights that from_pretrained found missing, left over or of another shape."""
-    unfit = [f"{len(keys)} {kind} ({listed([str(key) for key in keys])})" for kind, keys in info.items() if keys]
-    if unfit:
+    if unfit := [f"{len(keys)} {kind} ({listed([*map(str, keys)])})" for kind, keys in info.items() if keys]:
         raise ValueError(
             f"The weights in {at} do not fit {type(model).__name__}: {'; '.join(unfit)}. Give the complete checkpoint "
             "of this very model."
         )
 
 
-def _read_model(
-    name: str,
-    revision: str | None,
-    *,
-    quantization_config: Any,
-    dtype: torch.dtype | str,
-    attn_implementation: str | None,
-    device_map: Any,
-    trust_remote_code: bool,
-) -> Any:
-    config: Any = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
+def loaded_from(model_or_processor: Any) -> tuple[str, str | None]:
+    """The name or folder that `load_model` or `load_processor` was given, and the commit; else what transformers knows,
+    and None."""
+    named = getattr(model_or_processor, "config", None) or getattr(model_or_processor, "tokenizer", None)
+    known = (str(getattr(named, "name_or_path", "")), None)
+    return getattr(model_or_processor, _SOURCE, known)
+
+
+def record_source(model_or_processor: Any, name: str, revision: str | None) -> None:
+    """Keeps what `loaded_from` returns."""
+    setattr(model_or_processor, _SOURCE, (name, getattr(revision, "resolved", revision)))
+
+
+def read_config(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config of a vision-language model. Raises ValueError where there is none, and for a text-only model."""
+    name = existing(name_or_path)
+    at = place(name, revision)
+    try:
+        config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"No model in {at}: {first_line(error)}. Give its folder or Hub name.") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
+        raise ValueError(
+            f"{at} is a {config.model_type!r} model, which takes no images; give a vision-language model such as "
+            "llava-hf/llava-1.5-7b-hf."
+        )
+    return config
+
+
+def existing(name_or_path: str | Path | None) -> str:
+    """The folder or Hub name as given; ValueError where it can be neither."""
+    name = str(name_or_path)
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(f"No folder {name!r} (from {Path.cwd()}), and no Hub name is written so.")
+    return name
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def place(name: str, revision: str | None) -> str:
+    """The name for an error, and what it was taken for: a slip in a folder's name makes a Hub name of it."""
+    if Path(name).is_dir():
+        return repr(name)
+    return f"{name!r} (no such folder; treated as a Hub name, revision {revision or 'main'})"
+
+
+def _read_model(name: str, revision: str | None, *, attn_implementation: str | None, **options: Any) -> Any:
+    config: Any = read_config(name, revision=revision, trust_remote_code=options["trust_remote_code"])
     if attn_implementation == "flash_attention_2" and config.model_type in TWO_WAY_IMAGES:
         raise ValueError(
             f"attn_implementation='flash_attention_2': in {config.model_type} the tokens of an image see each other in "
             "both directions, and FlashAttention would hide half of them; use 'sdpa'."
         )
-    if (
-        device_map is None
-        and torch.cuda.is_available()
-        and (quantization_config or getattr(config, "quantization_config", None))
-    ):
-        device_map = {"": int(os.environ.get("LOCAL_RANK", 0))}  # it must not move later
+    quantized = options["quantization_config"] or getattr(config, "quantization_config", None)
+    if quantized and options["device_map"] is None and torch.cuda.is_available():
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}  # it must not move later
     from_pretrained: Any = AutoModelForImageTextToText.from_pretrained
     try:
         model, info = from_pretrained(
             name,
             revision=revision,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            quantization_config=quantization_config,
-            device_map=device_map,
-            attn_implementation=None if attn_implementation == "auto" else attn_implementation,
+            attn_implementation=attn_implementation,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # `check_weights` names them
             output_loading_info=True,
+            **options,
         )
     except OSError as error:
         raise ValueError(
@@ -197,7 +224,7 @@ def _read_model(
             "read; save the model again with save_pretrained."
         ) from error
     check_weights(model, info, place(name, revision))
-    if attn_implementation == "auto" and _flash_attention_runs(model):
+    if attn_implementation is None and _flash_attention_runs(model):
         with contextlib.suppress(ValueError):  # this model has no FlashAttention
             model.set_attn_implementation("flash_attention_2")
     set_commit(model.config, revision)
@@ -206,9 +233,7 @@ def _read_model(
     return model
 
 
-def _read_adapted(
-    name: str, revision: str | None, base_model: Any, is_trainable: bool, dequantize: bool, **options: Any
-) -> PeftModel:
+def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable: bool, **options: Any) -> PeftModel:
     folder = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
     adapter = PeftConfig.from_pretrained(folder)
     if not Path(folder, ADAPTER_WEIGHTS).is_file():
@@ -233,8 +258,6 @@ def _read_adapted(
             f"{base.name_or_path!r} is not the base that the adapter in {folder!r} was trained on; {len(other)} of "
             f"{len(trained_on['weights'])} weights differ: {'; '.join(other[:3])}. Pass base_model= the right one."
         )
-    if dequantize:
-        base = base.dequantize(dtype=base.dtype)
     if Path(folder, "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)
     try:
@@ -253,7 +276,7 @@ def _read_adapted(
     return model
 
 
-def _flash_attention_runs(model: PreTrainedModel) -> bool:
+def _flash_attention_runs(model: Any) -> bool:
     return (
         is_flash_attn_2_available()
         and torch.cuda.get_device_capability() >= (8, 0)

@@ -1,8 +1,7 @@
-"""Where the vision tower, the projector, the language model and its head lie in a model, asked of the model itself.
+"""Where vision tower, projector, language model and head lie in a model, asked of the model itself.
 
-`parts_of` is what quantization, adapters, freezing and learning rates go by. The accessors of transformers 5.23 name
-three of the four parts; the projector is the rest. `INSIDE_TOWER` lists the families whose projector lies inside the
-tower, and `register_parts` settles whatever cannot be told.
+Quantization, adapters, freezing and learning rates go by it. The accessors of transformers 5.23 name three of the four
+parts; the projector is the rest. `register_parts` settles whatever cannot be told.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ class ModelParts:
     """Full paths of the four parts, from the root of the `...ForConditionalGeneration` model.
 
     A path is a module, or a parameter that no part's module holds (LLaVA-NeXT's `model.image_newline`). Paths may
-    nest: the most specific one wins. Qwen's `model.visual.merger` is therefore projector although `model.visual` is
-    vision. Ask `part_of` and never compare prefixes by hand.
+    nest (Qwen's `model.visual.merger` in `model.visual`): ask `part_of`, and compare no prefixes by hand.
     """
 
     vision: tuple[str, ...]
@@ -80,8 +78,8 @@ def register_parts(
 def parts_of(model_or_config: nn.Module | PreTrainedConfig) -> ModelParts:
     """The parts of a model, also of one wrapped by PEFT, DistributedDataParallel or torch.compile; or of a config's.
 
-    Raises ValueError where they cannot be told, with the model's own modules: a part is missing, one lies inside
-    another, or there is a second tower; and for a registered path that the model lacks.
+    Raises ValueError where they cannot be told (a part is missing, one lies inside another, a second tower), and for a
+    registered path that the model lacks; with the model's own modules.
     """
     model: Any = root_of(model_or_config)
     model_type = model.config.model_type
@@ -102,10 +100,12 @@ def parts_of(model_or_config: nn.Module | PreTrainedConfig) -> ModelParts:
 def part_of(name: str, parts: ModelParts) -> Part:
     """The part that a parameter or module lies in: that of the longest path at or above the name.
 
-    Names from `named_parameters()` or `named_modules()`, also those of a model wrapped by PEFT,
-    DistributedDataParallel or torch.compile. Raises ValueError for a name outside every part.
+    Names from `named_parameters()` or `named_modules()`, also of a model wrapped by PEFT, DistributedDataParallel or
+    torch.compile. Raises ValueError for a name outside every part.
     """
-    bare = _unwrapped(name)
+    bare = name
+    while wrapper := next((prefix for prefix in _WRAPPERS if bare.startswith(prefix)), None):
+        bare = bare.removeprefix(wrapper)
     found = [(len(path), part) for part in PARTS for path in getattr(parts, part) if f"{bare}.".startswith(f"{path}.")]
     if not found:
         raise ValueError(f"{name!r} lies in none of {parts}; settle them with vlm_sft.register_parts.")
@@ -118,17 +118,13 @@ def root_of(model_or_config: Any) -> PreTrainedModel:
         try:
             return on_meta(model_or_config)  # type: ignore[no-any-return]
         except ValueError as error:
-            raise ValueError(
-                f"{model_or_config.model_type!r} is not the model_type of a vision-language model that transformers "
-                f"knows: {str(error).strip().splitlines()[0]}"
-            ) from error
+            kind = model_or_config.model_type
+            raise ValueError(f"{kind!r} is not the model_type of a vision-language model in transformers.") from error
     modules = model_or_config.modules() if isinstance(model_or_config, nn.Module) else ()
     root = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
     if root is None:
-        raise ValueError(
-            f"{type(model_or_config).__name__} is not a model of transformers, nor its config; give what load_model or "
-            "AutoModelForImageTextToText returns."
-        )
+        kind = type(model_or_config).__name__
+        raise ValueError(f"{kind} is not a model of transformers, nor its config; give what load_model returns.")
     return root
 
 
@@ -185,9 +181,3 @@ def _outline(model: nn.Module) -> str:
     """The upper modules of a model, by its parameters."""
     names = [name.split(".") for name, _ in model.named_parameters(remove_duplicate=False)]
     return ", ".join(dict.fromkeys(".".join(name[:2] if name[0] == "model" else name[:1]) for name in names))
-
-
-def _unwrapped(name: str) -> str:
-    while wrapper := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None):
-        name = name.removeprefix(wrapper)
-    return name

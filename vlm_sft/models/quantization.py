@@ -1,4 +1,4 @@
-"""A 4-bit config that quantizes the language model alone, and the check of what came out, also by a config of your own.
+"""A 4-bit config for the language model alone, and the check of what came out, also by a config of your own.
 
 bitsandbytes skips a module by its path from the root, and any skip list of one's own replaces the one that protects
 `lm_head` (transformers 5.23): `["vision_tower", "lm_head"]` leaves no tower in 16 bit. So: full paths.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 from vlm_sft.common import listed
 from vlm_sft.models.hardware import best_dtype, dtype_name
 from vlm_sft.models.parts import PARTS, part_of, parts_of
-from vlm_sft.models.source import read_config
 from vlm_sft.upstream import is_sharded
 
 _PACKED = ("Linear4bit", "Linear8bitLt")
@@ -27,46 +25,32 @@ _PACKED = ("Linear4bit", "Linear8bitLt")
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What `check_quantized` found: how the language model's linear layers are packed, and what was kept."""
+    """What `check_quantized` found: the packed layers, and a sentence on them and on what was kept."""
 
-    kind: str
     quantized: tuple[str, ...]
-    kept: dict[str, int]
-    kept_dtypes: tuple[str, ...]
+    sentence: str
 
     def __str__(self) -> str:
-        kept = ", ".join(f"{part} {count}" for part, count in self.kept.items())
-        return (
-            f"{self.kind} on {len(self.quantized)} linear layers of the language model; kept in "
-            f"{'/'.join(self.kept_dtypes)}: {kept} linear layers, all norms and embeddings"
-        )
+        return self.sentence
 
 
 def nf4_config(
-    model_or_config_or_name: PreTrainedModel | PreTrainedConfig | str | Path,
-    *,
-    revision: str | None = None,
-    compute_dtype: torch.dtype | None = None,
+    model_or_config: PreTrainedModel | PreTrainedConfig, *, compute_dtype: torch.dtype | None = None
 ) -> BitsAndBytesConfig:
     """4-bit NormalFloat for the language model's linear layers; tower, projector and head stay as loaded.
 
-    A Hub id or folder will do: its config is read, at `revision`. NF4 with double quantization takes 4.13 bits a
-    weight (QLoRA, arXiv 2305.14314). The default of `compute_dtype` is `best_dtype()`. The packed tensors are stored
-    as uint8, or in the compute dtype in a run launched with FSDP, which shards no integers.
+    NF4 with double quantization takes 4.13 bits a weight (QLoRA, arXiv 2305.14314). The default of `compute_dtype` is
+    `best_dtype()`. The packed tensors are stored as uint8, or in the compute dtype in a run launched with FSDP, which
+    shards no integers.
 
-    Raises ImportError without bitsandbytes; ValueError for a model that is not there or whose parts cannot be told.
+    Raises ImportError without bitsandbytes; ValueError for a model whose parts cannot be told.
     """
     if not is_bitsandbytes_available():
-        raise ImportError(
-            "4-bit loading needs bitsandbytes 0.46.1 or newer: pip install bitsandbytes. Or load in 16 bit."
-        )
+        raise ImportError("4-bit needs bitsandbytes 0.46.1 or newer: pip install bitsandbytes, or load in 16 bit.")
     dtype = best_dtype() if compute_dtype is None else compute_dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"compute_dtype={compute_dtype!r}: a float dtype such as torch.bfloat16")
-    subject = model_or_config_or_name
-    if isinstance(subject, (str, Path)):
-        subject = read_config(subject, revision=revision)
-    parts = parts_of(subject)
+    parts = parts_of(model_or_config)
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -87,20 +71,14 @@ def check_quantized(model: nn.Module) -> QuantizationReport:
     config: Any = getattr(model.config, "quantization_config", None)
     if not isinstance(config, BitsAndBytesConfig):
         raise ValueError(
-            f"{type(model).__name__} has no bitsandbytes config; pass quantization_config=nf4_config(...) "
-            "to load_model."
+            f"{type(model).__name__} has no bitsandbytes config; load it with load_model(..., load_in_4bit=True)."
         )
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in name
-    }
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n}
     asked = {name for name in linears if part_of(name, parts) == "language"}
     packed = {name for name, module in linears.items() if type(module).__name__ in _PACKED}
     unlike = {name: fault for name in packed & asked if (fault := _unlike(linears[name], config))}
-    others = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] not in packed and ".lora_" not in name
-    }
+    own = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
+    others = {name: parameter for name, parameter in own.items() if name.rpartition(".")[0] not in packed}
     differences = {
         "language layers left unquantized": asked - packed,
         "quantized outside the language model": packed - asked,
@@ -115,11 +93,12 @@ def check_quantized(model: nn.Module) -> QuantizationReport:
             f"{config.llm_int8_skip_modules}; build it with nf4_config, and load the original 16-bit checkpoint."
         )
     kept = Counter(part_of(name, parts) for name in linears.keys() - packed)
+    counts = ", ".join(f"{part} {kept[part]}" for part in PARTS if part in kept)
+    dtypes = "/".join(sorted({dtype_name(parameter.dtype) for parameter in others.values()}))
     return QuantizationReport(
-        kind=_kind(config),
-        quantized=tuple(sorted(packed)),
-        kept={part: kept[part] for part in PARTS if part in kept},
-        kept_dtypes=tuple(sorted({dtype_name(parameter.dtype) for parameter in others.values()})),
+        tuple(sorted(packed)),
+        f"{_kind(config)} on {len(packed)} linear layers of the language model; kept in {dtypes}: {counts} linear "
+        "layers, all norms and embeddings",
     )
 
 

@@ -1,6 +1,6 @@
 """An adapter merged into its base: a standalone model, kept only if it answers as adapter on base does.
 
-`python -m vlm_sft merge ADAPTER OUT` reads the `training_base.json` that `SafeCheckpoints` writes beside the adapter.
+`python -m vlm_sft merge ADAPTER OUT` reads the `training_base.json` that `SafeCheckpoints` writes next to the adapter.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlm_sft.models.fingerprints import read_training_base
+from vlm_sft.models.fingerprints import TRAINING_BASE, read_training_base
+from vlm_sft.models.hardware import dtype_name
 from vlm_sft.models.loading import ADAPTER_WEIGHTS, load_model, load_processor
 
 Base = Literal["as-trained", "original"]
 
-_NEW_TOKENS = 16
 _GREEDY = {"do_sample": False, "num_beams": 1, "output_logits": True, "return_dict_in_generate": True}
 # A 16-bit model rounds weights and activations to 8 or 11 bits; LLM.int8 activations to 8 bits of their row's maximum.
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.02}
@@ -33,24 +32,18 @@ _TOLERANCE_8BIT = 0.05
 
 @dataclass(frozen=True)
 class Merged:
-    """The folder that was written, and what proved it.
-
-    `error`: distance of its logits from those of adapter on base, relative to their norm. `effect`: that of the base
-    without adapter. `same_tokens`: greedy tokens that agreed, of all; they part only where two were as good as equal.
-    """
+    """The folder that was written, and what proved it."""
 
     folder: Path
     dtype: str
-    error: float
-    effect: float
-    same_tokens: tuple[int, int]
+    error: float  # distance of its logits from those of adapter on base, relative to their norm
+    effect: float  # that of the base without adapter
+    same_tokens: tuple[int, int]  # greedy ones that agreed, of all; they part only where two were as good as equal
 
     def __str__(self) -> str:
+        differ = f"logits differ from adapter on base by {self.error:.1e} (relative; the adapter's effect is"
         agreed, total = self.same_tokens
-        return (
-            f"{self.folder} ({self.dtype}): logits differ from adapter on base by {self.error:.1e} (relative; the "
-            f"adapter's effect is {self.effect:.1e}), {agreed} of {total} tokens agree"
-        )
+        return f"{self.folder} ({self.dtype}): {differ} {self.effect:.1e}), {agreed} of {total} tokens agree"
 
 
 class _Answers(NamedTuple):
@@ -85,17 +78,10 @@ def merge(
     adapter, out = Path(adapter), Path(out)
     recorded = _check(adapter, out, base)
     quantization = recorded.get("quantization_config") if base == "as-trained" else None
-    load = partial(
-        load_model,
-        adapter,
-        base_model=base_model,
-        attn_implementation=None,
-        quantization_config="auto" if quantization else None,
-        device_map="auto" if torch.accelerator.is_available() else None,
-        trust_remote_code=trust_remote_code,
-    )
+    device_map = "auto" if torch.accelerator.is_available() else None
+    load = partial(load_model, device_map=device_map, trust_remote_code=trust_remote_code)
 
-    model = load().eval()
+    model = load(adapter, base_model=base_model, quantization_config="auto" if quantization else None).eval()
     own = (adapter / "processor_config.json").is_file()
     source = adapter if own else base_model or recorded["base_model_name_or_path"]
     revision = None if own or base_model else recorded.get("revision")
@@ -111,8 +97,7 @@ def merge(
         eight_bit = quantization and quantization.get("load_in_8bit")
         tolerance = max(_TOLERANCES[dtype], _TOLERANCES[reference_dtype], _TOLERANCE_8BIT if eight_bit else 0.0)
     if quantization:
-        del model  # never two of them in memory
-        model = load(dequantize=True).eval()
+        model = PeftModel.from_pretrained(model.unload().dequantize(dtype=reference_dtype), adapter).eval()
     if dtype == torch.float32:
         model.float()  # before the sum, which rounds in the dtype of the weights
     model = model.merge_and_unload(safe_merge=True).to(dtype)
@@ -122,10 +107,11 @@ def merge(
         folder = Path(scratch, out.name)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        del model
-        found = _answers(*_reloaded(folder, trust_remote_code))
+        del model  # never two of them in memory
+        model, processor = load(folder, dtype=dtype), load_processor(folder, trust_remote_code=trust_remote_code)
+        found = _answers(model.eval(), _questions(processor))
         error, effect = _compare(expected, found, bare, tolerance)
-        written, name = str(dtype).removeprefix("torch."), recorded["base_model_name_or_path"]
+        written, name = dtype_name(dtype), recorded.get("base_model_name_or_path", "")
         into = "its dequantized base, as it was in training" if quantization else "its base"
         local = Path(name).is_absolute() or Path(name).exists()  # of no use to others
         known = "" if local else f"base_model: {name}\n"
@@ -149,24 +135,22 @@ def _check(adapter: Path, out: Path, base: str) -> dict[str, Any]:
         faults.append(f"base={base!r}; expected one of {', '.join(get_args(Base))}")
     elif recorded is None and base == "as-trained" and not faults:
         faults.append(
-            f"{adapter} does not say how its base was loaded in training (no training_base.json, which "
-            "SafeCheckpoints() writes); use base='original' to merge into the weights as they are published"
+            f"{adapter} does not say how its base was loaded in training (it has no {TRAINING_BASE}); use "
+            "base='original' to merge into the weights as they are published"
         )
     if out.exists():
         faults.append(f"{out} exists already; choose another folder, or remove it")
     if faults:
         raise ValueError("; ".join(faults))
     config = PeftConfig.from_pretrained(str(adapter))
-    known = recorded or {}
-    place = {"base_model_name_or_path": config.base_model_name_or_path}
-    return {**known, **place, "revision": config.revision or known.get("revision")}
+    named = {name: getattr(config, name) for name in ("base_model_name_or_path", "revision")}
+    return (recorded or {}) | {name: value for name, value in named.items() if value}
 
 
 def _questions(processor: Any) -> list[Any]:
     """Model inputs of a question with an image, and of one without."""
-    image = Image.linear_gradient("L").resize((96, 72)).convert("RGB")
+    image, inputs = Image.linear_gradient("L").resize((96, 72)).convert("RGB"), []
     content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
-    inputs = []
     for parts, images in ((content, [image]), (content[1:], None)):
         text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
         inputs.append(processor(text=[text], images=images, return_tensors="pt"))
@@ -174,7 +158,7 @@ def _questions(processor: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def _answers(model: Any, questions: list[Any], *, new_tokens: int = _NEW_TOKENS) -> _Answers:
+def _answers(model: Any, questions: list[Any], *, new_tokens: int = 16) -> _Answers:
     answers = _Answers([], [], [])
     for question in questions:
         inputs = question.to(model.device, model.dtype)
@@ -186,25 +170,11 @@ def _answers(model: Any, questions: list[Any], *, new_tokens: int = _NEW_TOKENS)
     return answers
 
 
-def _reloaded(folder: Path, trust_remote_code: bool) -> tuple[Any, list[Any]]:
-    """Model and questions as plain transformers reads them from the folder."""
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    processor = AutoProcessor.from_pretrained(folder, **options)  # type: ignore[no-untyped-call]
-    if torch.accelerator.is_available():
-        options["device_map"] = "auto"
-    from_pretrained: Any = AutoModelForImageTextToText.from_pretrained
-    model, found = from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
-    if faults := {name: sorted(map(str, keys)) for name, keys in found.items() if keys}:
-        raise ValueError(f"the merged model does not load again: {faults}")
-    return model.eval(), _questions(processor)
-
-
 def _compare(expected: _Answers, found: _Answers, bare: _Answers, tolerance: float) -> tuple[float, float]:
     """Relative error and effect. Raises where the error is above the tolerance, or the adapter's effect is lost."""
     if [len(p) for p in expected.prompt] != [len(p) for p in found.prompt]:
         raise ValueError("the merged model's processor does not read the question as the adapter's does")
-    error = _distance(expected.prompt, found.prompt)
-    effect = _distance(expected.prompt, bare.prompt)
+    error, effect = _distance(expected.prompt, found.prompt), _distance(expected.prompt, bare.prompt)
     if not error <= tolerance:
         raise ValueError(f"the merged model's logits are off by {error:.2g} (relative), more than {tolerance:.2g}")
     if effect and _distance(found.prompt, bare.prompt) < _distance(found.prompt, expected.prompt):

@@ -1,8 +1,7 @@
 """A small random twin of each model family, built offline: for trying a recipe, and for tests.
 
-Processor, image processor, tokenizer and model are the real classes; only the sizes, the weights and the
-vocabulary, which is trained on the spot, are small. `python -m vlm_sft tiny llava15 twins/llava15` writes a folder
-that `from_pretrained` reads.
+The classes are the real ones; only sizes, weights and the vocabulary, which is trained on the spot, are small.
+`python -m vlm_sft tiny llava15 twins/llava15` writes a folder that `from_pretrained` reads.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 _hf: Any = transformers  # partly typed
 
-# Words of the templates and of ordinary messages, runs of line breaks, and scripts beyond ASCII.
+# Words of the templates and of messages, runs of line breaks, and scripts beyond ASCII.
 _TEXTS = (
     "USER: What is in this picture? ASSISTANT: The digit is seven. Hello world, a cat and a dog.",
     "User: Describe the image. Assistant: It shows 12 red cars; and <b>bold</b> text\n\n\n",
@@ -29,10 +29,15 @@ _TEXTS = (
     "élan naïve 日本語 テスト 🙂 привет мир",
 )
 
-_LLAMA3_WORDS = (
+_SMOLLM_WORDS = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+_LLAMA3_REGEX = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LLAMA3_WORDS = [
+    pre_tokenizers.Split(_LLAMA3_REGEX, "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+]
 
 
 def _bpe(texts: Sequence[str], words: Any, *, reserved: Sequence[str], **settings: Any) -> dict[str, Any]:
@@ -47,7 +52,7 @@ def _bpe(texts: Sequence[str], words: Any, *, reserved: Sequence[str], **setting
 
 def _byte_level(texts: Sequence[str]) -> dict[str, Any]:
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return _bpe(texts, words, reserved=(), initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    return _bpe(texts, words, reserved=(), initial_alphabet=words.alphabet())
 
 
 def _byte_fallback(texts: Sequence[str], *reserved: str) -> dict[str, Any]:
@@ -57,12 +62,10 @@ def _byte_fallback(texts: Sequence[str], *reserved: str) -> dict[str, Any]:
     return _bpe([text.replace(" ", "▁") for text in texts], pre_tokenizers.Sequence(words), reserved=reserved)
 
 
-def _llama(texts: Sequence[str], *, legacy: bool = True, **tokens: Any) -> Any:
-    """`legacy`: a normalizer writes the visible spaces and nothing splits, as in the files of llava-1.5-hf."""
+def _llama(texts: Sequence[str], **tokens: Any) -> Any:
+    """As in the files of llava-1.5-hf: a normalizer writes the visible spaces, and nothing splits."""
     parts = _byte_fallback([f" {text}" for text in texts], "<unk>", "<s>", "</s>")
     tokens |= {"pad_token": "<pad>", "add_bos_token": True, "padding_side": "left"}
-    if not legacy:
-        return _hf.LlamaTokenizer(**parts, **tokens)
     backend = Tokenizer(models.BPE(**parts, fuse_unk=True, byte_fallback=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     spaces, strip = decoders.Replace("▁", " "), decoders.Strip(content=" ", left=1, right=0)
@@ -81,146 +84,93 @@ def _qwen(texts: Sequence[str], **tokens: Any) -> Any:
     return _hf.Qwen2Tokenizer(**_byte_level(texts), **tokens)
 
 
-def _backend(texts: Sequence[str], *words: Any, **tokens: Any) -> Any:
+def _backend(words: list[Any], texts: Sequence[str], **tokens: Any) -> Any:
     backend = Tokenizer(models.BPE(**_byte_level(texts)))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(list(words))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(words)
     backend.decoder = decoders.ByteLevel()
     return _hf.TokenizersBackend(tokenizer_object=backend, **tokens)
 
 
-def _smollm(texts: Sequence[str], **tokens: Any) -> Any:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return _backend(texts, digits, pre_tokenizers.ByteLevel(add_prefix_space=False), **tokens)
-
-
-def _llama3(texts: Sequence[str], **tokens: Any) -> Any:
-    words = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return _backend(texts, words, letters, add_bos_token=True, **tokens)
-
-
-@dataclass(frozen=True)
-class _Size:
-    """Width and depth of tower and language model; edge of an image (or of a tile of it) and of a patch."""
-
-    hidden: int
-    layers: int
-    image: int
-    patch: int
-
-    @property
-    def square(self) -> dict[str, int]:
-        return {"height": self.image, "width": self.image}
-
-    @property
-    def tilings(self) -> list[list[int]]:
-        return [[self.image, 2 * self.image], [2 * self.image, self.image], [2 * self.image, 2 * self.image]]
-
-    @property
-    def pooled(self) -> int:
-        """Tokens of an image (or tile) whose squares of 2 x 2 patches become one token each."""
-        return (self.image // self.patch // 2) ** 2
-
-    def blocks(self, **others: Any) -> dict[str, Any]:
-        shape = {"hidden_size": self.hidden, "intermediate_size": 2 * self.hidden}
-        return shape | {"num_hidden_layers": self.layers, "num_attention_heads": self.hidden // 16} | others
-
-    def vision(self, **others: Any) -> dict[str, Any]:
-        return self.blocks(image_size=self.image, patch_size=self.patch) | others
-
-
-# Arguments by what takes them: image, video (processors), processor, and the configurations: vision, text, config.
 _Settings = dict[str, dict[str, Any]]
 
 
-def _clip(size: _Size, **tilings: Any) -> _Settings:
-    select = {"vision_feature_select_strategy": "default"}
-    return {
-        "image": {"size": {"shortest_edge": size.image}, "crop_size": size.square, **tilings},
-        # One layer more than asked for: features are taken before the last, which never gets a gradient.
-        "vision": size.vision(model_type="clip_vision_model", num_hidden_layers=size.layers + 1),
-        "processor": select | {"patch_size": size.patch, "num_additional_image_tokens": 1},
-        "config": select | {"vision_feature_layer": -2, **tilings},
-    }
+def _settings(family: str, *, hidden: int, layers: int, edge: int, patch: int) -> _Settings:
+    """Arguments of image, video (processors), processor, and of the configurations vision, text, config."""
+    shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": hidden // 16}
+    vision = shape | {"image_size": edge, "patch_size": patch}
+    square = {"size": {"height": edge, "width": edge}}
+    wider = [[edge, 2 * edge], [2 * edge, edge], [2 * edge, 2 * edge]]
+    pooled = (edge // patch // 2) ** 2  # tokens of an image (or tile) whose squares of 2 x 2 patches become one each
+    siglip = vision | {"model_type": "siglip_vision_model", "vision_use_head": False}
+    sliding = ["sliding_attention"] * (layers - 1) + ["full_attention"]
 
+    def clip(**tilings: Any) -> _Settings:
+        select = {"vision_feature_select_strategy": "default"}
+        return {
+            "image": {"size": {"shortest_edge": edge}, "crop_size": square["size"], **tilings},
+            # One layer more than asked for: features are taken before the last, which never gets a gradient.
+            "vision": vision | {"model_type": "clip_vision_model", "num_hidden_layers": layers + 1},
+            "processor": select | {"patch_size": patch, "num_additional_image_tokens": 1},
+            "config": select | {"vision_feature_layer": -2, **tilings},
+        }
 
-def _clip_tiles(size: _Size) -> _Settings:
-    return _clip(size, image_grid_pinpoints=size.tilings)
+    def qwen(mrope: list[int], rope: dict[str, Any], **others: Any) -> _Settings:
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope, **rope}
+        return {
+            "image": {"patch_size": patch, "min_pixels": edge**2 // 2, "max_pixels": (2 * edge) ** 2},
+            "video": {"patch_size": patch},
+            "vision": vision | others,
+            "text": {"head_dim": 16, "rope_parameters": rope},
+        }
 
-
-def _siglip_tiles(size: _Size) -> _Settings:
-    select = {"vision_feature_select_strategy": "full"}
-    tilings = {"image_grid_pinpoints": [[size.image, size.image], *size.tilings]}
-    return {
-        "image": {"size": size.square, **tilings},
-        "video": {"size": size.square},
-        "vision": size.vision(model_type="siglip_vision_model", vision_use_head=False),
-        "processor": select | {"num_image_tokens": (size.image // size.patch) ** 2},
-        "config": select | {"vision_feature_layer": -1, **tilings},
-    }
-
-
-def _any_size(size: _Size, rope: dict[str, Any], **vision: Any) -> _Settings:
-    return {
-        "image": {"patch_size": size.patch, "min_pixels": size.image**2 // 2, "max_pixels": (2 * size.image) ** 2},
-        "video": {"patch_size": size.patch},
-        "vision": size.vision(**vision),
-        "text": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **rope}},
-    }
-
-
-def _qwen2_vl(size: _Size) -> _Settings:
-    return _any_size(size, {"mrope_section": [2, 3, 3]}, embed_dim=size.hidden, mlp_ratio=2)
-
-
-def _qwen2_5_vl(size: _Size) -> _Settings:
-    attention = {"window_size": 4 * size.patch, "fullatt_block_indexes": [size.layers - 1]}
-    return _any_size(size, {"mrope_section": [2, 3, 3]}, out_hidden_size=size.hidden, **attention)
-
-
-def _qwen3_vl(size: _Size) -> _Settings:
-    rope = {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
-    taps = {"deepstack_visual_indexes": [*range(size.layers)], "num_position_embeddings": 256}
-    return _any_size(size, rope, out_hidden_size=size.hidden, **taps)
-
-
-def _idefics3(size: _Size) -> _Settings:
-    return {
-        "image": {"size": {"longest_edge": 2 * size.image}, "max_image_size": {"longest_edge": size.image}},
-        "vision": size.vision(),
-        "processor": {"image_seq_len": size.pooled},
+    onevision, select = {"image_grid_pinpoints": [[edge, edge], *wider]}, {"vision_feature_select_strategy": "full"}
+    windows = {"window_size": 4 * patch, "fullatt_block_indexes": [layers - 1]}
+    taps = {"deepstack_visual_indexes": [*range(layers)], "num_position_embeddings": 256}
+    idefics3: _Settings = {
+        "image": {"size": {"longest_edge": 2 * edge}, "max_image_size": {"longest_edge": edge}},
+        "vision": vision,
+        "processor": {"image_seq_len": pooled},
         "config": {"scale_factor": 2},
     }
-
-
-def _smolvlm(size: _Size) -> _Settings:
-    return _idefics3(size) | {"video": {key: {"longest_edge": size.image} for key in ("size", "max_image_size")}}
-
-
-def _gemma3(size: _Size) -> _Settings:
-    layers = ["sliding_attention"] * (size.layers - 1) + ["full_attention"]
-    return {
-        "image": {"size": size.square},
-        "vision": size.vision(model_type="siglip_vision_model", vision_use_head=False),
-        "processor": {"image_seq_length": size.pooled},
-        "config": {"mm_tokens_per_image": size.pooled},
-        "text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "layer_types": layers},
+    families: dict[str, _Settings] = {
+        "llava15": clip(),
+        "llava_next": clip(image_grid_pinpoints=wider),
+        "llava_onevision": {
+            "image": square | onevision,
+            "video": square,
+            "vision": siglip,
+            "processor": select | {"num_image_tokens": (edge // patch) ** 2},
+            "config": select | {"vision_feature_layer": -1} | onevision,
+        },
+        "qwen2_vl": qwen([2, 3, 3], {}, embed_dim=hidden, mlp_ratio=2),
+        "qwen2_5_vl": qwen([2, 3, 3], {}, out_hidden_size=hidden, **windows),
+        "qwen3_vl": qwen([3, 3, 2], {"mrope_interleaved": True}, out_hidden_size=hidden, **taps),
+        "idefics3": idefics3,
+        "smolvlm": idefics3 | {"video": {key: {"longest_edge": edge} for key in ("size", "max_image_size")}},
+        "gemma3": {
+            "image": square,
+            "vision": siglip,
+            "processor": {"image_seq_length": pooled},
+            "config": {"mm_tokens_per_image": pooled},
+            "text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "layer_types": sliding},
+        },
+        "internvl": {
+            "image": square | {"crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+            "video": square,
+            "vision": vision | {"image_size": [edge] * 2, "patch_size": [patch] * 2},
+            "processor": {"image_seq_length": pooled},
+            "config": {"image_seq_length": pooled, "downsample_ratio": 0.5},
+        },
     }
-
-
-def _internvl(size: _Size) -> _Settings:
-    return {
-        "image": {"size": size.square, "crop_to_patches": True, "min_patches": 1, "max_patches": 4},
-        "video": {"size": size.square},
-        "vision": size.vision(image_size=[size.image] * 2, patch_size=[size.patch] * 2),
-        "processor": {"image_seq_length": size.pooled},
-        "config": {"image_seq_length": size.pooled, "downsample_ratio": 0.5},
-    }
+    settings = families[family]
+    text = shape | {"num_key_value_heads": hidden // 32, "max_position_embeddings": 4096}
+    return settings | {"text": text | settings.get("text", {})}
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A tokenizer and what it knows beside the tokens of its class; strings hold several, parted by spaces."""
+    """A tokenizer and what it knows next to the tokens of its class; strings hold several, separated by spaces."""
 
     make: Callable[..., Any]
     stop: str  # these end generation
@@ -242,7 +192,7 @@ _INTERNVL_NAMES = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<vide
 _INTERNVL_NAMES |= {"start_image_token": "<img>", "end_image_token": "</img>"}
 _INTERNVL = _Tokens(_qwen, "<|im_end|>", {"image_token_id": "<IMG_CONTEXT>"}, _INTERNVL_NAMES, "<|im_start|>")
 _SMOLVLM = _Tokens(
-    _smollm,
+    partial(_backend, _SMOLLM_WORDS),
     "<end_of_utterance>",
     _IMAGE,
     {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
@@ -251,7 +201,7 @@ _SMOLVLM = _Tokens(
     f"<|endoftext|> {_TILES}",
 )
 _IDEFICS3 = _Tokens(
-    _llama3,
+    partial(_backend, _LLAMA3_WORDS, add_bos_token=True),
     "<|end_of_text|> <end_of_utterance>",
     _IMAGE,
     {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"},
@@ -270,7 +220,6 @@ _GEMMA3 = _Tokens(
 class _Family:
     classes: str  # the names of its classes begin with this
     language: str  # model_type of the language model
-    settings: Callable[[_Size], _Settings]
     tokens: _Tokens
     template: str  # file in templates, or in trl/chat_templates
     image: str = ""  # the name of the image (video) processor begins with this, where not with `classes`
@@ -278,18 +227,16 @@ class _Family:
 
 
 _FAMILIES = {
-    "llava15": _Family("Llava", "llama", _clip, _LLAMA, "llava15", image="CLIP"),
-    "llava_next": _Family("LlavaNext", "mistral", _clip_tiles, _LLAMA, "llava_next"),
-    "llava_onevision": _Family("LlavaOnevision", "qwen2", _siglip_tiles, _ONEVISION, "llava_onevision"),
-    "qwen2_vl": _Family("Qwen2VL", "qwen2_vl_text", _qwen2_vl, _QWEN, "qwen2_5_vl"),
-    "qwen2_5_vl": _Family(
-        "Qwen2_5_VL", "qwen2_5_vl_text", _qwen2_5_vl, _QWEN, "qwen2_5_vl", image="Qwen2VL", video="Qwen2VL"
-    ),
-    "qwen3_vl": _Family("Qwen3VL", "qwen3_vl_text", _qwen3_vl, _QWEN, "qwen3_vl", image="Qwen2VL"),
-    "smolvlm": _Family("SmolVLM", "llama", _smolvlm, _SMOLVLM, "smolvlm"),
-    "idefics3": _Family("Idefics3", "llama", _idefics3, _IDEFICS3, "idefics3"),
-    "gemma3": _Family("Gemma3", "gemma3_text", _gemma3, _GEMMA3, "gemma3"),
-    "internvl": _Family("InternVL", "qwen2", _internvl, _INTERNVL, "internvl", image="GotOcr2"),
+    "llava15": _Family("Llava", "llama", _LLAMA, "llava15", image="CLIP"),
+    "llava_next": _Family("LlavaNext", "mistral", _LLAMA, "llava_next"),
+    "llava_onevision": _Family("LlavaOnevision", "qwen2", _ONEVISION, "llava_onevision"),
+    "qwen2_vl": _Family("Qwen2VL", "qwen2_vl_text", _QWEN, "qwen2_5_vl"),
+    "qwen2_5_vl": _Family("Qwen2_5_VL", "qwen2_5_vl_text", _QWEN, "qwen2_5_vl", image="Qwen2VL", video="Qwen2VL"),
+    "qwen3_vl": _Family("Qwen3VL", "qwen3_vl_text", _QWEN, "qwen3_vl", image="Qwen2VL"),
+    "smolvlm": _Family("SmolVLM", "llama", _SMOLVLM, "smolvlm"),
+    "idefics3": _Family("Idefics3", "llama", _IDEFICS3, "idefics3"),
+    "gemma3": _Family("Gemma3", "gemma3_text", _GEMMA3, "gemma3"),
+    "internvl": _Family("InternVL", "qwen2", _INTERNVL, "internvl", image="GotOcr2"),
 }
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
@@ -303,41 +250,34 @@ def build(
     image_size: int = 32,
     patch_size: int = 8,
     corpus: Sequence[str] = (),
-    legacy_tokenizer: bool | None = None,
 ) -> tuple[Any, Any]:
     """A random model (float32, evaluation mode) of one of `FAMILIES`, and the processor that goes with it.
 
     `image_size` and `patch_size` are edges in pixels: of the square (or tile) that the tower sees and of a patch;
-    Qwen-VL takes images up to twice that edge. The vocabulary is trained on `corpus` beside some English, so that
-    its words become tokens. `legacy_tokenizer` is for the two families with a Llama tokenizer: True, the default,
-    is the form in llava-1.5-hf's files, False is what `LlamaTokenizer` builds.
+    Qwen-VL takes images up to twice that edge. Words of `corpus` become tokens.
 
     Raises ValueError for settings that do not fit, all at once, and ImportError where torchvision is missing.
     """
     if family not in _FAMILIES:
         raise ValueError(f"unknown family {family!r}; the known ones are {', '.join(FAMILIES)}.")
     spec = _FAMILIES[family]
-    size = _Size(hidden_size, num_layers, image_size, patch_size)
     odd_patches = patch_size < 1 or image_size < 1 or image_size % (2 * patch_size)
-    no_llama = legacy_tokenizer is not None and spec.tokens is not _LLAMA
     faults = {
         f"hidden_size={hidden_size}: expected a multiple of 64": hidden_size < 1 or hidden_size % 64,
         f"num_layers={num_layers}: expected 1 or more": num_layers < 1,
         f"image_size={image_size}, patch_size={patch_size}: expected an even number of patches": odd_patches,
-        f"legacy_tokenizer={legacy_tokenizer}: {family} has no Llama tokenizer, leave it out": no_llama,
     }
     if any(faults.values()):
         raise ValueError("; ".join(text for text, wrong in faults.items() if wrong))
-    tokens, settings = spec.tokens, spec.settings(size)
-    unnamed = [token for token in tokens.ids.values() if token not in tokens.names.values()]
-    options: dict[str, Any] = {"extra_special_tokens": [*unnamed, *tokens.others.split()], **tokens.names}
-    options |= {} if legacy_tokenizer is None else {"legacy": legacy_tokenizer}
-    tokenizer = tokens.make([*_TEXTS, *corpus], **options)
+    settings = _settings(family, hidden=hidden_size, layers=num_layers, edge=image_size, patch=patch_size)
+    tokens = spec.tokens
+    extra = [*[token for token in tokens.ids.values() if token not in tokens.names.values()], *tokens.others.split()]
+    tokenizer = tokens.make([*_TEXTS, *corpus], extra_special_tokens=extra, **tokens.names)
     try:
         processor = _processor(spec, settings, tokenizer)
     except ImportError as error:
         raise ImportError(f'{family} needs what pip install "vlm_sft[torchvision]" brings: {error}') from error
-    return _model(spec, settings, tokenizer, size, seed), processor
+    return _model(spec, settings, tokenizer, seed), processor
 
 
 def _processor(spec: _Family, settings: _Settings, tokenizer: Any) -> Any:
@@ -352,7 +292,7 @@ def _processor(spec: _Family, settings: _Settings, tokenizer: Any) -> Any:
     return getattr(_hf, f"{spec.classes}Processor")(**parts, **options)
 
 
-def _model(spec: _Family, settings: _Settings, tokenizer: Any, size: _Size, seed: int) -> Any:
+def _model(spec: _Family, settings: _Settings, tokenizer: Any, seed: int) -> Any:
     id_of = tokenizer.convert_tokens_to_ids
     stop = id_of(spec.tokens.stop.split())
     ends = {
@@ -361,14 +301,9 @@ def _model(spec: _Family, settings: _Settings, tokenizer: Any, size: _Size, seed
         "eos_token_id": stop if len(stop) > 1 else stop[0],
         "pad_token_id": tokenizer.pad_token_id,
     }
-    text = size.blocks(
-        model_type=spec.language,
-        vocab_size=-(-len(tokenizer) // 64) * 64,  # larger than the tokenizer, as those of the Hub are
-        num_key_value_heads=size.hidden // 32,
-        max_position_embeddings=4096,
-    )
+    rows = -(-len(tokenizer) // 64) * 64  # more than the tokenizer has, as those of the Hub
     config = getattr(_hf, f"{spec.classes}Config")(
-        text_config=text | ends | settings.get("text", {}),
+        text_config=settings["text"] | ends | {"model_type": spec.language, "vocab_size": rows},
         vision_config=settings["vision"],
         **{name: id_of(token) for name, token in spec.tokens.ids.items()},
         **settings.get("config", {}),
@@ -385,10 +320,7 @@ def _model(spec: _Family, settings: _Settings, tokenizer: Any, size: _Size, seed
 
 
 def save(family: str, folder: str | Path, **options: Any) -> Path:
-    """The folder, with the model and the processor that `build` makes with these options.
-
-    Raises ValueError for a folder that exists and is not empty, and what `build` raises.
-    """
+    """The folder, with what `build` makes. Raises ValueError where it exists and is not empty, and as `build`."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; name another one or empty it")
