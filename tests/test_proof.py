@@ -433,6 +433,23 @@ def test_the_way_of_a_row_to_the_first_step(make, tmp_path, monkeypatch):
     assert done == [84 + 64 + 1 + 2 + 2]  # accelerate fetches one batch ahead
 
 
+def test_packed_rows(make, tmp_path, capsys):
+    data = vlm_sft.load_conversations(chats(tmp_path / "few", train=12))
+    run = make(data=data, collator={"padding_free": True})
+    data = vlm_sft.check_rows(data, run.collator)
+    data["train"] = vlm_sft.pack(data["train"], max_length=200)
+    run = make(
+        data=data,
+        checked=False,
+        collator={"padding_free": True},
+        given={"data_collator": run.collator, "processing_class": run.processor},
+    )
+    run.prove()
+    assert "3 to train on, 2 held out" in capsys.readouterr().err
+    run.trainer.train()
+    assert "without padding the loss of a token changes by" in capsys.readouterr().err
+
+
 # As runs are launched
 
 

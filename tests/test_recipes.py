@@ -311,6 +311,37 @@ def test_columns_by_flag(flags_of: Callable[[str], list[object]], tmp_path: Path
     assert run("llava15_sft", [*flags_of("llava15_sft"), *source, *columns, *length]).steps == 1
 
 
+@pytest.mark.parametrize("what", ["error", "drop", "ignore"])
+def test_a_recipe_runs_on_a_stream(
+    what: str, flags_of: Callable[[str], list[object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "<image>\nWhich colour?", "response": f"Red {n}.", "image": "red.png"} for n in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "red.png")
+    source = [
+        "--dataset_name",
+        tmp_path / "rows.jsonl",
+        "--columns",
+        "prompt=prompt",
+        "response=response",
+        "images=image",
+    ]
+    stream = [
+        "--streaming",
+        "--num_eval_rows",
+        2,
+        "--on_bad_rows",
+        what,
+        "--max_steps",
+        3,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    finished = run("llava15_sft", [*flags_of("llava15_sft"), *source, *stream])
+    assert finished.steps == 3
+    assert "a stream to train on, 2 held out" in capsys.readouterr().err
+
+
 def test_one_row_alone(flags_of: Callable[[str], list[object]], tmp_path: Path) -> None:
     (tmp_path / "row.jsonl").write_text('{"prompt": "Well?", "response": "Yes."}', encoding="utf-8")
     source = ["--dataset_name", tmp_path / "row.jsonl", "--columns", "prompt=prompt", "response=response"]

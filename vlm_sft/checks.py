@@ -7,7 +7,7 @@ from typing import Any
 from vlm_sft.chat.audit import AuditReport
 from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.data.check_rows import Checked, rows_checked
-from vlm_sft.data.rows import drawn_seed
+from vlm_sft.data.rows import drawn_seed, unpacked
 from vlm_sft.distributed import print_main
 from vlm_sft.models.loading import loaded_from
 from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
@@ -93,15 +93,16 @@ def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, 
     """Lines on rows, tokens and lengths: of all training rows where they were checked, else of the audited ones."""
     rows, held_out = trainer.train_dataset, trainer.eval_dataset
     audited = report.facts()
+    sizes = {"to train on": rows, "held out": held_out}
     counts = [
-        f"{len(split):,} {what}" for split, what in ((rows, "to train on"), (held_out, "held out")) if _sized(split)
+        f"{len(split):,} {what}" if _sized(split) else f"a stream {what}" for what, split in sizes.items() if split
     ]
     left_out = f", {checked.bad:,} bad ones left out" if checked.on_bad_rows == "drop" and checked.bad else ""
     unseen = "" if checked.on_bad_rows != "ignore" and _sized(rows) else "; not checked before, each is when it comes"
-    facts = {"rows": f"{', '.join(counts) or 'a stream'}{left_out}{unseen}", "audited": audited["rows"]}
+    facts = {"rows": f"{', '.join(counts)}{left_out}{unseen}", "audited": audited["rows"]}
     if "length" in (rows.column_names or ()):
         lengths, images, trained = (
-            rows.with_format(None)[name][:] for name in ("length", "image_tokens", "trained_tokens")
+            unpacked(rows).with_format(None)[name][:] for name in ("length", "image_tokens", "trained_tokens")
         )
         if not any(images):
             raise ValueError(
