@@ -53,6 +53,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
+# The longest files, in this order: started first, they leave no process of pytest-xdist alone at the end.
+LONGEST = ("test_distributed.py", "test_recipes.py", "test_deletions.py", "test_proof.py", "test_checkpoints.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 class _DeprecationsRaise(logging.Handler):
     """transformers and trl log most of their deprecations instead of warning."""
 

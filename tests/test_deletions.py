@@ -1,8 +1,7 @@
 """Nothing in a recipe's `main` may be left out in silence: a copy with one thing less raises and says what is
 missing, or trains the same weights on the same rows, writes the same files and starts a second time the same way.
 
-By default the whole of llava15_sft.py is swept, and of every other recipe what it does not share with it; the marker
-`sweep` (`make test-sweep`) sweeps all.
+`make test` sweeps llava15_sft.py, whose body the others share; `make test-sweep`, which CI runs too, sweeps them all.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from recipe_runs import ROOT
 from trl import TrlParser
 
 SHARED = "llava15_sft"
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem not in ("chat", "evaluate"))
+OTHERS = sorted({path.stem for path in (ROOT / "recipes").glob("*.py")} - {SHARED, "chat", "evaluate"})
 # What a copier may leave out or change without a word: it changes no trained number, and no reader is misled.
 SETTINGS = {
     "vlm_sft.evaluate_answers: num_rows=": "how many held-out rows are answered and shown",
@@ -59,19 +58,8 @@ class Outcome:
     second: str = ""
 
 
-def own(name: str) -> list[Deletion]:
-    found = list(deletions(ROOT / "recipes" / f"{name}.py"))
-    shared = {deletion.what for deletion in deletions(ROOT / "recipes" / f"{SHARED}.py")}
-    return found if name == SHARED else [deletion for deletion in found if deletion.what not in shared]
-
-
-def cases(chosen: Callable[[str], list[Deletion]]) -> list[Any]:
-    return [pytest.param(name, d, id=f"{name}-{d}") for name in RECIPES for d in chosen(name)]
-
-
-def others(name: str) -> list[Deletion]:
-    mine = {deletion.what for deletion in own(name)}
-    return [d for d in deletions(ROOT / "recipes" / f"{name}.py") if d.what not in mine]
+def cases(*names: str) -> list[Any]:
+    return [pytest.param(n, d, id=f"{n}-{d}") for n in names for d in deletions(ROOT / "recipes" / f"{n}.py")]
 
 
 @pytest.fixture(scope="session")
@@ -201,13 +189,13 @@ def _name(node: ast.Constant) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL's own, where it makes the config itself
-@pytest.mark.parametrize(("name", "deletion"), cases(own))
+@pytest.mark.parametrize(("name", "deletion"), cases(SHARED))
 def test_each_deletion_is_heard(name, deletion, flags_of, whole, tmp_path):
     check(name, deletion, flags_of(name), whole(name), tmp_path)
 
 
 @pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(("name", "deletion"), cases(others))
-def test_each_deletion_in_the_shared_body_is_heard(name, deletion, flags_of, whole, tmp_path):
+@pytest.mark.parametrize(("name", "deletion"), cases(*OTHERS))
+def test_each_deletion_in_every_recipe_is_heard(name, deletion, flags_of, whole, tmp_path):
     check(name, deletion, flags_of(name), whole(name), tmp_path)
