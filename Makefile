@@ -1,7 +1,7 @@
 # make quickstart   train a tiny vision-language model on real pictures and look at the result
 # make test         the test suite, offline, on the CPU
 # make test-faults  runs are killed, starved and misled: the tests that docs/faults.md lists
-# make test-sweep   every statement and argument of every recipe left out, one at a time: is each heard?
+# make test-sweep   every statement and argument of every recipe left out, one at a time: is each heard? And launches
 # make test-browser the page, the trackers and the server, in a headless Chromium (Debian: apt-get install chromium)
 # make test-latest  the test suite on the newest releases of our dependencies: what would break?
 # make check        lint, format and types
@@ -31,7 +31,7 @@ test: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not sweep"
 
 test-sweep: $(VENV)/.dev $(VENV)/test-only/.installed
-	$(BIN)/python -m pytest -n 2 -m sweep tests/test_deletions.py
+	$(BIN)/python -m pytest -n 2 -m sweep
 
 test-faults: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $$(grep -o 'tests/[a-z_/]*\.py::[a-z0-9_]*' docs/faults.md | sort -u)

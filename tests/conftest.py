@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: launches real processes; runs by default")
     config.addinivalue_line("markers", "loopback: may open connections to this machine")
     config.addinivalue_line("markers", "faults: launches runs and kills them; `make test-faults` runs it")
-    config.addinivalue_line("markers", "sweep: every deletion in every recipe; `make test-sweep` runs it")
+    config.addinivalue_line("markers", "sweep: what all recipes share, on each of them; `make test-sweep` runs it")
     config.addinivalue_line("markers", "web: needs Chromium or the packages of .venv/web; `make test-browser` runs it")
     for category in ("DeprecationWarning", "FutureWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}")

@@ -438,8 +438,16 @@ def test_accelerate_launch_on_two_processes(flags_of: Callable[[str], list[objec
     assert verify_checkpoint(tmp_path / "output" / "checkpoint-2") == []
 
 
+# llava15_sft.py has two processes above, and those of its body are launched by `make test-sweep`.
+OF_ONE_BODY = ADAPTERS.keys() - {"llava15_sft", "table_to_markdown_sft"}
+LAUNCHED = [
+    *("table_to_markdown_sft", *WHOLE),
+    *(pytest.param(name, marks=pytest.mark.sweep) for name in sorted(OF_ONE_BODY)),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "llava15_sft"])  # it has two processes above
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_accelerate_launch(name: str, flags_of: Callable[[str], list[object]], tmp_path: Path) -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
     config = ["--config_file", "accelerate_configs/single_gpu.yaml", f"recipes/{name}.py"]

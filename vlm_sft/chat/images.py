@@ -144,7 +144,7 @@ def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
         raise ValueError(f"{name} is a path, and no folder was named to read from; load with image_folder=...")
     if "\0" in path:
         raise ValueError(f"{name} is a path with a NUL character; fix it")
-    root = _real(folder)
+    root = _real(os.path.abspath(folder))  # the working directory may change
     target = os.path.realpath(os.path.join(root, path))
     if not (allow_outside or target == root or target.startswith(os.path.join(root, ""))):
         raise ValueError(
