@@ -6,6 +6,7 @@ from typing import Any
 
 from vlm_sft.chat.audit import AuditReport
 from vlm_sft.chat.collator import ChatCollator
+from vlm_sft.chat.messages import text_of
 from vlm_sft.data.check_rows import Checked, rows_checked
 from vlm_sft.data.rows import drawn_seed, unpacked
 from vlm_sft.distributed import print_main
@@ -87,6 +88,19 @@ def check_pass(trainer: Any, collator: Any, rows: Any) -> Checked:
     first = rows_checked(rows)
     assert first is not None
     return first
+
+
+def check_captions(report: AuditReport) -> None:
+    """Raises for a row that asks something: without a stop token, only captions of an image alone are trained."""
+    for row in report.rows:
+        asked = [
+            text for message in row.conversation.messages if message["role"] == "user" and (text := text_of(message))
+        ]
+        if asked:
+            raise ValueError(
+                f"{row.name} asks {asked[0][:60]!r}, and a caption without stop token is trained after its image alone:"
+                " return just the image in the user message (to_conversation), or leave out require_stop_token=False"
+            )
 
 
 def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, str]:

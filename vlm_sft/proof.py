@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops, draw_mask
 from vlm_sft.chat.packing import check_padding_free
-from vlm_sft.checks import check_flags, check_pass, check_pieces, row_facts
+from vlm_sft.checks import check_captions, check_flags, check_pass, check_pieces, row_facts
 from vlm_sft.common import base_of, listed, restore_rng, rng_state
 from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import AnswerEvaluation
@@ -149,9 +149,9 @@ def prove(
     `vlm_sft.Arguments`, or None without a recipe) was read, and that no setting is without effect. The model's own
     forward, the optimizer's groups, and that nothing was exchanged since, are judged when training begins.
 
-    `require_stop_token=False` for answers that shall end without one; `require_answers=False` for a run that answers no
-    held-out rows (`evaluate_answers`). Trainable weights are cast to float32 here, and the trainer's steps are wrapped
-    to explain an out-of-memory error; the last line lists all that the library changed.
+    `require_stop_token=False` for captions, which end without one and answer no question; `require_answers=False` for a
+    run that answers no held-out rows (`evaluate_answers`). Trainable weights are cast to float32 here, and the
+    trainer's steps are wrapped to explain an out-of-memory error; the last line lists all that the library changed.
 
     Raises `ValueError` with what was found, what was expected, and the line or flag to change.
     """
@@ -186,6 +186,8 @@ def prove(
     if _callbacks(trainer, AnswerEvaluation) and trainer.eval_dataset is None:
         raise ValueError("held-out rows are to be answered, but none are evaluated: pass eval_dataset=data['test']")
     report = audit(collator, rows, num_rows, require_stop_token=require_stop_token)
+    if not require_stop_token:
+        check_captions(report)
     check_embedding(report.rows, model)
     check_stops(collator, report.rows, base_of(model).generation_config)
     random = rng_state()
