@@ -52,7 +52,7 @@ class TrainsReport:
 
     def lines(self) -> list[str]:
         """A table of six lines."""
-        width = max(len(found.how) for found in self.parts.values()) + 2
+        width = max(len("trains"), *(len(found.how) for found in self.parts.values())) + 2
         names = f"{'layers':>6}{'matrices':>10}{'trainable':>15}{'parameters':>16}  dtypes"
         lines = [f"{'part':<11}{'trains':<{width}}{names}"]
         for part, found in self.parts.items():
