@@ -182,7 +182,7 @@ def main() -> None:
     lengths = collation.lengths()
     tables |= {
         f"Padding, {len(lengths):,} rows of the same mix": padding(lengths, training.BATCH),
-        "Collation, CPU ms a row, pictures at LLaVA-1.5's own size, by Pillow": collated("pil"),
+        "Collation, CPU ms a row, images at LLaVA-1.5's own size, by Pillow": collated("pil"),
         "Collation, the same by torchvision": collated("torchvision"),
         "Collation, the text side alone (rendering, spans, labels), CPU ms a row": text_sides(),
         "A frozen tower out of autograd, vision-heavy model, one step": parts.frozen_tower(),
