@@ -159,10 +159,10 @@ def on(processes: int, recipe: Sequence[str], flags: list[object], config: str) 
         (LORA, 1, 1, "cpu_2proc"),
         (LORA, 1, 2, "cpu_2proc"),
         (LORA, 2, 1, "cpu_2proc"),
-        (FULL, 1, 2, "cpu_2proc"),
-        (FULL, 2, 1, "cpu_2proc"),
+        pytest.param(FULL, 1, 2, "cpu_2proc", marks=pytest.mark.sweep),
+        pytest.param(FULL, 2, 1, "cpu_2proc", marks=pytest.mark.sweep),
         (LORA, 2, 2, "cpu_2proc_fsdp2"),
-        (FULL, 2, 2, "cpu_2proc_fsdp2"),
+        pytest.param(FULL, 2, 2, "cpu_2proc_fsdp2", marks=pytest.mark.sweep),
         (QLORA, 2, 2, "fsdp2_qlora"),
     ],
     ids=["lora-1-1", "lora-1-2", "lora-2-1", "full-1-2", "full-2-1", "lora-fsdp2", "full-fsdp2", "qlora-fsdp2"],
@@ -184,7 +184,7 @@ def test_a_sharded_checkpoint_is_no_whole_one(flags_of: Any, alone: Any, tmp_pat
 
 
 @pytest.mark.parametrize("config", ["cpu_2proc", "cpu_2proc_fsdp2"])
-@pytest.mark.parametrize("recipe", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("recipe", [LORA, pytest.param(FULL, marks=pytest.mark.sweep)], ids=["lora", "full"])
 def test_the_best_checkpoint_is_kept_and_loaded(
     recipe: Sequence[str], config: str, flags_of: Any, tmp_path: Path
 ) -> None:
