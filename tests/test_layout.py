@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,12 @@ def test_no_file_is_longer_than_a_reader_will_read(path):
 @pytest.mark.parametrize("path", [*RECIPES, *MODULES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_each_file_says_what_belongs_there(path):
     assert ast.get_docstring(ast.parse(path.read_text("utf-8")))
+
+
+def test_the_top_level_holds_what_the_project_is_made_of():
+    """A run that is started here may leave its data here, and a commit take it along."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    folders = {name.split("/")[0] for name in listed.stdout.splitlines() if "/" in name}
+    assert folders == {".ci", "accelerate_configs", "benchmarks", "docs", "recipes", "tests", "vlm_sft"}

@@ -17,6 +17,7 @@ from trl import SFTConfig
 
 import vlm_sft
 from vlm_sft.models.adapters import check_trains
+from vlm_sft.training.callbacks import StopOnNaN
 
 
 @pytest.fixture
@@ -448,6 +449,23 @@ def test_packed_rows(make, tmp_path, capsys):
     assert "3 to train on, 2 held out" in capsys.readouterr().err
     run.trainer.train()
     assert "without padding the loss of a token changes by" in capsys.readouterr().err
+
+
+def test_a_stream_without_padding(make, tmp_path, capsys):
+    data = vlm_sft.load_conversations(chats(tmp_path / "few", train=12), streaming=True, max_eval_rows=2)
+    run = make(data=data, collator={"padding_free": True}, max_steps=1, train_sampling_strategy="random")
+    run.prove()
+    run.trainer.train()
+    assert "without padding the loss of a token changes by" in capsys.readouterr().err
+
+
+def test_the_number_of_steps_to_pass_over_reaches_the_guard(tiny_dir):
+    found = [
+        c.max_skipped
+        for c in vlm_sft.guards(vlm_sft.load_model(tiny_dir("llava15")), max_skipped=3)
+        if isinstance(c, StopOnNaN)
+    ]
+    assert found == [3]
 
 
 # As runs are launched

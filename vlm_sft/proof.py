@@ -39,14 +39,14 @@ from vlm_sft.training.reports import write_reports
 Trains = Mapping[str, str | Sequence[str]]
 
 
-def guards(model: Any) -> list[TrainerCallback]:
+def guards(model: Any, *, max_skipped: int = 0) -> list[TrainerCallback]:
     """The callbacks of every recipe, always the same. Make them before the Trainer, which changes the model's
-    generation config."""
+    generation config. `max_skipped` steps without a finite loss or gradient are passed over before the run stops."""
     return [
         RestoreGenerationConfig(model),
         GroupByLength(),
         SafeCheckpoints(),
-        StopOnNaN(),
+        StopOnNaN(max_skipped=max_skipped),
         Gate(),
         KeepRandomState(),  # last, since it captures what the others have left
     ]
@@ -351,7 +351,6 @@ def _forward(trainer: Any, proof: Proof) -> str:
     sentence = check_forward(trainer.data_collator, proof.report.shortest, trainer.model)
     if not trainer.data_collator.settings.padding_free:
         return sentence
-    first = [trainer.train_dataset[n] for n in range(min(2, len(trainer.train_dataset)))]
-    conversations = [row for example in first for row in example.get("packed", [example])][:2]
+    conversations = [row.conversation._asdict() for row in proof.report.rows[:2]]
     difference = check_padding_free(trainer.model, trainer.data_collator, conversations)
     return f"{sentence}; without padding the loss of a token changes by {difference:.1g}"

@@ -139,7 +139,7 @@ def test_a_skipped_step_changes_nothing(llava: Path, tmp_path: Path, tiny_proces
 def test_too_many_skipped_steps_stop(llava: Path, tmp_path: Path, tiny_processor: Any) -> None:
     guard = StopOnNaN(max_skipped=1)
     trainer, _ = spoiled(llava, tmp_path, tiny_processor, guard=guard, max_steps=8)  # two epochs: the row comes twice
-    with pytest.raises(FloatingPointError, match=r"from row 105\. .*StopOnNaN\(max_skipped=2\)"):
+    with pytest.raises(FloatingPointError, match=r"from row 105\. .*guards\(model, max_skipped=2\)"):
         trainer.train()
 
 

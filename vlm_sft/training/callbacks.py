@@ -107,7 +107,7 @@ class StopOnNaN(TrainerCallback):
 
     def __init__(self, *, max_skipped: int = 0) -> None:
         if max_skipped < 0:
-            raise ValueError(f"StopOnNaN: max_skipped={max_skipped}; give the number of steps that may be skipped")
+            raise ValueError(f"max_skipped={max_skipped}; give the number of steps that may be skipped")
         self.max_skipped = max_skipped
         self.skipped = 0
         self._rows: Tensor | None = None
@@ -133,7 +133,7 @@ class StopOnNaN(TrainerCallback):
         if self.skipped == self.max_skipped:
             raise FloatingPointError(
                 f"{what}. The optimizer did not step and the last checkpoint stands. Look at these rows, or skip "
-                f"such steps with StopOnNaN(max_skipped={self.max_skipped + 1})."
+                f"such steps with vlm_sft.guards(model, max_skipped={self.max_skipped + 1})."
             )
         self.skipped += 1
         print_main(f"{what}; skipped, {self.skipped} of at most {self.max_skipped}")
