@@ -16,7 +16,7 @@ from vlm_sft.models.quantization import nf4_config
 from vlm_sft.proof import finish, guards, prove
 from vlm_sft.tools.merging import merge
 from vlm_sft.training.checkpoints import latest_checkpoint
-from vlm_sft.training.config import Arguments, RecipeDefaults
+from vlm_sft.training.config import Arguments, DataArguments, ReadingArguments, RecipeDefaults
 from vlm_sft.training.optim import lr_by_part
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "AutoModelForVision2Seq",
     "ChatCollator",
     "ChatTemplate",
+    "DataArguments",
+    "ReadingArguments",
     "RecipeDefaults",
     "Sample",
     "best_dtype",

@@ -107,8 +107,8 @@ def test_the_hub_schema_passes_untouched(tmp_path: Path) -> None:
     saved.save_to_disk(tmp_path / "vsft")
     loaded = load_conversations(tmp_path / "vsft")
     assert {name: (rows.num_rows, rows.column_names) for name, rows in loaded.items()} == {
-        "train": (6, ["messages", "images", "row"]),
-        "test": (2, ["messages", "images", "row"]),
+        "train": (6, ["messages", "images", "row", "_reader"]),
+        "test": (2, ["messages", "images", "row", "_reader"]),
     }
     assert loaded["train"].features["messages"] == VSFT["messages"]
     for n, (row, before) in enumerate(zip(loaded["train"], saved["train"], strict=True)):

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from vlm_sft.common import restore_rng, rng_state
 from vlm_sft.data.records import Known, Look, Record, Records, cache_file, encode_together, read_cache, write_cache
-from vlm_sft.data.rows import COLUMNS, RowReader, reader_of, row_digest, unpacked
+from vlm_sft.data.rows import COLUMNS, READER, RowReader, readers_of, row_digest, unpacked
 from vlm_sft.distributed import print_main
 
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
@@ -239,16 +239,19 @@ class _Rows:
 
     def __init__(self, dataset: Any, collator: Any, known: Known) -> None:
         self.dataset, self.collator, self.known = dataset, collator, known
-        self.reader = reader_of(dataset)
-        self.stored = dataset.with_format(None) if self.reader else dataset
+        self.readers = readers_of(dataset)
+        self.stored = dataset if self.readers is None else dataset.with_format(None)
         self.encoder = collator and collator.with_settings(max_length=None)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> list[_Finding]:
-        rows = self.stored.__getitems__(indices) if self.reader else map(self._read, indices)
-        looks = [Look(index, row, self.reader) for index, row in zip(indices, rows, strict=True)]
+        rows = map(self._read, indices) if self.readers is None else self.stored.__getitems__(indices)
+        looks = [
+            Look(index, row, None if self.readers is None else self.readers[row[READER]])
+            for index, row in zip(indices, rows, strict=True)
+        ]
         encode_together([look for look in looks if look.key and self.known.get(look.key) is None], self.encoder)
         return [self._finding(look) for look in looks]
 

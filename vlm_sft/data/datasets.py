@@ -32,7 +32,7 @@ from vlm_sft.data import files, formats
 from vlm_sft.data import rows as reading
 from vlm_sft.data.files import EVAL_SPLITS, KINDS, data_files, listed, read_rows, split_of
 from vlm_sft.data.formats import closest, named_columns
-from vlm_sft.data.rows import LINES, Change, ImageFolder, RowReader, columns_of, named
+from vlm_sft.data.rows import LINES, READER, READERS, Change, ImageFolder, RowReader, columns_of, named
 from vlm_sft.distributed import print_main
 
 FIRST_ROWS = 8  # looked at while loading
@@ -76,8 +76,9 @@ def load_conversations(
     - `prompt`: the question of rows that have none, such as images with captions; `system_prompt`: the system message
       of rows that have none.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
-      none, `max_eval_rows` rows do, drawn with `seed`; without a number `eval_fraction` of all, at most 500, where 0
-      makes no "test". A number of 0 makes it empty, to train without evaluation.
+      none, `max_eval_rows` rows do, drawn with `seed`. A number of 0 makes it empty, to train without evaluation.
+      Without a number, of its own split 500 rows at most, else `eval_fraction` of all, at most 500; with a fraction of
+      0 all of its own split, and else no "test".
     - `streaming`: "train" is an `IterableDataset` in the order of the source; "test" a `Dataset` in memory of
       `max_eval_rows` rows, the first ones where the source has no split for it.
     - `image_folder`: what file names in rows are relative to; the folder of the data unless given. Files outside it
@@ -103,14 +104,14 @@ def load_conversations(
     if columns and to_conversation:
         print_main(f"{name}: read by --columns; to_conversation is not used")
     stored: dict[str, Any] = {}
-    faults = []
+    faults, number = [], len(READERS)
     for key, wanted_split in wanted.items():
         try:
             with named_faults(f"{name}, split {wanted_split!r}"):
                 if wanted_split not in sources:
                     near = closest(wanted_split, [*sources])
                     raise ValueError(f"no split {wanted_split!r}{near}; found {', '.join(sources)}")
-                stored[key], names = _stored(sources[wanted_split], root, streaming)
+                stored[key], names = _stored(sources[wanted_split], root, streaming, number)
                 reader = _fitting(stored[key], reader, name) if key == "train" else reader
                 if not reader.change:
                     named_columns(reader.columns, names, prompt=prompt is not None)
@@ -126,10 +127,15 @@ def load_conversations(
         stored = _held_out(rows, count) if streaming else _drawn(rows, eval_fraction, count, seed)
         reader = replace(reader, seed=seed if "test" in stored and not streaming else None)
     if "test" in stored:
-        test, count = stored["test"], EVAL_ROWS if count is None else count
-        rows = test.select(range(min(count, len(test)))) if isinstance(test, Dataset) else [*test.take(count)]
-        stored["test"] = rows if isinstance(rows, Dataset) else Dataset.from_list(rows, features=test.features)
-    splits = {key: rows.with_transform(reader) for key, rows in stored.items() if isinstance(rows, Dataset)}
+        test, count = stored["test"], EVAL_ROWS if count is None and eval_fraction else count
+        if isinstance(test, Dataset):
+            rows = test if count is None else test.select(range(min(count, len(test))))
+        else:
+            rows = Dataset.from_list([*(test if count is None else test.take(count))], features=test.features)
+            rows = rows.add_column(READER, np.full(len(rows), number, np.int32))
+        stored["test"] = rows
+    READERS[number] = reader
+    splits = {key: rows.with_transform(READERS) for key, rows in stored.items() if isinstance(rows, Dataset)}
     if not streaming:
         return DatasetDict(splits)
     names = stored["train"].column_names or [*next(iter(stored["train"]))]
@@ -204,8 +210,9 @@ def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
     return dict(datasets.load_dataset(kinds.pop(), data_files=names, streaming=streaming))
 
 
-def _stored(source: Any, root: Path, streaming: bool) -> tuple[Any, list[str]]:
-    """The source with the column `row`, images left encoded; and the names of its own columns."""
+def _stored(source: Any, root: Path, streaming: bool, reader: int) -> tuple[Any, list[str]]:
+    """The source with the columns `row` and, unless it streams, `READER`, images left encoded; and the names of its own
+    columns."""
     if isinstance(source, tuple):
         # By the stamp the cache sees that the files, or the code that reads them, have changed.
         stamp = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*source, *_CODE))
@@ -217,7 +224,7 @@ def _stored(source: Any, root: Path, streaming: bool) -> tuple[Any, list[str]]:
         kinds = [json.loads(row["columns"]) for row in _one_of_each_kind(source) if row["columns"]]
         if not (names := [*dict.fromkeys(name for kind in kinds for name in kind)]):
             raise ValueError("no row is an object with columns; expected {'messages': [...], ...} and the like")
-        return source, names
+        return source if streaming else source.add_column(READER, np.full(len(source), reader, np.int32)), names
     if streaming:
         unread = source.decode(False) if source.features else source
         names = [name for name in source.column_names or next(iter(unread), {}) if name != "row"]
@@ -230,7 +237,9 @@ def _stored(source: Any, root: Path, streaming: bool) -> tuple[Any, list[str]]:
     features = Features({name: _undecode(feature) for name, feature in source.features.items()})
     # `cast` would write all images anew.
     unread = Dataset(source.data, info=DatasetInfo(features=features))
-    return unread.add_column("row", list(range(len(unread))), feature=NUMBER["row"]), source.column_names
+    for name, numbers in (("row", np.arange(len(unread))), (READER, np.full(len(unread), reader, np.int32))):
+        unread = unread.add_column(name, numbers)
+    return unread, source.column_names
 
 
 def _lines(files: tuple[Path, ...], root: Path, stamp: Any) -> Iterator[dict[str, Any]]:

@@ -58,8 +58,9 @@ def layout_of(row: Mapping[str, Any], columns: Sequence[str] = (), *, prompt: bo
     )
     caption = next((name for name in _CAPTIONS if name in row), "")
     what += f'. For images with a caption in {caption!r}, give their question by --prompt "..."' if caption else ""
+    near = closest("messages", [name for name in row if name not in IMAGES])
     raise ValueError(
-        f"no column of conversations among {', '.join(row)}{closest('messages', [*row])}; expected messages, "
+        f"no column of conversations among {', '.join(row)}{near}; expected messages, "
         f"conversations, or prompt and response: name yours with {flags(row)}, or edit to_conversation{what}"
     )
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
 from PIL.Image import Image as PILImage
 
@@ -44,9 +45,9 @@ Opened = dict[int, tuple[PILImage, Any]]
 
 @dataclass(frozen=True)
 class RowReader:
-    """Stored rows in, `{"messages", "images", "row"}` and the columns of `check_rows` out; a single column
-    (`dataset["row"]`) is read as it is. `change` makes rows of a known format of others; `columns`, `prompt` and
-    `system_prompt` are those of `load_conversations`; `seed` is the one by which rows were held out."""
+    """Stored rows in, `{"messages", "images", "row"}` and the columns of `check_rows` out. `change` makes rows of a
+    known format of others; `columns`, `prompt` and `system_prompt` are those of `load_conversations`; `seed` is the one
+    by which rows were held out."""
 
     folder: ImageFolder
     change: Change | None = None
@@ -54,12 +55,6 @@ class RowReader:
     prompt: str | None = None
     system_prompt: str | None = None
     seed: int | None = None
-
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        if len(batch) == 1:
-            return dict(batch)
-        rows = [self.read(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
-        return {name: [row[name] for row in rows] for name in rows[0]} if rows else {name: [] for name in batch}
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row as a conversation, images opened by their headers. Raises `ValueError` naming row and field."""
@@ -125,10 +120,26 @@ class RowReader:
         return value
 
 
+class Readers(dict[int, RowReader]):
+    """The transform of every dataset that `load_conversations` returns, one object, so that `interleave_datasets` and
+    `concatenate_datasets` keep it: each row names its reader. A single column (`dataset["row"]`) is read as it is."""
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        if len(batch) == 1:
+            return dict(batch)
+        stored = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        rows = [self[row[READER]].read(row) for row in stored]
+        return {name: [row[name] for row in rows] for name in rows[0]} if rows else {name: [] for name in batch}
+
+
+READER = "_reader"  # the column that says which of these reads a row
+READERS = Readers()
+
+
 def columns_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The columns of a stored row. Raises `ValueError` for a line of a file that holds none."""
     if not row.keys() >= LINES.keys():
-        return {name: value for name, value in row.items() if name not in ("row", *COLUMNS)}
+        return {name: value for name, value in row.items() if name not in ("row", READER, *COLUMNS)}
     if row["fault"]:
         raise ValueError(row["fault"])
     found = json.loads(row["json"])
@@ -148,15 +159,42 @@ def unpacked(dataset: Any) -> Any:
     return transform.keywords.get("dataset", dataset) if isinstance(transform, partial) else dataset
 
 
-def reader_of(dataset: Any) -> RowReader | None:
-    """The reader of a dataset that `load_conversations` returned, None for any other."""
+def readers_of(dataset: Any) -> Readers | None:
+    """The readers of a dataset that `load_conversations` returned, or several mixed; None for any other."""
     transform = _transform_of(dataset)
-    return transform if isinstance(transform, RowReader) else None
+    return transform if isinstance(transform, Readers) else None
 
 
 def drawn_seed(dataset: Any) -> int | None:
     """The seed by which rows of this dataset were held out; None where the source has its own splits, or streams."""
-    return getattr(reader_of(unpacked(dataset)), "seed", None)
+    readers = readers_of(dataset := unpacked(dataset)) or Readers()
+    numbers = pc.unique(dataset.data[READER]).to_pylist() if readers else []
+    return next((readers[n].seed for n in numbers if readers[n].seed is not None), None)
+
+
+def held_out_record(rows: Any) -> dict[str, Any]:
+    """What `run.json` keeps for `recorded_rows` to find these rows by: their numbers in the source, and a digest."""
+    rows = unpacked(rows)
+    return {"rows": rows.with_format(None)["row"][:] if "row" in rows.column_names else [], "digest": row_digest(rows)}
+
+
+def recorded_rows(rows: Dataset, run: Path) -> Dataset:
+    """Those of the source's rows that a run held out, as the `run.json` in its folder, or the one above it, says.
+
+    Raises `ValueError` where there is none, and where the source has other rows now."""
+    files = [file for file in (run / "run.json", run.parent / "run.json") if file.is_file()]
+    record = json.loads(files[0].read_text(encoding="utf-8")).get("held_out") if files else None
+    if record and record["rows"]:
+        places = {number: place for place, number in enumerate(rows.with_format(None)["row"][:])}
+        if places.keys() >= set(record["rows"]):
+            found = rows.select([places[number] for number in record["rows"]])
+            if row_digest(found) == record["digest"]:
+                return found
+    told = f"{files[0]} tells of no such rows" if files else f"{run} has no run.json that tells which were held out"
+    raise ValueError(
+        f"the data has no test split, and {told}: name the folder of the run by --run, or score all rows by --split "
+        "train, those that were trained on among them"
+    )
 
 
 def row_digest(rows: Any) -> str:
@@ -174,7 +212,7 @@ def row_digest(rows: Any) -> str:
             else {
                 name: table[name][: 1 if "binary" in str(table[name].type) else None].to_pylist()
                 for name in table.column_names
-                if name not in (*COLUMNS, "file")
+                if name not in (*COLUMNS, "file", READER)
             }
         )
         digest.update(repr(sorted(columns.items())).encode("utf-8", "surrogatepass"))
