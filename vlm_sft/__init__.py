@@ -1,5 +1,6 @@
 """Thin, checked building blocks for fine-tuning vision-language models on TRL's SFTTrainer."""
 
+from vlm_sft.chat.boxes import scale_boxes
 from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
 from vlm_sft.chat.packing import enable_padding_free, pack
 from vlm_sft.chat.template import ChatTemplate
@@ -47,6 +48,7 @@ __all__ = [
     "pack",
     "prove",
     "register_parts",
+    "scale_boxes",
     "split_reference",
     "write_samples_html",
 ]

@@ -33,6 +33,16 @@ TWO_WAY_IMAGES = ("deepseek_ocr2", "gemma3", "gemma4", "molmo2", "paligemma")
 transformers 5.23 drops it without a word (masking_utils.flash_attention_mask)."""
 
 
+BOX_SCALES = {
+    "Qwen2_5_VLProcessor": "pixels",
+    "Qwen2VLProcessor": "0-1000",
+    "Qwen3VLProcessor": "0-1000",
+    "InternVLProcessor": "0-1000",
+}
+"""In what the families of these processors write boxes, by their own reports and cookbooks: of the image as the model
+sees it, after the processor's resize. Nothing in transformers 5.23 says so."""
+
+
 def is_sharded() -> bool:
     """Whether this process was launched with FSDP: by accelerate 1.15's own variable, which no function reads."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"

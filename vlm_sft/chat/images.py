@@ -155,6 +155,11 @@ def _orientation(image: PILImage) -> int:
     return value if 1 <= value <= 8 else 1
 
 
+def upright_size(image: PILImage) -> tuple[int, int]:
+    """(width, height) of what `to_rgb` makes of it."""
+    return image.size[::-1] if _orientation(image) > 4 else image.size
+
+
 def _to_8_bits(image: PILImage) -> tuple[PILImage, str]:
     """Scaled to 8 bits by the narrowest range that holds all values, and words for it. Cameras and scanners store 10,
     12 or 14 bits in 16: by the whole range they would come out black."""
