@@ -309,7 +309,9 @@ CASES = [
     ),
     talk("unknown part", say(("user", [{"type": "video"}]), ("assistant", "a")), "named error", "has the type 'video'"),
     talk("unknown role", say(("bot", "q"), ("assistant", "a")), "named error", "has the role 'bot'; expected one of"),
-    talk("tool role", say(("user", "q"), ("tool", "r"), ("assistant", "a")), "named error", "has the role 'tool'"),
+    talk(
+        "tool role", say(("user", "q"), ("tool", "r"), ("assistant", "a")), "named error", "is from tool; expected ass"
+    ),
     talk(
         "two users in a row",
         say(("user", "q"), ("user", "r"), ("assistant", "a")),

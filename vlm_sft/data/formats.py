@@ -22,7 +22,7 @@ FIELDS = ("messages", "prompt", "response", "system", "history", "images", "tool
 Layout = dict[str, tuple[str, ...]]
 """Which columns hold each of `FIELDS`; more than one for `prompt`, `images` and `ignore` alone."""
 
-_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system", "observation": "tool"}
 _KNOWN: tuple[Layout, ...] = (
     {"messages": ("messages",)},
     {"messages": ("conversations",)},
@@ -165,6 +165,11 @@ def to_messages(row: Mapping[str, Any], layout: Layout, prompt: str | None = Non
         raise ValueError(f"the column {layout['system'][0]!r} beside a system message in the conversation; keep one")
     if (text := own or (None if has_system else system)) is not None:
         messages = [_message({"role": "system", "content": text}, 0), *messages]
+    tools = _parsed(values.get("tools"))
+    if tools and messages and isinstance(messages[0], Mapping):
+        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise ValueError(f"tools is {tools!r:.80}; expected a list of JSON schemas")
+        messages[0] = {**messages[0], "tools": tools}
     return messages
 
 
@@ -194,7 +199,9 @@ def _are_messages(value: Any) -> bool:
 
 
 def is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and (value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"})
+    """Whether this is a message, of ours or ShareGPT's."""
+    names = value.keys() if isinstance(value, Mapping) else ()
+    return {"from", "value"} <= {*names} or ("role" in names and ("content" in names or "tool_calls" in names))
 
 
 def is_filled(value: Any) -> bool:
@@ -229,6 +236,15 @@ def _message(message: Any, number: int) -> Any:
     if "from" in fields and "value" in fields:
         fields = {"role": fields.pop("from"), "content": fields.pop("value"), **fields}
     role, content = fields.get("role"), fields.get("content")
+    if role == "function_call":  # ShareGPT's and LLaMA-Factory's: the call is the text
+        fields, role, content = (
+            {**fields, "role": "assistant", "tool_calls": [_parsed(content)], "content": ""},
+            "assistant",
+            "",
+        )
+    if fields.get("tool_calls") is not None:
+        fields["tool_calls"] = [_call(call) for call in _flat(fields["tool_calls"])]
+        fields["content"] = content = content or []  # a template may write a line for a blank text
     if isinstance(role, str):
         fields["role"] = role = _ROLES.get(role, role)
     if isinstance(content, str) and role != "assistant" and _PLACEHOLDER.search(content):
@@ -245,6 +261,15 @@ def _message(message: Any, number: int) -> Any:
         if bool(value) != fields.setdefault("train", bool(value)):
             raise ValueError(f"messages[{number}] says otherwise by {name} than by another of {', '.join(_WEIGHTS)}")
     return fields
+
+
+def _call(call: Any) -> Any:
+    """A call with its arguments as a dict, which OpenAI writes as JSON, in a dict of its own as templates expect it."""
+    if not isinstance(call, Mapping) or not isinstance(function := call.get("function", call), Mapping):
+        raise ValueError(f"a tool call is {call!r:.80}; expected a name and arguments")
+    if "name" not in function:
+        raise ValueError(f"a tool call is {call!r:.80}; expected a name and arguments")
+    return {"type": "function", "function": {**function, "arguments": _parsed(function.get("arguments") or {})}}
 
 
 def _part(part: Any) -> Any:

@@ -236,7 +236,7 @@ def _text_faults(messages: Sequence[Message]) -> Iterator[str]:
         text = text_of(message)
         if control := _CONTROL.search(text):
             yield f"messages[{number}] holds the control character U+{ord(control[0]):04X}; remove it or drop the row"
-        if text.strip() or not message.get("train", True):
+        if text.strip() or not message.get("train", True) or message.get("tool_calls"):
             continue
         if message["role"] == "assistant":
             yield f"messages[{number}] is a blank answer; give it words, mark it 'train': false or drop the row"
