@@ -71,8 +71,8 @@ def load_conversations(
     says so: `["prompt=question", "images=photo"]`. Columns that nothing reads are printed, those of images refused.
 
     - `to_conversation`: from a stored row to one of a known format, as `messages` and `images`; images come to it
-      opened. With `columns` or `prompt` it is not used, nor where it asks for a column that rows of a known format do not have,
-      and that is printed.
+      opened. It is not used with `columns` or `prompt`, nor where it asks for a column that rows of a known format do
+      not have; that is printed.
     - `prompt`: the question of rows that have none, such as images with captions; `system_prompt`: the system message
       of rows that have none.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
