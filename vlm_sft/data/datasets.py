@@ -90,10 +90,15 @@ def load_conversations(
     if image_folder and not Path(image_folder).expanduser().is_dir():
         raise ValueError(f"--image_folder {str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
     name, root, sources, columns = _sources(name_or_path, config_name, revision, streaming, columns)
-    own = {split_of(Path(key)): key for key in sources if key != split}
+    own: dict[str, str] = {}
+    for key in [key for key in sources if key != split]:
+        with suppress(ValueError):  # nothing of an unclear name is trained on
+            own.setdefault(split_of(Path(key)), key)
     wanted = {"train": split}
     if found := eval_split or next((own[key] for key in EVAL_SPLITS if key in own), None):
         wanted["test"] = found
+    if others := sources.keys() - {*wanted.values()}:
+        print_main(f"{name}: splits that are not used: {', '.join(sorted(others))}")
     by = "--columns" if columns else None if prompt is None else "--prompt"
     reader = RowReader(
         ImageFolder(Path(image_folder).expanduser() if image_folder else root, allow_outside),
