@@ -197,10 +197,11 @@ def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None
         raise ValueError("the dataset to check has no row, or streams; load it without --streaming")
     start = time.monotonic()
     cache = cache_file("" if collator is None else str(collator.fingerprint()))
-    found, numbers, order, known, fresh = _look_at_all(_Rows(rows, collator, read_cache(cache)), num_proc)
+    found, numbers, order, known, fresh = _look_at_all(_Rows(rows, collator, Known(read_cache(cache))), num_proc)
     if len(fresh):
         write_cache(cache, fresh)
-    numbers, notes, texts = numbers[order], found.notes[order], found.texts
+    numbers, values, texts = numbers[order], found.values[order], found.notes
+    notes = values[:, 3]
     bad = np.array([bool(faults) for faults, _ in texts])[notes]
     keys = np.where(bad, b"", found.keys[order])
     faults = [Fault(int(n), f"row {numbers[n]}", detail) for n in np.flatnonzero(bad) for detail in texts[notes[n]][0]]
@@ -214,7 +215,7 @@ def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None
     repairs: Counter[str] = Counter()
     for (_, repaired), count in zip(texts, np.bincount(notes, minlength=len(texts)).tolist(), strict=True):
         repairs.update({repair: repaired.count(repair) * count for repair in repaired})
-    columns = {name: np.where(bad, 0, found.counts[order, n]) for n, name in enumerate(COLUMNS)}
+    columns = {name: np.where(bad, 0, values[:, n]) for n, name in enumerate(COLUMNS)}
     with_what = "no model's processor" if collator is None else type(collator.processor).__name__
     seconds = time.monotonic() - start
     print_main(
