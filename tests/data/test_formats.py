@@ -208,6 +208,7 @@ def test_images_in_memory(folder: Path) -> None:
     for wrong, told in (
         (rows.with_transform(lambda batch: batch), "has a transform, which would not be applied; give it as to_conver"),
         (rows.to_iterable_dataset(), "the rows are a IterableDataset; expected a Dataset"),
+        ([], "it holds no row"),
         ([{"messages": {1, 2}}], "row 0: it holds a set; expected text, numbers"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -599,3 +600,36 @@ def test_columns_that_arrow_filled_with_none(folder: Path) -> None:
     features["messages"] = [{"role": Value("string"), "content": Value("string"), "loss": Value("bool")}]
     DatasetDict({"train": Dataset.from_list(rows, features=features)}).save_to_disk(folder / "saved")
     assert [words(row) for row in load(folder / "saved", image_folder=folder)] == [CAT, COLOUR]
+
+
+def test_several_answers_are_not_joined(folder: Path) -> None:
+    row = {**QA, "answer": ["A cat."]}
+    assert words(load(write(folder / "rows.jsonl", row))[0]) == CAT
+    with pytest.raises(ValueError, match="'answer' holds 2 answers; choose one in to_conversation"):
+        load(write(folder / "rows.jsonl", {**QA, "answer": ["A cat.", "A dog."]}))
+
+
+def test_all_columns_of_images_are_named_at_once_and_urls_too(folder: Path) -> None:
+    row = {"question": "q", "answer": "a", "first": "a.jpg", "second": "b.jpg"}
+    with pytest.raises(
+        ValueError, match=r"'first', 'second' looks like .*images=first images=second, or .*ignore=second"
+    ):
+        load(write(folder / "rows.jsonl", row))
+    with pytest.raises(ValueError, match=r"'image_url' looks like images \('https://"):
+        load(write(folder / "rows.jsonl", {"question": "q", "answer": "a", "image_url": "https://example.org/?id=7"}))
+    boxes = {
+        "messages": ROWS[next(iter(ROWS))]["messages"][:1],
+        "images": ["a.jpg"],
+        "objects": {"bbox": [[1, 2, 3, 4]]},
+    }
+    boxes["messages"] = [*boxes["messages"], {"role": "assistant", "content": "<bbox>"}]
+    with pytest.raises(ValueError, match="'objects' is not read, and <bbox> and <ref-object> would be trained as they"):
+        load(write(folder / "rows.jsonl", boxes))
+
+
+def test_nothing_held_out_of_a_stream_and_splits_in_memory(folder: Path) -> None:
+    path = write(folder / "rows.jsonl", *[QA] * 3)
+    streamed = load_conversations(path, streaming=True, max_eval_rows=0)
+    assert [len(list(streamed["train"])), len(streamed["test"])] == [3, 0]
+    held = load_conversations({"train": [QA] * 3, "test": [QA]}, image_folder=folder)
+    assert {name: len(rows) for name, rows in held.items()} == {"train": 3, "test": 1}
