@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import json
 import re
@@ -15,11 +16,12 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value, interleave_datasets
 from PIL import Image
 
-from vlm_sft import ChatCollator, check_rows, load_conversations
+from vlm_sft import ChatCollator, DataArguments, check_rows, load_conversations
 from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import normalise, text_of
 from vlm_sft.data.check_rows import check_report
 from vlm_sft.data.files import split_of
+from vlm_sft.training.config import unread_flags
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -513,7 +515,7 @@ def test_a_row_of_both_splits_is_said(folder: Path, capsys: pytest.CaptureFixtur
     write(folder / "train.jsonl", *(json.loads(line(n)) for n in range(5)))
     write(folder / "test.jsonl", *(json.loads(line(n)) for n in (3, 9)))
     check_rows(load_conversations(folder), ChatCollator(tiny_processor("llava15")), num_proc=0)
-    assert "1 rows of test stand in train as well: row 3 of train" in capsys.readouterr().err
+    assert "1 rows of test stand in train as well: row 3\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", ["prompt=question", "messages=m"])
@@ -633,3 +635,30 @@ def test_nothing_held_out_of_a_stream_and_splits_in_memory(folder: Path) -> None
     assert [len(list(streamed["train"])), len(streamed["test"])] == [3, 0]
     held = load_conversations({"train": [QA] * 3, "test": [QA]}, image_folder=folder)
     assert {name: len(rows) for name, rows in held.items()} == {"train": 3, "test": 1}
+
+
+def test_one_bad_row_of_a_small_split_can_be_dropped(folder: Path, tiny_processor: Any) -> None:
+    write(folder / "train.jsonl", *(json.loads(line(n)) for n in range(3)))
+    write(folder / "test.jsonl", json.loads(line(8)), {"prompt": "Q", "response": " "})
+    collator = ChatCollator(tiny_processor("llava15"))
+    data = check_rows(load_conversations(folder), collator, on_bad_rows="drop", num_proc=0)
+    assert {name: len(rows) for name, rows in data.items()} == {"train": 3, "test": 1}
+    write(folder / "test.jsonl", {"prompt": "Q", "response": " "}, json.loads(line(8)))
+    write(folder / "train.jsonl", json.loads(line(0)), {"prompt": "R", "response": " "})
+    with pytest.raises(ValueError, match=r"more than --max_bad_fraction 0\.1 of the rows are bad"):
+        check_rows(load_conversations(folder), collator, on_bad_rows="drop", num_proc=0)
+    assert len(check_rows(load_conversations(folder), collator, on_bad_rows="drop", max_bad_fraction=0.5)["test"]) == 1
+
+
+def test_flags_are_the_keywords_of_what_reads_and_checks() -> None:
+    args = DataArguments()
+    assert args.reading.keys() <= inspect.signature(load_conversations).parameters.keys()
+    assert args.checking.keys() <= inspect.signature(check_rows).parameters.keys()
+    assert unread_flags(args) == []
+
+
+def test_splits_that_nothing_uses_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "validation", "test"):
+        write(folder / f"{name}.jsonl", json.loads(line(0)))
+    load_conversations(folder)
+    assert "splits that are not used: test\n" in capsys.readouterr().err

@@ -169,8 +169,10 @@ def check_rows(
         print_main(f"{f'{bad:,} of {rows:,} rows are left out.' if drop else 'These rows stay:'}\n{text}")
     for (name, first), (other, second) in itertools.combinations(reports.items(), 2):
         if len(both := np.setdiff1d(np.intersect1d(first.keys, second.keys), [b""])):
-            where = [f"row {first.numbers[first.keys == key][0]}" for key in both[:_SHOWN]]
-            print_main(f"{len(both):,} rows of {other} stand in {name} as well: {', '.join(where)} of {name}, ...")
+            where = ", ".join(f"row {first.numbers[first.keys == key][0]}" for key in both[:_SHOWN])
+            print_main(
+                f"{len(both):,} rows of {other} stand in {name} as well: {where}" + ", ..." * (len(both) > _SHOWN)
+            )
     for name, split in splits.items():
         counts: tuple[int, ...] = ()
         if report := reports.get(name):
