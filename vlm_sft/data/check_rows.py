@@ -161,8 +161,11 @@ def check_rows(
     text = "\n".join(f"{name}: {report}".removeprefix(": ") for name, report in reports.items())
     rows, bad, errors = (sum(getattr(r, of) for r in reports.values()) for of in ("rows", "bad_rows", "errors"))
     if errors > (max(1, max_bad_fraction * rows) if drop else 0):
-        why = f"more than --max_bad_fraction {max_bad_fraction} of the rows are bad; fix them"
-        raise ValueError(f"{text}\n{why if drop else 'fix these rows, or leave them out with --on_bad_rows drop'}")
+        why = (
+            "fix these rows, or leave them out with --on_bad_rows drop: check_rows(data, collator, on_bad_rows='drop')"
+        )
+        why = f"more than --max_bad_fraction {max_bad_fraction} of the rows are bad; fix them" if drop else why
+        raise ValueError(f"{text}\n{why}")
     if none_left := [name for name, report in reports.items() if drop and report.bad_rows == report.rows]:
         raise ValueError(f"{text}\nno row is left of {', '.join(none_left)}")
     if bad:
