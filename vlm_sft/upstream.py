@@ -16,6 +16,7 @@ holds what these modules rely on in place:
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from functools import partial
@@ -24,6 +25,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
@@ -164,3 +168,16 @@ def lacks_dora(module: Any) -> bool:
     if type(module).__name__ == "Linear8bitLt":
         return bool(module.weight.device.type == "cpu")
     return not isinstance(module, nn.Linear) and type(module).__name__ != "HQQLinear"
+
+
+def targets_of(config: LoraConfig, model: nn.Module) -> set[str]:
+    """The modules and parameters that PEFT would adapt by this config.
+
+    PEFT 0.21.2 takes some mixtures (GLM-4.5V) for an older checkpoint whose experts were layers of their own: a pattern
+    of full paths becomes a set of last names, which match in the tower too, and dense layers get no adapters.
+    """
+    config = copy.deepcopy(config)
+    convert_peft_config_for_transformers(config, model, None)
+    modules = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
+    stacked = [f".{name}" for name in config.target_parameters or ()]
+    return modules | {name for name, _ in model.named_parameters() if f".{name}".endswith(tuple(stacked))}
