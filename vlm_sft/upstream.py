@@ -20,14 +20,16 @@ import copy
 import inspect
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
@@ -181,3 +183,19 @@ def targets_of(config: LoraConfig, model: nn.Module) -> set[str]:
     modules = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
     stacked = [f".{name}" for name in config.target_parameters or ()]
     return modules | {name for name, _ in model.named_parameters() if f".{name}".endswith(tuple(stacked))}
+
+
+def restore_adapter(model: PeftModel, file: Path) -> tuple[set[str], set[str]]:
+    """Puts every tensor of an adapter's file into the model. Returns the names that it lacks, and those left over.
+
+    PEFT 0.21.2 renames the keys of a file by the table with which transformers reads old checkpoints: for some families
+    (DeepSeek-OCR-2) they then fit nothing, and the adapter stays as it was made, with a warning at most. So does the
+    Trainer, which loads checkpoints and the best one by PEFT.
+    """
+    held = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with safe_open(file, framework="pt") as tensors:
+        saved = set(tensors.keys())
+        with torch.no_grad():
+            for name in saved & held.keys():
+                held[name].copy_(tensors.get_tensor(name))
+    return held.keys() - saved, saved - held.keys()

@@ -30,7 +30,7 @@ def detach_frozen_tower(model: PreTrainedModel) -> None:
     model.enable_input_require_grads, model.disable_input_require_grads = enable, disable  # type: ignore[method-assign]
     modules = dict(model.named_modules())
     for tower in (modules[path] for path in (*parts.vision, *parts.other) if path in modules):
-        tower.train = MethodType(_train, tower)  # type: ignore[method-assign]
+        tower.train = MethodType(_train, tower)
 
 
 def cast_trainable_to_fp32(model: nn.Module) -> None:

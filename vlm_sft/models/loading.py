@@ -8,14 +8,14 @@ import contextlib
 import importlib.util
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from peft import PeftConfig, PeftModel
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -34,7 +34,7 @@ from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
 from vlm_sft.models.parts import parts_of
 from vlm_sft.models.quantization import nf4_config
-from vlm_sft.upstream import TWO_WAY_IMAGES, fit_to_shards, keep_packing, limit_pixels, set_commit
+from vlm_sft.upstream import TWO_WAY_IMAGES, fit_to_shards, keep_packing, limit_pixels, restore_adapter, set_commit
 
 AutoModelForVision2Seq = AutoModelForImageTextToText
 """The name that transformers 5 dropped, for code that was written with it."""
@@ -267,17 +267,17 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
     if Path(folder, "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)
     try:
-        model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # `restore_adapter` fills or names them
+            model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+        missing, left = restore_adapter(model, Path(folder, ADAPTER_WEIGHTS))
     except RuntimeError as error:
         some = "\n".join(str(error).splitlines()[:3])
         raise ValueError(f"The adapter in {folder!r} does not fit {base.name_or_path!r}: {some}") from error
-    with safe_open(Path(folder, ADAPTER_WEIGHTS), framework="pt") as file:
-        saved = set(file.keys())
-    needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if saved != needed:
+    if missing or left:
         raise ValueError(
-            f"The adapter in {folder!r} does not fit {base.name_or_path!r}: {len(needed - saved)} weights are missing "
-            f"({listed(needed - saved)}) and {len(saved - needed)} left over ({listed(saved - needed)})."
+            f"The adapter in {folder!r} does not fit {base.name_or_path!r}: {len(missing)} weights are missing "
+            f"({listed(missing)}) and {len(left)} left over ({listed(left)})."
         )
     return model
 

@@ -194,12 +194,12 @@ def _found(model: Any) -> tuple[ModelParts | None, list[str]]:
         placed[_kind_of(path, modules.get(path))].append(path)
     if towers := placed[None]:
         faults.append(f"{listed(towers)}: a second tower, or part of the projector")
-    if tower and not placed["projector"]:  # it may lie inside the tower (Qwen's merger)
-        inside = [name for name, _ in modules[tower].named_children() if _PROJECTS.search(name)]
-        placed["projector"] = [f"{tower}.{name}" for name in inside]
-    if not (faults or placed["projector"]):
-        faults.append("nothing is left for its projector" if tower else "it has no vision tower and no projector")
     vision = [tower] * bool(tower) + placed["vision"]
+    if vision and not placed["projector"]:  # it may lie inside the tower (Qwen's merger)
+        inside = [name for name, _ in modules[vision[0]].named_children() if _PROJECTS.search(name)]
+        placed["projector"] = [f"{vision[0]}.{name}" for name in inside]
+    if not (faults or placed["projector"]):
+        faults.append("nothing is left for its projector" if vision else "it has no vision tower and no projector")
     parts = ModelParts(tuple(vision), tuple(placed["projector"]), (language,), (head,), tuple(placed["other"]))
     return parts, faults
 

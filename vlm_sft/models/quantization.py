@@ -92,10 +92,9 @@ def check_quantized(model: nn.Module) -> QuantizationReport:
     unlike = {name: fault for name in packed & asked if (fault := _unlike(linears[name], config))}
     own = {name: parameter for name, parameter in model.named_parameters() if ".lora_" not in name}
     others = {name: parameter for name, parameter in own.items() if name.rpartition(".")[0] not in packed}
-    experts = _experts(model, parts)
+    experts, skipped = _experts(model, parts), {*(config.llm_int8_skip_modules or ())}
     differences = {
-        "stacked experts are in 16 bit, which experts_in_16bit=True accepts": {*experts}
-        - {*config.llm_int8_skip_modules},
+        "stacked experts stay in 16 bit, which experts_in_16bit=True accepts": experts.keys() - skipped,
         "language layers left unquantized": asked - packed,
         "quantized outside the language model": packed - asked,
         "packed differently from the config": {f"{name} ({fault})" for name, fault in unlike.items()},
