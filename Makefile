@@ -25,7 +25,8 @@ quickstart: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/quickstart.py
 
 # The processors of half the model families need torchvision. Its wheel stays out of site-packages, since
-# beside a torch without CUDA it breaks `import trl`; tests/torchvision_cpu shows the tests where it is.
+# beside a torch without CUDA it breaks `import trl`; tests/torchvision_cpu shows the tests where it is. timm is for the
+# families whose tower it brings.
 # Two workers are faster than two threads.
 test: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not sweep"
@@ -84,7 +85,7 @@ $(VENV)/.dev: $(VENV)/.installed
 # --no-deps, or pip would pull a second torch in beside it.
 $(VENV)/test-only/.installed: Makefile $(VENV)/.dev
 	rm -rf $(@D)
-	$(PIP) install --quiet --no-deps --target $(@D) torchvision==0.28.0
+	$(PIP) install --quiet --no-deps --target $(@D) torchvision==0.28.0 timm==1.0.31
 	@touch $@
 
 # A fresh environment that finds the packages of .venv after its own.
