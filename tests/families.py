@@ -326,6 +326,7 @@ FAMILIES: dict[str, Family] = {
         image={"size": {"longest_edge": 32, "shortest_edge": 16}},
         settings={"image_seq_len": 4},
         config={"perceiver_config.resampler_n_latents": 4},
+        stop="</s> <end_of_utterance>",
         add_bos=True,
     ),
     "mllama": Family(

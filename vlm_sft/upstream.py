@@ -21,6 +21,7 @@ import inspect
 import os
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -113,6 +114,31 @@ def keep_packing(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def number_images_by_row(model: Any) -> None:
+    """Makes the positions of a row the same in every batch.
+
+    HunYuan-VL numbers the images of a batch through, so that those of the second row begin where the first row's end
+    (transformers 5.23, get_rope_index): it would train on other positions than it answers with.
+    """
+    if model.config.model_type == "hunyuan_vl":
+        model.model.get_rope_index = MethodType(_index_by_row, model.model)
+
+
+def _index_by_row(
+    core: Any, input_ids: Any, mm_token_type_ids: Any, image_grid_thw: Any = None, attention_mask: Any = None, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found, taken = [], 0
+    for row, types in enumerate(mm_token_type_ids):
+        count = int((torch.diff(types == 1, prepend=types.new_zeros(1).bool()) & (types == 1)).sum())
+        grid = None if image_grid_thw is None else image_grid_thw[taken : taken + count]
+        mask = None if attention_mask is None else attention_mask[row : row + 1]
+        this = slice(row, row + 1)
+        found.append(type(core).get_rope_index(core, input_ids[this], mm_token_type_ids[this], grid, mask))
+        taken += count
+    positions, deltas = zip(*found, strict=True)
+    return torch.cat(positions, dim=1), torch.cat(deltas)
 
 
 def set_commit(config: PreTrainedConfig, revision: str | None) -> None:

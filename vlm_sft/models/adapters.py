@@ -22,7 +22,16 @@ from transformers import PreTrainedConfig
 
 from vlm_sft.common import is_quantized, listed
 from vlm_sft.models.hardware import dtype_name
-from vlm_sft.models.parts import PARTS, ModelParts, bare_name, is_linear, part_of, parts_of, root_of, stacked_weights
+from vlm_sft.models.parts import (
+    PARTS,
+    ModelParts,
+    bare_name,
+    linear_layers,
+    part_of,
+    parts_of,
+    root_of,
+    stacked_weights,
+)
 from vlm_sft.upstream import lacks_dora, targets_of
 
 Trains = Mapping[str, Literal["lora", "full"] | Sequence[str]]
@@ -283,9 +292,7 @@ def _modules(root: nn.Module) -> dict[str, nn.Module]:
 def _linears(root: Any, modules: Mapping[str, nn.Module], parts: ModelParts) -> dict[str, list[str]]:
     """Full paths, by part, of the linear layers that may be adapted."""
     linears: dict[str, list[str]] = defaultdict(list)
-    for name, module in modules.items():
-        if not is_linear(module):
-            continue
+    for name in linear_layers(modules):
         part = part_of(name, parts)
         # A pooling head next to the numbered layers is not part of what the language model sees.
         in_layers = any(piece.isdigit() for piece in name.split("."))

@@ -34,7 +34,15 @@ from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
 from vlm_sft.models.parts import parts_of
 from vlm_sft.models.quantization import nf4_config
-from vlm_sft.upstream import TWO_WAY_IMAGES, fit_to_shards, keep_packing, limit_pixels, restore_adapter, set_commit
+from vlm_sft.upstream import (
+    TWO_WAY_IMAGES,
+    fit_to_shards,
+    keep_packing,
+    limit_pixels,
+    number_images_by_row,
+    restore_adapter,
+    set_commit,
+)
 
 AutoModelForVision2Seq = AutoModelForImageTextToText
 """The name that transformers 5 dropped, for code that was written with it."""
@@ -235,6 +243,7 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
             model.set_attn_implementation("flash_attention_2")
     set_commit(model.config, revision)
     keep_packing(model)
+    number_images_by_row(model)
     fit_to_shards(model)
     return model
 

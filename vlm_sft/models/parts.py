@@ -7,7 +7,7 @@ parts; the projector is the rest. `register_parts` settles whatever cannot be to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ PARTS: tuple[Part, ...] = ("vision", "projector", "language", "head")
 
 _PROJECTS = re.compile("merger|connector|project|align|adapter|resampler|qformer")
 _BESIDE = re.compile("audio|speech|vqmodel|generation")
+
+_BY_WEIGHT = (".altup.correction_coefs", ".altup.prediction_coefs")  # Gemma 3n, transformers 5.23
 
 # What PEFT, DistributedDataParallel (or DeepSpeed) and torch.compile put before the names of what they wrap.
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
@@ -125,14 +127,22 @@ def bare_name(name: str) -> str:
     return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether this is a linear layer that adapters and quantization reach.
+def linear_layers(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The linear layers that adapters and quantization reach, by path.
 
-    Not one of the model's own kind: a router (Llama4Router) returns more than a product. Nor PEFT's wrapper of one.
-    `in_features` also marks the layers of other quantizers, which do not inherit from nn.Linear.
+    Not of a model's own kind: a router (Llama4Router) returns more than a product. Nor one whose weight the model takes
+    by itself (`_BY_WEIGHT`), nor PEFT's wrapper of one. `in_features` also marks the layers of other quantizers, which
+    do not inherit from nn.Linear.
     """
-    own = isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models")
-    return hasattr(module, "in_features") and not own and not hasattr(module, "base_layer")
+    return {
+        path: module
+        for path, module in modules.items()
+        if hasattr(module, "in_features")
+        and not hasattr(module, "base_layer")
+        and not (isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models"))
+        and not path.endswith(_BY_WEIGHT)
+        and ".lora_" not in path
+    }
 
 
 def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:

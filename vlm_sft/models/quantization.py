@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 
 from vlm_sft.common import listed
 from vlm_sft.models.hardware import best_dtype, dtype_name
-from vlm_sft.models.parts import PARTS, ModelParts, is_linear, part_of, parts_of, root_of, stacked_weights
+from vlm_sft.models.parts import PARTS, ModelParts, linear_layers, part_of, parts_of, root_of, stacked_weights
 from vlm_sft.upstream import is_sharded
 
 _PACKED = ("Linear4bit", "Linear8bitLt")
@@ -64,13 +64,18 @@ def nf4_config(
             f"{model.config.model_type}: bitsandbytes leaves {_share(model, parts)}; accept that by "
             "experts_in_16bit=True (of load_model or nf4_config), or load without 4-bit."
         )
+    modules = dict(model.named_modules())
+    by_weight = [name for name in modules.keys() - linear_layers(modules) if type(modules[name]) is nn.Linear]
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype if is_sharded() else None,
-        llm_int8_skip_modules=[*parts.vision, *parts.projector, *parts.head, *parts.other, *experts],
+        llm_int8_skip_modules=[
+            *(*parts.vision, *parts.projector, *parts.head, *parts.other, *experts),
+            *sorted(name for name in by_weight if part_of(name, parts) == "language"),
+        ],
     )
 
 
@@ -86,7 +91,7 @@ def check_quantized(model: nn.Module) -> QuantizationReport:
         raise ValueError(
             f"{type(model).__name__} has no bitsandbytes config; load it with load_model(..., load_in_4bit=True)."
         )
-    linears = {n: m for n, m in model.named_modules() if is_linear(m) and ".lora_" not in n}
+    linears = linear_layers(dict(model.named_modules()))
     asked = {name for name in linears if part_of(name, parts) == "language"}
     packed = {name for name, module in linears.items() if type(module).__name__ in _PACKED}
     unlike = {name: fault for name in packed & asked if (fault := _unlike(linears[name], config))}
@@ -125,8 +130,8 @@ def _share(model: nn.Module, parts: ModelParts) -> str:
     """What a mixture keeps in 16 bit, and how much of the language model that is."""
     experts = _experts(model, parts)
     stacked = sum(weight.numel() for weight in experts.values())
-    linears = [m for name, m in model.named_modules() if is_linear(m) and part_of(name, parts) == "language"]
-    matrices = stacked + sum(m.in_features * m.out_features for m in linears)
+    linears = linear_layers(dict(model.named_modules())).items()
+    matrices = stacked + sum(m.in_features * m.out_features for n, m in linears if part_of(n, parts) == "language")
     found = f"{len(experts)} stacked experts in 16 bit ({stacked / matrices:.1%} of the language model's matrices"
     return f"{found}, {2 * stacked / 2**30:.2f} GiB)"
 

@@ -46,7 +46,7 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
     def small(name: str, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return [small(name, part) for part in value]
-        if isinstance(value, bool) or not isinstance(value, int) or timm and name == "hidden_size":
+        if isinstance(value, bool) or not isinstance(value, int) or (timm and name == "hidden_size"):
             return value
         if name.endswith(_INNER):
             wider = round(value / width) if isinstance(width, int) else 2
