@@ -428,7 +428,10 @@ FAMILIES: dict[str, Family] = {
         | {"image_wrapper_token": "<|image~token|>", "eof_token": "<|extra_201|>"},
         "<|extra_200|> " + " ".join(f"<|visual~token~{code:06d}|>" for code in range(16)),
         image={"min_pixels": 512, "max_pixels": 4096, "spatial_factor": 8},
-        config={"vq_config.num_res_blocks": 1, "vq_config.codebook_size": 16},
+        config={
+            **{"vq_config.num_res_blocks": 1, "vq_config.codebook_size": 16},
+            "vq_config.channel_multiplier": [1, 1, 1, 2],
+        },
     ),
     "paligemma": Family(
         chat("<image>", "user: ", "assistant: ", "<eos>", asked="\n"),

@@ -69,10 +69,12 @@ def memory(options: argparse.Namespace) -> int:
 
 
 def tiny(options: argparse.Namespace) -> None:
-    """A small random twin of a model family, to try a recipe on."""
-    from vlm_sft.tools.tiny import save
+    """A small random twin of a model family, or of any model, to try a recipe on."""
+    from vlm_sft.tools.tiny import save, save_like
 
-    print(save(options.family, options.folder))
+    if (options.family is None) == (options.like is None):
+        raise ValueError("give FAMILY DIR, or --like MODEL DIR")
+    print(save(options.family, options.folder) if options.family else save_like(options.like, options.folder))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--no_checkpointing", dest="checkpointing", action="store_false", help="without activation checkpointing")
     flag("--gpu_memory", type=float, help="GiB of each GPU (default: this machine's, or 80)")
     flag = flags["tiny"]
-    flag("family", metavar="FAMILY", help="such as llava15 or qwen2_5_vl; a wrong name lists them all")
+    flag("--like", metavar="MODEL", help="Hub id or folder of the model to be like; its weights are not read")
+    flag("family", metavar="FAMILY", nargs="?", help="such as llava15 or qwen2_5_vl; a wrong name lists them all")
     flag("folder", metavar="DIR", help="a new or empty folder")
     return parser
 
