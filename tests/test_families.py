@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -344,3 +345,47 @@ def test_a_row_without_image_where_a_batch_cannot_hold_it(twins: Callable[[str],
             ValueError, match=r"row 7: messages\[1\] is answered before there is an image, which Mllama"
         ):
             collator([{**ROWS[kind], "row": 7}])
+
+
+def test_the_experts_of_a_mixture_are_counted_adapted_and_left_in_16_bit_only_when_that_is_accepted(
+    twins: Callable[[str], Twin],
+) -> None:
+    folder = twins("qwen3_vl_moe").folder
+    share = r"\d+ stacked experts in 16 bit \(75\.0% of the language model's matrices, 0\.00 GiB\)"
+    with pytest.raises(ValueError, match=rf"bitsandbytes leaves {share}; accept that by experts_in_16bit=True"):
+        load_model(folder, load_in_4bit=True)
+    packed = load_model(folder, load_in_4bit=True, experts_in_16bit=True)
+    assert re.search(share, str(check_quantized(packed)))
+    packed.config.quantization_config.llm_int8_skip_modules = ["lm_head"]
+    with pytest.raises(ValueError, match=r"\d+ stacked experts stay in 16 bit, which experts_in_16bit=True accepts"):
+        check_quantized(packed)
+    model = load_model(folder)
+    for settings in ({"lora_dropout": 0.1}, {"lora_dropout": 0, "use_dora": True}):
+        with pytest.raises(ValueError, match=r"PEFT \S+ has neither for the experts of a mixture .*set lora_dropout=0"):
+            lora_config(model, LORA, **settings)
+    by_name = {"language": ["q_proj", "gate_up_proj"]}
+    wrapped = get_peft_model(model, lora_config(model, by_name, lora_dropout=0))
+    report = check_trains(wrapped, by_name).parts["language"]
+    assert 0.5 < report.share < 0.9
+    assert "on q_proj, gate_up_proj" in report.how
+    with pytest.raises(ValueError, match=r"layers asked for are not adapted: .*experts\.down_proj"):
+        check_trains(wrapped, LORA)
+
+
+def test_an_adapter_that_peft_would_lose_is_there_after_a_resume(twins: Callable[[str], Twin], tmp_path: Path) -> None:
+    """PEFT renames the keys of this family's adapters and loads none of them."""
+    folder = twins("deepseek_ocr2").folder
+    settings = {"lora": {"lora_dropout": 0.0}, "load": {"dtype": "float32"}, "save_steps": 2, "eval_steps": 2}
+
+    def train(out: Path, steps: int) -> Any:
+        run = pieces(folder, out, max_steps=4, save_strategy="steps", **settings)
+        run.prove()
+        run.trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(run.trainer) if steps else None)
+        return {name: weight for name, weight in run.model.named_parameters() if weight.requires_grad}
+
+    whole = train(tmp_path / "whole", 0)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "output" / "checkpoint-4")
+    resumed = train(tmp_path / "cut", 2)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
