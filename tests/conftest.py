@@ -41,6 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: launches real processes; runs by default")
     config.addinivalue_line("markers", "loopback: may open connections to this machine")
     config.addinivalue_line("markers", "faults: launches runs and kills them; `make test-faults` runs it")
+    config.addinivalue_line(
+        "markers", "families: every family of today through the whole trip; `make test-families` runs it"
+    )
     config.addinivalue_line("markers", "sweep: what all recipes share, on each of them; `make test-sweep` runs it")
     config.addinivalue_line("markers", "web: needs Chromium or the packages of .venv/web; `make test-browser` runs it")
     for category in ("DeprecationWarning", "FutureWarning"):
@@ -65,7 +68,8 @@ class _DeprecationsRaise(logging.Handler):
     """transformers and trl log most of their deprecations instead of warning."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "deprecated" in (message := record.getMessage()):
+        message = record.getMessage()
+        if "deprecated" in message and "Processor` defines `image_processor_class" not in message:  # PaddleOCR's own
             raise DeprecationWarning(message)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from vlm_sft.chat.audit import AuditReport
 from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.chat.messages import text_of
+from vlm_sft.common import base_of
 from vlm_sft.data.check_rows import Checked, rows_checked
 from vlm_sft.data.rows import drawn_seed, unpacked
 from vlm_sft.distributed import print_main
@@ -59,6 +60,16 @@ def check_pieces(trainer: Any, collator: Any) -> None:
         raise ValueError(
             f"{name}: the processor is of revision {processor_revision}, the model of {revision}; pass "
             "revision=args.model_revision to load_processor and load_model alike"
+        )
+
+
+def check_router_loss(trainer: Any) -> None:
+    """Raises where TRL 1.16 would fail at the first step: it knows the number of experts by one name alone."""
+    texts = base_of(trainer.model).config.get_text_config()
+    if getattr(trainer, "aux_loss_enabled", False) and not hasattr(texts, "num_experts"):
+        raise ValueError(
+            f"TRL cannot weigh the routers of {texts.model_type!r}, whose config has no num_experts; set "
+            "--router_aux_loss_coef 0"
         )
 
 

@@ -22,13 +22,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops, draw_mask
 from vlm_sft.chat.packing import check_padding_free
-from vlm_sft.checks import check_captions, check_flags, check_pass, check_pieces, row_facts
+from vlm_sft.checks import check_captions, check_flags, check_pass, check_pieces, check_router_loss, row_facts
 from vlm_sft.common import base_of, listed, restore_rng, rng_state
 from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import AnswerEvaluation
 from vlm_sft.evaluation.pages import write_audit_html
 from vlm_sft.models.adapters import check_trains
 from vlm_sft.models.freezing import cast_trainable_to_fp32
+from vlm_sft.models.parts import parts_of
 from vlm_sft.models.quantization import check_quantized
 from vlm_sft.training.batches import GroupByLength
 from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
@@ -166,6 +167,7 @@ def prove(
     collator, rows = trainer.data_collator, trainer.train_dataset
     flags = check_flags(trainer, args)
     check_pieces(trainer, collator)
+    check_router_loss(trainer)
     checked = check_pass(trainer, collator, rows)
     changes = list(getattr(trainer.args, "hardware_changes", ()))
     model = trainer.model
@@ -197,6 +199,7 @@ def prove(
     explain_out_of_memory(trainer)
     facts = {
         "trains": "\n".join(parts.lines()),
+        "parts": str(parts_of(model)),
         "quantized": quantized,
         **row_facts(trainer, checked, report),
         **plan.facts,

@@ -16,14 +16,21 @@ holds what these modules rely on in place:
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from functools import partial
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
@@ -109,6 +116,31 @@ def keep_packing(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+def number_images_by_row(model: Any) -> None:
+    """Makes the positions of a row the same in every batch.
+
+    HunYuan-VL numbers the images of a batch through, so that those of the second row begin where the first row's end
+    (transformers 5.23, get_rope_index): it would train on other positions than it answers with.
+    """
+    if model.config.model_type == "hunyuan_vl":
+        model.model.get_rope_index = MethodType(_index_by_row, model.model)
+
+
+def _index_by_row(
+    core: Any, input_ids: Any, mm_token_type_ids: Any, image_grid_thw: Any = None, attention_mask: Any = None, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found, taken = [], 0
+    for row, types in enumerate(mm_token_type_ids):
+        count = int((torch.diff(types == 1, prepend=types.new_zeros(1).bool()) & (types == 1)).sum())
+        grid = None if image_grid_thw is None else image_grid_thw[taken : taken + count]
+        mask = None if attention_mask is None else attention_mask[row : row + 1]
+        this = slice(row, row + 1)
+        found.append(type(core).get_rope_index(core, input_ids[this], mm_token_type_ids[this], grid, mask))
+        taken += count
+    positions, deltas = zip(*found, strict=True)
+    return torch.cat(positions, dim=1), torch.cat(deltas)
+
+
 def set_commit(config: PreTrainedConfig, revision: str | None) -> None:
     """Keeps the commit that a model was read at in its config, which never writes it to config.json.
 
@@ -164,3 +196,32 @@ def lacks_dora(module: Any) -> bool:
     if type(module).__name__ == "Linear8bitLt":
         return bool(module.weight.device.type == "cpu")
     return not isinstance(module, nn.Linear) and type(module).__name__ != "HQQLinear"
+
+
+def targets_of(config: LoraConfig, model: nn.Module) -> set[str]:
+    """The modules and parameters that PEFT would adapt by this config.
+
+    PEFT 0.21.2 takes some mixtures (GLM-4.5V) for an older checkpoint whose experts were layers of their own: a pattern
+    of full paths becomes a set of last names, which match in the tower too, and dense layers get no adapters.
+    """
+    config = copy.deepcopy(config)
+    convert_peft_config_for_transformers(config, model, None)
+    modules = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
+    stacked = [f".{name}" for name in config.target_parameters or ()]
+    return modules | {name for name, _ in model.named_parameters() if f".{name}".endswith(tuple(stacked))}
+
+
+def restore_adapter(model: PeftModel, file: Path) -> tuple[set[str], set[str]]:
+    """Puts every tensor of an adapter's file into the model. Returns the names that it lacks, and those left over.
+
+    PEFT 0.21.2 renames the keys of a file by the table with which transformers reads old checkpoints: for some families
+    (DeepSeek-OCR-2) they then fit nothing, and the adapter stays as it was made, with a warning at most. So does the
+    Trainer, which loads checkpoints and the best one by PEFT.
+    """
+    held = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with safe_open(file, framework="pt") as tensors:
+        saved = set(tensors.keys())
+        with torch.no_grad():
+            for name in saved & held.keys():
+                held[name].copy_(tensors.get_tensor(name))
+    return held.keys() - saved, saved - held.keys()

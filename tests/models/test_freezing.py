@@ -175,7 +175,7 @@ def test_marking_can_be_undone_and_a_copy_marks_itself(tiny_dir: Callable[[str],
 
 def test_without_its_parts_a_tower_cannot_be_detached(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llava15")[0]
-    monkeypatch.setattr(model, "get_encoder", lambda modality: None)
-    with pytest.raises(ValueError, match="it has no vision tower"):
+    monkeypatch.setattr(model, "get_decoder", lambda: None)
+    with pytest.raises(ValueError, match="it has no language model"):
         detach_frozen_tower(model)
     assert "enable_input_require_grads" not in vars(model)

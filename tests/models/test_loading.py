@@ -18,6 +18,7 @@ from PIL import Image
 from runs import Collate, rows
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
@@ -304,16 +305,19 @@ def test_a_text_only_model(text_only: Path) -> None:
         load_model(text_only)
 
 
-def test_a_model_whose_parts_cannot_be_told_loads_and_says_what_it_costs(
-    tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_model_whose_parts_cannot_be_told_is_refused_before_its_weights_are_read(
+    twin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(tiny.build("llava15")[0]), "get_encoder", lambda self, modality=None: None)
-    model = load_model(tiny_dir("llava15"))
-    said = capsys.readouterr().err
-    assert "a frozen vision tower stays in autograd, which costs time and memory. The parts of LlavaFor" in said
-    assert "enable_input_require_grads" not in vars(model)
-    with pytest.raises(ValueError, match="it has no vision tower"):
-        lora_config(model)
+    monkeypatch.setattr(type(tiny.build("llava15")[0]), "get_decoder", lambda self: None)
+    (twin / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot be told: it has no language model\..*register_parts\('llava', vis"):
+        load_model(twin)
+
+
+def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
+    AutoConfig.for_model("t5gemma2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a 't5gemma2' model, an encoder-decoder: .*answers.*such as Qwen-VL"):
+        load_model(tmp_path)
 
 
 def test_only_safetensors(twin: Path) -> None:

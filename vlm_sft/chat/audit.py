@@ -18,6 +18,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from transformers import BatchFeature
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator, EncodedRow
@@ -117,7 +118,7 @@ def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
     if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "not run: the model is sharded (DeepSpeed ZeRO-3)"
     batch = collator([row.conversation._asdict()])
-    inputs = {key: value.to(model.device) for key, value in batch.items()}
+    inputs = BatchFeature(batch).to(model.device)
     try:
         autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
         with evaluating(model), torch.no_grad(), autocast:
@@ -126,8 +127,7 @@ def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
         raise ValueError(f"{row.name}: the model refuses it: {error}") from error
     if not math.isfinite(loss):
         raise ValueError(f"{row.name}: the loss is {loss}; look whether all weights were loaded, and at their dtype")
-    count = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    return f"loss {loss:.3f} on {row.name}, its {count} image tokens match the features"
+    return f"loss {loss:.3f} on {row.name}, its {int(row.image.sum())} image tokens match the features"
 
 
 def draw_mask(row: EncodedRow, tokenizer: Any, width: int = 400, colour: bool | None = None) -> str:
@@ -234,7 +234,9 @@ def _template_ids(
     ]
     settings = {"add_generation_prompt": add_generation_prompt, **(collator.settings.chat_template_kwargs or {})}
     given = row.rendered.style(filled)
-    output = collator.processor.apply_chat_template(given, tokenize=True, return_dict=True, **settings)
+    pixels = {"images_kwargs": {"return_tensors": "pt"}}
+    settings |= {"tokenize": True, "return_dict": True, "processor_kwargs": pixels}
+    output = collator.processor.apply_chat_template(given, **settings)
     return [int(i) for i in output["input_ids"][0]]
 
 

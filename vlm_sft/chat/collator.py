@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -21,8 +23,17 @@ from torch.nn.functional import pad
 from transformers import BatchFeature
 
 from vlm_sft.chat.images import to_rgb
-from vlm_sft.chat.messages import Conversation, Message, check_turns, guard_reserved, normalise, split_turns
-from vlm_sft.chat.template import ChatTemplate, Rendered, Turn
+from vlm_sft.chat.messages import (
+    Conversation,
+    Message,
+    check_turns,
+    count_images,
+    guard_reserved,
+    last_answers,
+    normalise,
+    split_turns,
+)
+from vlm_sft.chat.template import ChatTemplate, Rendered, RenderedDifferently, Turn
 
 IGNORE_INDEX = -100
 
@@ -134,6 +145,8 @@ class ChatCollator:
         if not processor.tokenizer.is_fast:
             raise ValueError(f"{type(processor.tokenizer).__name__} gives no character offsets; use a fast tokenizer")
         self._image_ids = torch.tensor(sorted(self._template.image_ids), dtype=torch.long)
+        self._added = {i: token.content for i, token in processor.tokenizer.added_tokens_decoder.items()}
+        self._added_ids = torch.tensor(list(self._added))
         _ = self._template.stops  # raises where they cannot be had
 
     @property
@@ -151,6 +164,16 @@ class ChatCollator:
     def with_settings(self, **changes: Any) -> ChatCollator:
         """A collator of the same processor with some settings changed."""
         return type(self)(self.processor, **(vars(self.settings) | changes))
+
+    def split(self, example: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The row; or one for each of its trained answers, where the template renders earlier answers differently from
+        how the model is asked for them. Raises as `encode` does."""
+        try:
+            self._read(example, 0)
+        except RenderedDifferently:
+            conversation = normalise(example["messages"], example.get("images"))
+            return [{**example, **piece._asdict()} for piece in last_answers(conversation)]
+        return [dict(example)]
 
     def fingerprint(self) -> str:
         """A sha256 of all that decides a row's tokens and labels, the same in every process; padding, naming and
@@ -204,10 +227,16 @@ class ChatCollator:
         try:
             messages, images = normalise(example["messages"], example.get("images"))
             check_turns(messages)
+            first = [message["role"] for message in messages].index("assistant")
+            if not count_images(messages[:first]) and self.template.needs_images:
+                raise ValueError(
+                    f"messages[{first}] is answered before there is an image, which {type(self.processor).__name__} "
+                    "encodes differently beside other rows; leave such rows out (--on_bad_rows drop)"
+                )
             conversation = Conversation(self._guard(messages), [to_rgb(image) for image in images])
             return EncodedRow(name, number, conversation, self._render(conversation))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise type(error)(f"{name}: {error}") from error
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """`ChatTemplate.prompt` of the messages, without control tokens typed as text."""
@@ -221,9 +250,9 @@ class ChatCollator:
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         chosen = answers[-1:] if self.settings.train_on == "last_assistant" else answers
         rendered = self.template.locate(messages, {n for n in chosen if messages[n].get("train", True)})
-        if (found := rendered.text.count(self.processor.image_token)) != len(images):
+        if (found := rendered.text.count(self.template.placeholder)) != len(images):
             raise ValueError(
-                f"the chat template wrote {found} {self.processor.image_token} for {len(images)} images; use a "
+                f"the chat template wrote {found} {self.template.placeholder} for {len(images)} images; use a "
                 "template that writes one for each image part"
             )
         return rendered
@@ -246,17 +275,58 @@ class ChatCollator:
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
         )
-        replacements = output.pop("text_replacement_offsets", None) or [[] for _ in texts]
+        reported = output.pop("text_replacement_offsets", None)
         for name in {*self.processor.tokenizer.model_input_names, "offset_mapping"} & output.keys():
-            output[name] = torch.from_numpy(np.array(output[name]))  # 4 times as fast as torch.tensor from lists
-        inputs = dict(BatchFeature(dict(output), tensor_type="pt"))
+            if not isinstance(output[name], Tensor):
+                output[name] = torch.from_numpy(np.array(output[name]))  # 4 times as fast as torch.tensor from lists
+        kept = getattr(self.processor, "skip_tensor_conversion", None)
+        inputs = dict(BatchFeature(dict(output), tensor_type="pt", skip_tensor_conversion=kept))
+        # Some image processors round to bfloat16 (Llama 4), which a model in float32 does not take.
+        inputs = {key: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for key, v in inputs.items()}
         offsets, mask = inputs.pop("offset_mapping"), inputs.pop("attention_mask").bool()
-        per_token = {key: inputs.pop(key) for key in list(inputs) if inputs[key].shape == mask.shape}
-        encoded = [
-            self._label(row, {key: value[b][real] for key, value in per_token.items()}, offsets[b][real], replaced)
-            for b, (row, real, replaced) in enumerate(zip(rows, mask, replacements, strict=True))
-        ]
+        per_token = {
+            key: inputs.pop(key) for key in list(inputs) if getattr(inputs[key], "shape", ())[:2] == mask.shape
+        }
+        encoded = []
+        for b, (row, real) in enumerate(zip(rows, mask, strict=True)):
+            tokens, spans = {key: value[b][real] for key, value in per_token.items()}, offsets[b][real]
+            if row.conversation.images and not (reported and reported[b]):
+                replaced, spans = self._find_images(row, tokens["input_ids"], add_special_tokens)
+            else:
+                replaced = reported[b] if reported else []
+            encoded.append(self._label(row, tokens, spans, replaced))
         return encoded, inputs
+
+    def _find_images(self, row: EncodedRow, ids: Tensor, add_special_tokens: bool) -> tuple[Replacements, Tensor]:
+        """What a processor that does not report it wrote in the place of each image, and the offsets of the tokens.
+
+        Runs of tokens that only images bring, one for each placeholder or row of them. The proof: the text with these
+        in their places, tokenized again, must give the very same tokens."""
+        runs = [
+            "".join(self._added[i] for i in run)
+            for brought, run in groupby(ids.tolist(), key=set(self._image_ids.tolist()).__contains__)
+            if brought
+        ]
+        places = list(re.finditer(f"(?:{re.escape(self.template.placeholder)})+", row.rendered.text))
+        for gap in ("", " ") * (len(runs) == len(places)):  # some part an image from the word after it
+            replaced: list[dict[str, Any]] = []
+            shift = 0
+            for place, run in zip(places, runs, strict=True):
+                start, end = place.span()
+                text = run + gap * bool(re.match(r"[^\s<]", row.rendered.text[end:]))
+                new_span = (start + shift, start + shift + len(text))
+                replaced.append({"span": (start, end), "new_span": new_span, "replacement": text})
+                shift += len(text) - (end - start)
+            again = self.processor.tokenizer(
+                _expand(row.rendered, replaced)[0], add_special_tokens=add_special_tokens, return_offsets_mapping=True
+            )
+            if again["input_ids"] == ids.tolist():
+                return replaced, torch.tensor(again["offset_mapping"])
+        raise ValueError(
+            f"{row.name}: {type(self.processor).__name__} does not report what it writes in the place of an image "
+            "(return_text_replacement_offsets), and it cannot be told from the tokens, so labels cannot be proven; use "
+            "a model whose processor does"
+        )
 
     def _label(
         self, row: EncodedRow, tokens: dict[str, Tensor], offsets: Tensor, replacements: Replacements
@@ -266,9 +336,25 @@ class ChatCollator:
         text, turns = _expand(row.rendered, replacements)
         row = replace(row, text=text, tokens=tokens, offsets=offsets, turns=turns)
         start, end = offsets.unbind(-1)
-        if cuts := [turn.start for turn in row.trained if ((start < turn.start) & (end > turn.start)).any()]:
+        if cuts := [
+            turn.start
+            for turn in row.trained
+            # GPT-2's pattern takes two line breaks apart where a word follows, and together at the end of a prompt.
+            if ((start < turn.start) & (end > turn.start)).any() or text[: turn.start][-2:].isspace()
+        ]:
             row = self._cut_tokens(row, cuts)
         input_ids = row.tokens["input_ids"]
+        image = _tokens_in(row.offsets, [tuple(replaced["new_span"]) for replaced in replacements])
+        image |= torch.isin(input_ids, self._image_ids)
+        added = (torch.isin(input_ids, self._added_ids) & ~image & (row.offsets[:, 1] > 0)).nonzero().flatten()
+        strayed = [
+            i for i in added.tolist() if self._added[int(input_ids[i])].strip() != text[slice(*row.offsets[i])].strip()
+        ]
+        if strayed or text[int(row.offsets.max()) :].strip():
+            raise ValueError(
+                f"{row.name}: {type(self.processor).__name__} adds text that it does not report, so that tokens and "
+                "text do not belong together and labels cannot be placed; use a model whose processor reports it"
+            )
         for turn in row.trained:
             last = input_ids[row.tokens_of(turn)][-1:].tolist()
             if turn.stop and last != self.processor.tokenizer.convert_tokens_to_ids([turn.stop]):
@@ -277,8 +363,6 @@ class ChatCollator:
                     f"tokenized: {type(self.processor).__name__} changes the text without reporting it, so labels "
                     "cannot be placed; use another processor"
                 )
-        image = _tokens_in(row.offsets, [tuple(replaced["new_span"]) for replaced in replacements])
-        image |= torch.isin(input_ids, self._image_ids)
         learned = torch.ones_like(image) if self.settings.train_on == "all" else row.tokens_of(*row.trained)
         return replace(row, labels=input_ids.where(learned & ~image, IGNORE_INDEX), image=image)
 
@@ -326,10 +410,11 @@ class ChatCollator:
         length = -(-max(map(len, rows)) // multiple) * multiple
         fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
         columns = [{**row.tokens, "labels": row.labels, "attention_mask": torch.ones_like(row.labels)} for row in rows]
-        return {
-            key: torch.stack([pad(c[key], (0, length - len(c[key])), value=fill.get(key, 0)) for c in columns])
-            for key in columns[0]
-        }
+
+        def padded(value: Tensor, key: str) -> Tensor:  # [T], or [T, ...]
+            return pad(value, (0, 0) * (value.ndim - 1) + (0, length - len(value)), value=fill.get(key, 0))
+
+        return {key: torch.stack([padded(c[key], key) for c in columns]) for key in columns[0]}
 
     def _join(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """All rows in one. The first token of each is not trained: the last one of the row before would predict it."""

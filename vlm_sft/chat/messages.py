@@ -120,13 +120,25 @@ def text_of(message: Message) -> str:
 
 
 def split_turns(conversation: Conversation) -> list[Conversation]:
-    """One conversation per assistant message, each ending with it and holding the images up to there.
-
-    For templates that render an earlier answer differently from the last one (thinking models): train each piece with
-    `train_on="last_assistant"`."""
+    """One conversation per assistant message, each ending with it and holding the images up to there."""
     messages, images = conversation
     ends = [number for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
     return [Conversation(messages[:end], images[: count_images(messages[:end])]) for end in ends]
+
+
+def last_answers(conversation: Conversation) -> list[Conversation]:
+    """One conversation per answer that is trained on, each ending with it, the answers before it not trained.
+
+    For templates that render an earlier answer differently from the last one (thinking models)."""
+
+    def history(message: Message) -> Message:
+        return {**message, "train": False} if message["role"] == "assistant" else message
+
+    return [
+        Conversation([*map(history, messages[:-1]), messages[-1]], images)
+        for messages, images in split_turns(conversation)
+        if messages[-1].get("train", True)
+    ]
 
 
 def count_images(messages: Sequence[Message]) -> int:
