@@ -303,5 +303,7 @@ def test_what_cannot_be_proven_is_refused_by_name(name: str, twins: Callable[[st
 def test_a_row_without_image_where_a_batch_cannot_hold_it(twins: Callable[[str], Twin]) -> None:
     collator = ChatCollator(load_processor(twins("mllama").folder))
     for kind in ("text only", "image in turn two"):
-        with pytest.raises(ValueError, match=r"row 7: messages\[1\] is answered before there is an image, which Mllama"):
+        with pytest.raises(
+            ValueError, match=r"row 7: messages\[1\] is answered before there is an image, which Mllama"
+        ):
             collator([{**ROWS[kind], "row": 7}])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, TEN
 from test_tiny import ANSWER, QUESTION, pixels_of
-from transformers import AutoConfig, GenerationConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, LlamaConfig
 
 from vlm_sft import ChatCollator, load_model, load_processor
 from vlm_sft.__main__ import main
@@ -21,7 +21,13 @@ from vlm_sft.tools.shrink import shrink
 
 # What decides the length of a row, by the names that configs have for it.
 LENGTHS = ("vocab_size", "image_size", "patch_size", "spatial_merge_size", "scale_factor", "downsample_ratio")
-LENGTHS += ("downsample_factor", "pixel_shuffle_ratio", "window_size", "image_grid_pinpoints", "projector_pooling_ratio")
+LENGTHS += (
+    "downsample_factor",
+    "pixel_shuffle_ratio",
+    "window_size",
+    "image_grid_pinpoints",
+    "projector_pooling_ratio",
+)
 LENGTHS += ("mm_tokens_per_image", "vision_soft_tokens_per_image", "num_image_tokens", "resampler_n_latents")
 
 
@@ -51,7 +57,7 @@ def large(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of processors of GLM, among themselves
-@pytest.mark.parametrize("family", [*TEN, *FAMILIES])
+@pytest.mark.parametrize("family", [*TEN, *(family for family in FAMILIES if family != "t5gemma2")])
 def test_a_twin_of_a_model_reads_rows_as_the_model_does(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,10 +71,10 @@ def test_a_twin_of_a_model_reads_rows_as_the_model_does(
     for at, name, value in fields(before):
         if name in LENGTHS or name.endswith(("token_id", "token_index")):
             assert settled[at] == value, at
-    small = load_model(twin, dtype="float32")
+    small = AutoModelForImageTextToText.from_pretrained(twin)
     assert small.num_parameters() < 5_000_000
     assert {weight.dtype for weight in small.parameters()} == {torch.float32}
-    if family not in ("emu3", "paligemma", "t5gemma2", "idefics2", "mllama", "ovis2"):
+    if family not in ("emu3", "paligemma"):
         images = [pixels_of(0), pixels_of(1)]
         messages = [{**QUESTION, "content": [*QUESTION["content"], *QUESTION["content"]]}, ANSWER]
         rows = [{"messages": messages, "images": images}]
@@ -162,22 +168,21 @@ def test_layers_are_kept_in_order_and_small_numbers_stay() -> None:
 def test_what_cannot_be_a_twin_is_said_in_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_dir: Callable[[str], Path]
 ) -> None:
-    text, strange, unknown = (tmp_path / name for name in ("text", "strange", "unknown"))
+    text, strange, reads_answers = (tmp_path / name for name in ("text", "strange", "t5gemma2"))
     LlamaConfig().save_pretrained(text)
     processor = families.processor_of("qwen3_vl_moe")
-    for folder in (strange, unknown):
+    for folder, family in ((strange, "dots3_note"), (reads_answers, "t5gemma2")):
         processor.save_pretrained(folder)
-    AutoConfig.for_model("dots3_note").save_pretrained(strange)
-    (unknown / "config.json").write_text('{"model_type": "nobody_knows"}')
+        AutoConfig.for_model(family).save_pretrained(folder)
     full, out = tiny_dir("llava15"), str(tmp_path / "out")
     capsys.readouterr()
     for arguments, said in (
         (["--like", str(text), out], "is a 'llama' model, which takes no images"),
         (["--like", str(strange), out], "cannot be shrunk: .*head_dim.* Sizes that stayed as they are: .*=128"),
-        (["--like", str(unknown), out], "nobody_knows"),
+        (["--like", str(reads_answers), out], "an encoder-decoder"),
         (["--like", str(tmp_path / "none"), out], "No folder"),
         (["--like", str(full), str(full)], "exists and is not an empty folder"),
-        (["gemma3", "--like", str(full), out], "give FAMILY DIR, or --like MODEL DIR"),
+        (["--like", str(full), "gemma3", out], "give FAMILY DIR, or --like MODEL DIR"),
         ([out], "give FAMILY DIR, or --like MODEL DIR"),
     ):
         assert main(["tiny", *arguments]) == 1

@@ -368,13 +368,13 @@ def _like(name: str | Path, seed: int) -> tuple[Any, Any]:
         model = random_model(type(config)(**small), seed)
         with contextlib.suppress(OSError):  # it has none
             model.generation_config = _hf.GenerationConfig.from_pretrained(name)
-        if processor.chat_template and not config.is_encoder_decoder:
+        if processor.chat_template:
             batch = processor.apply_chat_template([{"role": "user", "content": question}], **asked)
             with torch.inference_mode():
                 model(**batch.to(model.dtype))
     except Exception as error:
         raise ValueError(
-            f"The config of {name} cannot be shrunk: {type(error).__name__}: {' '.join(str(error).split())} "
+            f"The config of {name} cannot be shrunk: {type(error).__name__}: {' '.join(str(error).split())}. "
             f"Sizes that stayed as they are: {', '.join(unchanged(whole, small)) or 'none'}."
         ) from error
     return model, load_processor(name)  # the first now knows how it padded, and would save that
