@@ -1,7 +1,7 @@
 """Twins of the families that `vlm_sft.tools.tiny` does not build: the real classes, sizes shrunk by the library.
 
-`build(name)` gives (model, processor); `save(name, folder)` writes both; `python tests/families.py` builds each, and says
-how large it is. Another family is one entry of `FAMILIES`.
+`build(name)` gives (model, processor); `save(name, folder)` writes both; `python tests/families.py` builds each, and
+says how large it is. Another family is one entry of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, GenerationConfig
 
+from vlm_sft.tools import tiny
 from vlm_sft.tools.shrink import random_model, shrink
 
 _hf: Any = transformers
@@ -92,7 +93,7 @@ S = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token":
 BOS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 L3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"}
 COHERE = {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>"}
-DEEPSEEK = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<pad>"}
+DEEPSEEK = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<pad>"}  # noqa: RUF001
 IMAGE = {"image_token": "<image>"}
 BOX = {"height": 32, "width": 32}
 CHATML = "<|im_start|>{}\n"
@@ -440,7 +441,8 @@ FAMILIES: dict[str, Family] = {
         config={"vision_config.vision_use_head": False},
     ),
 }
-REFUSED = ("emu3", "paligemma", "t5gemma2")
+TEN = tuple(name for name in tiny.FAMILIES if name not in FAMILIES)
+"""The families that every test of a module goes through."""
 
 
 def _tokenizer(family: Family) -> Any:
@@ -451,9 +453,12 @@ def _tokenizer(family: Family) -> Any:
     backend.decoder = decoders.ByteLevel()
     named = {name: token.replace("~", " ") for name, token in {**family.special, **family.names}.items()}
     more = [token.replace("~", " ") for token in family.tokens.split() if token not in named.values()]
-    return _hf.TokenizersBackend(
+    tokenizer = _hf.TokenizersBackend(
         tokenizer_object=backend, **named, extra_special_tokens=more, add_bos_token=family.add_bos
     )
+    if "<think>" in family.template:
+        tokenizer.add_tokens(["<think>", "</think>"])  # words of their own, as in Qwen's files, not control tokens
+    return tokenizer
 
 
 def processor_of(name: str) -> Any:

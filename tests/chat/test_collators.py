@@ -15,15 +15,15 @@ import pytest
 import torch
 import trl
 from conversations import BYTE_LEVEL, LEARNED, answer, ask, examples, learned_text, picture, plain
+from families import TEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlm_sft import IGNORE_INDEX, ChatCollator
 from vlm_sft.chat.audit import check_stops
 from vlm_sft.chat.messages import normalise, split_turns
-from vlm_sft.tools import tiny
 
-FAMILIES = pytest.mark.parametrize("family", tiny.FAMILIES)
+FAMILIES = pytest.mark.parametrize("family", TEN)
 PROPERTY = settings(
     max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -260,7 +260,7 @@ def test_which_answers_are_trained(tiny_processor, example):
 
 
 def test_blank_answers_teach_to_stop(tiny_processor):
-    for family in tiny.FAMILIES:
+    for family in TEN:
         before, stop, trims = LEARNED[family]
         for text in ("", " ", "\n"):
             [row], _ = ChatCollator(tiny_processor(family)).encode([{"messages": [ask("Hi"), answer(text)]}])
@@ -350,7 +350,7 @@ def test_trimmed_images_leave_with_their_exchange(tiny_processor):
 
 
 def test_reserved_tokens_in_text(tiny_processor):
-    for family in tiny.FAMILIES:
+    for family in TEN:
         processor = tiny_processor(family)
         stop, image = LEARNED[family].stop, processor.image_token
         for typed in (stop, image, processor.tokenizer.bos_token or stop):
@@ -408,7 +408,7 @@ def test_system_message_where_the_template_refuses_it(tiny_processor):
 
 
 def test_stop_token_is_where_generation_ends(tiny_processor, tiny_model, example):
-    for family in tiny.FAMILIES:
+    for family in TEN:
         collator = ChatCollator(tiny_processor(family))
         check_stops(collator, collator.encode([example])[0], tiny_model(family).generation_config)
     collator = ChatCollator(tiny_processor("llava15"))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import TEN
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from runs import Collate, rows
@@ -23,9 +24,8 @@ from vlm_sft.common import on_meta
 from vlm_sft.models.adapters import check_trains, lora_config
 from vlm_sft.models.parts import PARTS, part_of, parts_of, root_of
 from vlm_sft.models.quantization import nf4_config
-from vlm_sft.tools import tiny
 
-FAMILIES = pytest.mark.parametrize("family", tiny.FAMILIES)
+FAMILIES = pytest.mark.parametrize("family", TEN)
 LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 LORA: Any = {"language": "lora"}
 LORA_AND_PROJECTOR: Any = {"language": "lora", "projector": "full"}

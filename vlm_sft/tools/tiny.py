@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -369,13 +370,14 @@ def _like(name: str | Path, seed: int) -> tuple[Any, Any]:
             model.generation_config = _hf.GenerationConfig.from_pretrained(name)
         if processor.chat_template:
             batch = processor.apply_chat_template([{"role": "user", "content": question}], **asked)
-            model.generate(**batch.to(model.dtype), max_new_tokens=1, do_sample=False)
+            with torch.inference_mode():
+                model(**batch.to(model.dtype))
     except Exception as error:
         raise ValueError(
-            f"The config of {name} cannot be shrunk: {type(error).__name__}: {' '.join(str(error).split())} "
+            f"The config of {name} cannot be shrunk: {type(error).__name__}: {' '.join(str(error).split())}. "
             f"Sizes that stayed as they are: {', '.join(unchanged(whole, small)) or 'none'}."
         ) from error
-    return model, processor
+    return model, load_processor(name)  # the first now knows how it padded, and would save that
 
 
 def _write(folder: str | Path, make: Callable[[], Sequence[Any]]) -> Path:
