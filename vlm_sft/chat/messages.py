@@ -133,19 +133,18 @@ def split_turns(conversation: Conversation) -> list[Conversation]:
     return [Conversation(messages[:end], images[: count_images(messages[:end])]) for end in ends]
 
 
-def last_answers(conversation: Conversation) -> list[Conversation]:
-    """One conversation per answer that is trained on, each ending with it, the answers before it not trained.
+def answers_of(messages: Sequence[Message]) -> list[int]:
+    """The numbers of the messages that are answers to train on."""
+    return [n for n, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)]
+
+
+def one_answer(conversation: Conversation, answer: int) -> Conversation:
+    """The conversation up to the answer in this message, the answers before it not trained.
 
     For templates that render an earlier answer differently from the last one (thinking models)."""
-
-    def history(message: Message) -> Message:
-        return {**message, "train": False} if message["role"] == "assistant" else message
-
-    return [
-        Conversation([*map(history, messages[:-1]), messages[-1]], images)
-        for messages, images in split_turns(conversation)
-        if messages[-1].get("train", True)
-    ]
+    *history, last = conversation.messages[: answer + 1]
+    history = [{**message, "train": False} if message["role"] == "assistant" else message for message in history]
+    return Conversation([*history, last], conversation.images[: count_images([*history, last])])
 
 
 def count_images(messages: Sequence[Message]) -> int:

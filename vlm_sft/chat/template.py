@@ -136,7 +136,7 @@ class ChatTemplate:
                 raise RenderedDifferently(
                     f"messages[{number}]: the chat template renders this answer differently from its generation "
                     f"prompt: that ends with {prompt[-40:]!r}, the conversation reads {plain[:words_start][-40:]!r}. "
-                    "Train one answer a row, as check_rows does by itself (vlm_sft.chat.messages.last_answers), or use "
+                    "Train one answer a row, as check_rows does by itself (ChatCollator.split), or use "
                     "another chat template or chat_template_kwargs"
                 )
             else:
