@@ -438,17 +438,69 @@ def test_processors_without_a_chat_are_refused(tiny_processor):
         ChatCollator(tiny_processor("llava15").tokenizer)
 
 
-def test_processor_that_hides_its_replacements_is_refused(tiny_processor):
-    class Silent(type(tiny_processor("llava15"))):
+@pytest.mark.parametrize("family", ["llava15", "qwen2_5_vl", "smolvlm", "gemma3"])
+def test_processor_that_hides_its_replacements(family, tiny_processor):
+    """They are found from the tokens, and proven; text that is slipped in is found out."""
+    slipped = ""
+
+    class Silent(type(tiny_processor(family))):
         def __call__(self, *args, **kwargs):
+            kwargs["text"] = [text.replace("?", f"?{slipped}") for text in kwargs["text"]]
             output = super().__call__(*args, **kwargs)
             output.pop("text_replacement_offsets", None)
             return output
 
-    processor = copy.deepcopy(tiny_processor("llava15"))
+    plain, processor = ChatCollator(tiny_processor(family)), copy.deepcopy(tiny_processor(family))
     processor.__class__ = Silent
-    with pytest.raises(ValueError, match="Silent does not report what it writes in the place of an image"):
-        ChatCollator(processor)
+    collator = ChatCollator(processor)
+    rows = [
+        {"messages": [ask(None, "And?"), answer("One.")], "images": [picture(40, 30)]},
+        {"messages": [ask(None, None, "Both?"), answer("Two.")], "images": [picture(30, 30), picture(64, 32)]},
+        {"messages": [ask("Hi?"), answer("No."), ask("See?", None), answer("Yes.")], "images": [picture(20, 30)]},
+    ]
+    if family in ("smolvlm", "gemma3"):  # which write line breaks among the tokens of an image, or next to them
+        with pytest.raises(ValueError, match="Silent does not report what it writes in the place of an image"):
+            collator(rows)
+        return
+    expected, found = plain(rows), collator(rows)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    slipped = " (brief)"
+    with pytest.raises(ValueError, match="example 0 of the batch: Silent does not report what it writes in the pla"):
+        collator(rows)
+
+
+def test_processor_that_adds_text_it_does_not_report_is_refused(tiny_processor):
+    class Adding(type(tiny_processor("qwen2_5_vl"))):
+        def __call__(self, *args, **kwargs):
+            kwargs["text"] = [f"Note: {text}" for text in kwargs["text"]]
+            output = super().__call__(*args, **kwargs)
+            return output
+
+    processor = copy.deepcopy(tiny_processor("qwen2_5_vl"))
+    processor.__class__ = Adding
+    collator = ChatCollator(processor)
+    with pytest.raises(ValueError, match="row 3: Adding adds text that it does not report"):
+        collator([{"row": 3, "messages": [ask("a"), answer("b")]}])
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        ({"type": "video", "video": "a.mp4"}, "is a part of the kind 'video'"),
+        ({"type": "audio", "audio": "a.wav"}, "is a part of the kind 'audio'"),
+        ({"type": "video_url", "video_url": {"url": "a"}}, "is a part of the kind 'video_url'"),
+        ({"type": "input_audio", "input_audio": {}}, "is a part of the kind 'input_audio'"),
+        ({"video": "a.mp4"}, "is a part of the kind 'video'"),
+        ({"type": "text", "text": "<video>What?"}, "holds '<video>'"),
+        ({"type": "text", "text": "<audio>What?"}, "holds '<audio>'"),
+    ],
+)
+@pytest.mark.parametrize("family", ["llava15", "qwen2_5_vl", "internvl"])
+def test_video_and_sound_are_refused_by_name(family, part, found, tiny_processor):
+    rows = [{"row": 4, "messages": [{"role": "user", "content": [part]}, answer("b")]}]
+    with pytest.raises(ValueError, match=rf"row 4: messages\[0\].*{found}: video and sound are not trained on"):
+        ChatCollator(tiny_processor(family))(rows)
 
 
 def test_bad_rows_are_named(tiny_processor):

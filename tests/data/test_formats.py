@@ -599,3 +599,18 @@ def test_columns_that_arrow_filled_with_none(folder: Path) -> None:
     features["messages"] = [{"role": Value("string"), "content": Value("string"), "loss": Value("bool")}]
     DatasetDict({"train": Dataset.from_list(rows, features=features)}).save_to_disk(folder / "saved")
     assert [words(row) for row in load(folder / "saved", image_folder=folder)] == [CAT, COLOUR]
+
+
+@pytest.mark.parametrize("name", ["videos", "video", "audios", "audio"])
+@pytest.mark.parametrize("layout", ["messages", "conversations", "prompt"])
+def test_columns_of_video_and_sound_are_refused_by_name(name: str, layout: str) -> None:
+    turns = {"messages": ("role", "content", "user", "assistant"), "conversations": ("from", "value", "human", "gpt")}
+    if layout == "prompt":
+        row: dict[str, Any] = {"prompt": "What?", "response": "A cat."}
+    else:
+        who, what, user, assistant = turns[layout]
+        row = {layout: [{who: user, what: "What?"}, {who: assistant, what: "A cat."}]}
+    data = load_conversations(Dataset.from_list([{**row, name: []}, {**row, name: ["a.mp4"]}]), eval_fraction=0)
+    with pytest.raises(ValueError, match=rf"row 1: the column '{name}' is not empty: video and sound are not trained"):
+        data["train"][1]
+    assert data["train"][0]["messages"]

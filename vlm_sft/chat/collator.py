@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import BatchFeature
 
+from vlm_sft.chat.expansions import Replacements, expand, find_images, tokens_in
 from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import (
     Conversation,
@@ -37,10 +36,6 @@ from vlm_sft.chat.messages import (
 from vlm_sft.chat.template import ChatTemplate, Rendered, RenderedDifferently, Turn
 
 IGNORE_INDEX = -100
-
-Replacements = Sequence[Mapping[str, Any]]
-"""What a processor put in the place of each image placeholder (`return_text_replacement_offsets`): `span` in the
-rendered text, `new_span` and `replacement` in the expanded one."""
 
 _EMPTY = torch.empty(0)
 _BLANK = {
@@ -108,7 +103,7 @@ class EncodedRow:
 
     def tokens_of(self, *turns: Turn) -> Tensor:
         """Which tokens lie in one of the turns: bool [T]."""
-        return _tokens_in(self.offsets, [(turn.start, turn.end) for turn in turns])
+        return tokens_in(self.offsets, [(turn.start, turn.end) for turn in turns])
 
     def cut(self, length: int) -> EncodedRow:
         """The row with its first `length` tokens."""
@@ -147,7 +142,7 @@ class ChatCollator:
             raise ValueError(f"{type(processor.tokenizer).__name__} gives no character offsets; use a fast tokenizer")
         self._image_ids = torch.tensor(sorted(self._template.image_ids), dtype=torch.long)
         self._added = {i: token.content for i, token in processor.tokenizer.added_tokens_decoder.items()}
-        self._added_ids = torch.tensor(list(self._added))
+        self._added_ids = torch.tensor([i for i in self._added if i not in self._template.image_ids])
         _ = self._template.stops  # raises where they cannot be had
 
     @property
@@ -293,49 +288,27 @@ class ChatCollator:
         for b, (row, real) in enumerate(zip(rows, mask, strict=True)):
             tokens, spans = {key: value[b][real] for key, value in per_token.items()}, offsets[b][real]
             if row.conversation.images and not (reported and reported[b]):
-                replaced, spans = self._find_images(row, tokens["input_ids"], add_special_tokens)
+                replaced, spans = find_images(
+                    self.template, row.rendered, tokens["input_ids"], add_special_tokens, name=row.name
+                )
             else:
                 replaced = reported[b] if reported else []
             encoded.append(self._label(row, tokens, spans, replaced))
         return encoded, inputs
-
-    def _find_images(self, row: EncodedRow, ids: Tensor, add_special_tokens: bool) -> tuple[Replacements, Tensor]:
-        """What a processor that does not report it wrote in the place of each image, and the offsets of the tokens.
-
-        Runs of tokens that only images bring, one for each placeholder or row of them. The proof: the text with these
-        in their places, tokenized again, must give the very same tokens."""
-        runs = [
-            "".join(self._added[i] for i in run)
-            for brought, run in groupby(ids.tolist(), key=set(self._image_ids.tolist()).__contains__)
-            if brought
-        ]
-        places = list(re.finditer(f"(?:{re.escape(self.template.placeholder)})+", row.rendered.text))
-        for gap in ("", " ") * (len(runs) == len(places)):  # some part an image from the word after it
-            replaced: list[dict[str, Any]] = []
-            shift = 0
-            for place, run in zip(places, runs, strict=True):
-                start, end = place.span()
-                text = run + gap * bool(re.match(r"[^\s<]", row.rendered.text[end:]))
-                new_span = (start + shift, start + shift + len(text))
-                replaced.append({"span": (start, end), "new_span": new_span, "replacement": text})
-                shift += len(text) - (end - start)
-            again = self.processor.tokenizer(
-                _expand(row.rendered, replaced)[0], add_special_tokens=add_special_tokens, return_offsets_mapping=True
-            )
-            if again["input_ids"] == ids.tolist():
-                return replaced, torch.tensor(again["offset_mapping"])
-        raise ValueError(
-            f"{row.name}: {type(self.processor).__name__} does not report what it writes in the place of an image "
-            "(return_text_replacement_offsets), and it cannot be told from the tokens, so labels cannot be proven; use "
-            "a model whose processor does"
-        )
 
     def _label(
         self, row: EncodedRow, tokens: dict[str, Tensor], offsets: Tensor, replacements: Replacements
     ) -> EncodedRow:
         """The row with its labels; tokens that hold the start of a trained answer inside are cut there. Raises unless
         each trained answer ends with its stop token: offsets and ids then speak of the same text."""
-        text, turns = _expand(row.rendered, replacements)
+        text, turns = expand(row.rendered, replacements)
+        added = (torch.isin(tokens["input_ids"], self._added_ids) & (offsets[:, 1] > 0)).nonzero().flatten().tolist()
+        read = [(self._added[int(tokens["input_ids"][i])], text[slice(*offsets[i])]) for i in added]
+        if any(token.strip() != there.strip() for token, there in read) or text[int(offsets.max()) :].strip():
+            raise ValueError(
+                f"{row.name}: {type(self.processor).__name__} adds text that it does not report, so that tokens and "
+                "text do not belong together and labels cannot be placed; use a model whose processor reports it"
+            )
         row = replace(row, text=text, tokens=tokens, offsets=offsets, turns=turns)
         start, end = offsets.unbind(-1)
         if cuts := [
@@ -346,17 +319,8 @@ class ChatCollator:
         ]:
             row = self._cut_tokens(row, cuts)
         input_ids = row.tokens["input_ids"]
-        image = _tokens_in(row.offsets, [tuple(replaced["new_span"]) for replaced in replacements])
+        image = tokens_in(row.offsets, [tuple(replaced["new_span"]) for replaced in replacements])
         image |= torch.isin(input_ids, self._image_ids)
-        added = (torch.isin(input_ids, self._added_ids) & ~image & (row.offsets[:, 1] > 0)).nonzero().flatten()
-        strayed = [
-            i for i in added.tolist() if self._added[int(input_ids[i])].strip() != text[slice(*row.offsets[i])].strip()
-        ]
-        if strayed or text[int(row.offsets.max()) :].strip():
-            raise ValueError(
-                f"{row.name}: {type(self.processor).__name__} adds text that it does not report, so that tokens and "
-                "text do not belong together and labels cannot be placed; use a model whose processor reports it"
-            )
         for turn in row.trained:
             last = input_ids[row.tokens_of(turn)][-1:].tolist()
             if turn.stop and last != self.processor.tokenizer.convert_tokens_to_ids([turn.stop]):
@@ -424,27 +388,3 @@ class ChatCollator:
         joined = {key: torch.cat([row.tokens[key] for row in rows])[None] for key in rows[0].tokens}
         positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
         return {**joined, "position_ids": positions, "labels": torch.cat(labels)[None]}
-
-
-def _tokens_in(offsets: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """Which tokens overlap one of the character spans: bool [T], from offsets [T, 2]. Tokens without characters
-    (those that the tokenizer adds) overlap none."""
-    start, end = offsets.unbind(-1)
-    inside = torch.zeros(len(offsets), dtype=torch.bool)
-    for span_start, span_end in spans:
-        inside |= (start < span_end) & (end > span_start)
-    return inside & (start < end)
-
-
-def _expand(rendered: Rendered, replacements: Replacements) -> tuple[str, list[Turn]]:
-    """The text that the tokenizer saw, each placeholder replaced by what its image brings, and the turns in it."""
-    text = rendered.text
-    for replaced in reversed(replacements):
-        start, end = replaced["span"]
-        text = text[:start] + replaced["replacement"] + text[end:]
-
-    def shift(position: int) -> int:
-        before = [replaced for replaced in replacements if replaced["span"][1] <= position]
-        return position + int(before[-1]["new_span"][1] - before[-1]["span"][1]) if before else position
-
-    return text, [turn._replace(start=shift(turn.start), end=shift(turn.end)) for turn in rendered.turns]

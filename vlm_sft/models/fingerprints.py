@@ -118,5 +118,7 @@ def data_settings(dataset: Any) -> dict[str, Any]:
         spread = sorted({len(dataset) * n // _SAMPLES for n in range(_SAMPLES)})
         table = dataset.with_format("arrow")[spread]
         for name in table.column_names:
+            if name == "_reader":  # load_conversations numbers its readers through, in each process
+                continue
             columns[name] = hashlib.sha256(repr(table[name].to_pylist()).encode()).hexdigest()[:12]
     return {"rows": len(dataset) if isinstance(dataset, Sized) else None, "columns": columns}
