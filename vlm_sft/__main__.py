@@ -13,7 +13,10 @@ def audit(options: argparse.Namespace) -> None:
     """What would be trained: each token of some rows, as the model's processor has them."""
     from vlm_sft.chat.audit import audit
     from vlm_sft.evaluation.pages import write_audit_html
+    from vlm_sft.models.loading import read_config
+    from vlm_sft.models.parts import parts_of
 
+    print(f"{'parts':<9}{parts_of(read_config(options.model))}")
     report = audit(_collator(options.model, train_on=options.train_on), _rows(options), num_rows=options.num_rows)
     print(report)
     if options.html:

@@ -354,6 +354,6 @@ def _forward(trainer: Any, proof: Proof) -> str:
     sentence = check_forward(trainer.data_collator, proof.report.shortest, trainer.model)
     if not trainer.data_collator.settings.padding_free:
         return sentence
-    conversations = [row.conversation._asdict() for row in proof.report.rows[:2]]
+    conversations = [row.conversation._asdict() for row in sorted(proof.report.rows, key=len)]
     difference = check_padding_free(trainer.model, trainer.data_collator, conversations)
     return f"{sentence}; without padding the loss of a token changes by {difference:.1g}"

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -35,9 +36,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-TWO_WAY_IMAGES = ("deepseek_ocr2", "gemma3", "gemma4", "molmo2", "paligemma")
-"""Families in which the tokens of an image see each other in both directions. FlashAttention takes no such mask, and
-transformers 5.23 drops it without a word (masking_utils.flash_attention_mask)."""
+
+def sees_both_ways(model: PreTrainedModel) -> bool:
+    """Whether the tokens of an image may see each other in both directions: told by the masks that the model's own code
+    asks for.
+
+    FlashAttention takes no such mask, and transformers 5.23 drops it without a word (masking_utils).
+    """
+    source = inspect.getsource(sys.modules[type(model).__module__])
+    return "block_sequence_ids" in source or "or_mask_function" in source
 
 
 def is_sharded() -> bool:

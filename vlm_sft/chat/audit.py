@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator, EncodedRow
 from vlm_sft.chat.messages import count_images, text_of
-from vlm_sft.common import eos_ids, evaluating
+from vlm_sft.common import base_of, eos_ids, evaluating
 
 _BATCH_SIZE = 8  # of the calls of the processor
 
@@ -104,12 +104,18 @@ def check_stops(collator: ChatCollator, rows: Sequence[EncodedRow], generation_c
 
 
 def check_embedding(rows: Sequence[EncodedRow], model: Any) -> None:
-    """Raises `ValueError` naming a row with a token that the model's embedding does not have."""
+    """Raises `ValueError` naming a row with a token that the model's embedding does not have, or an image that is not
+    written in the model's own image token."""
     size = model.get_input_embeddings().num_embeddings
     largest, name = max((int(row.tokens["input_ids"].max()), row.name) for row in rows)
     if largest >= size:
         found = f"{name}: token {largest} is beyond the {size} tokens of the embedding"
         raise ValueError(f"{found}; use the model's own processor")
+    own = getattr(base_of(model).config, "image_token_id", getattr(base_of(model).config, "image_token_index", None))
+    for row in rows:
+        if row.image.any() and own is not None and not (row.tokens["input_ids"][row.image] == own).any():
+            found = f"{row.name}: no token of its image is {own}, the model's image token"
+            raise ValueError(f"{found}; use the model's own processor")
 
 
 def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
@@ -234,8 +240,7 @@ def _template_ids(
     ]
     settings = {"add_generation_prompt": add_generation_prompt, **(collator.settings.chat_template_kwargs or {})}
     given = row.rendered.style(filled)
-    pixels = {"images_kwargs": {"return_tensors": "pt"}}
-    settings |= {"tokenize": True, "return_dict": True, "processor_kwargs": pixels}
+    settings |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     output = collator.processor.apply_chat_template(given, **settings)
     return [int(i) for i in output["input_ids"][0]]
 

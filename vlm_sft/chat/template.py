@@ -266,7 +266,10 @@ class ChatTemplate:
         try:
             with_image, without = encode(Image.new("RGB", (64, 48))), encode(None)
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{type(self.processor).__name__} cannot encode a question: {error}") from error
+            raise ValueError(
+                f"{type(self.processor).__name__} cannot encode a question as a chat has it: {error}; choose a chat "
+                "model, or write a collator of your own"
+            ) from error
         brought = {int(i) for i in with_image["input_ids"][0]} - {int(i) for i in without["input_ids"][0]}
         return frozenset(brought & self.processor.tokenizer.added_tokens_decoder.keys())
 

@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,15 @@ from vlm_sft.common import base_of, listed
 from vlm_sft.models.fingerprints import read_training_base, training_base, weight_differences
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.parts import parts_of
+from vlm_sft.models.parts import parts_of, root_of
 from vlm_sft.models.quantization import nf4_config
 from vlm_sft.upstream import (
-    TWO_WAY_IMAGES,
     fit_to_shards,
     keep_packing,
     limit_pixels,
     number_images_by_row,
     restore_adapter,
+    sees_both_ways,
     set_commit,
 )
 
@@ -175,8 +176,8 @@ def read_config(name_or_path: str | Path, *, revision: str | None = None, trust_
     at = place(name, revision)
     try:
         config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"No model in {at}: {first_line(error)}. Give its folder or Hub name.") from error
+    except (OSError, ValueError, KeyError) as error:  # no file, or a family that transformers does not know
+        raise ValueError(f"No model in {at}: {first_line(error)}. Give the folder or Hub name of one.") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
         raise ValueError(
             f"{at} is a {config.model_type!r} model, which takes no images; give a vision-language model such as "
@@ -211,13 +212,18 @@ def place(name: str, revision: str | None) -> str:
 
 def _read_model(name: str, revision: str | None, *, attn_implementation: str | None, **options: Any) -> Any:
     config: Any = read_config(name, revision=revision, trust_remote_code=options["trust_remote_code"])
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        parts_of(config)  # where they cannot be told, before the weights are read
-    if attn_implementation == "flash_attention_2" and config.model_type in TWO_WAY_IMAGES:
-        raise ValueError(
-            f"attn_implementation='flash_attention_2': in {config.model_type} the tokens of an image see each other in "
-            "both directions, and FlashAttention would hide half of them; use 'sdpa'."
-        )
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # what cannot train, before the weights are read
+        parts_of(empty := root_of(config))
+        if empty.base_model is empty:
+            raise ValueError(
+                f"{type(empty).__name__} ({config.model_type}) has no inner model, from whose hidden states TRL "
+                f"{version('trl')} takes the loss: SFTTrainer would fail at its first step. Choose another family."
+            )
+        if "flash" in (attn_implementation or "") and sees_both_ways(empty):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r}: in {config.model_type} the tokens of an image see each "
+                "other in both directions, and FlashAttention would hide half of them; use 'sdpa'."
+            )
     quantized = options["quantization_config"] or getattr(config, "quantization_config", None)
     if quantized and options["device_map"] is None and torch.cuda.is_available():
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}  # it must not move later
@@ -296,5 +302,5 @@ def _flash_attention_runs(model: Any) -> bool:
         is_flash_attn_2_available()
         and torch.cuda.get_device_capability() >= (8, 0)
         and model.dtype in (torch.float16, torch.bfloat16)
-        and model.config.model_type not in TWO_WAY_IMAGES
+        and not sees_both_ways(model)
     )
