@@ -17,7 +17,6 @@ from vlm_sft.evaluation.metrics import cer
 
 TRAINS = {"language": "lora"}  # part -> "lora", "full" or names of layers; vision, projector and head stay frozen
 METRICS = {"cer": cer}  # of generated answers to held-out rows: wrong characters for each right one
-QUESTION = "Write this formula as LaTeX."
 
 
 @dataclass
@@ -31,6 +30,7 @@ class RecipeArguments(vlm_sft.Arguments):
     on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
     num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
     max_pixels: int = field(default=1_048_576, metadata={"help": "Larger images shrink; a token is 32 x 32 pixels."})
+    enable_thinking: bool = field(default=False, metadata={"help": "Answers think first. Saved with the template."})
     load_in_4bit: bool = field(default=False, metadata={"help": "NF4 base: less memory. Unsloth advises against it."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
@@ -56,14 +56,14 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
 
 def to_conversation(row: dict) -> dict:
     """A row with `image` and its formula in `text`, as a conversation."""
-    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": row["text"]}]
+    messages = [{"role": "user", "content": "Write it as LaTeX."}, {"role": "assistant", "content": row["text"]}]
     return {"messages": messages, "images": [row["image"]]}
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
     name, revision = args.model_name_or_path, args.model_revision
     processor = vlm_sft.load_processor(name, revision=revision, max_pixels=args.max_pixels)
-    processor.chat_template = "{%- set enable_thinking = false %}" + processor.chat_template  # saved: inference too
+    processor.chat_template = f"{{%- set enable_thinking = {args.enable_thinking} %}}" + processor.chat_template
     model = vlm_sft.load_model(name, revision=revision, load_in_4bit=args.load_in_4bit)
     peft_config = vlm_sft.lora_config(
         model, TRAINS, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora

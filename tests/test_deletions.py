@@ -95,6 +95,8 @@ def flags_of(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Callable[[str],
                 given = [*model, "--num_tables", 100, "--max_new_tokens", 3, "--on_bad_rows", "drop"]
             case "smolvlm_sft":
                 given = [*model, *revision, *data, *lora, "--load_in_4bit", "--use_dora", "--max_tiles_per_side", 1]
+            case "qwen3_5_sft":
+                given = [*model, *revision, *data, *lora, "--load_in_4bit", "--use_dora", "--enable_thinking"]
             case "llava15_sft":
                 given = [*model, *revision, *data, *lora, "--no_load_in_4bit", "--no_use_dora"]
             case _:
