@@ -1,7 +1,7 @@
 """How right are a model's answers to held-out rows? Metrics and a page of answers, on request beside the base's.
 
 Trains nothing. Takes a model, a checkpoint or an adapter, whose base is found and answers again without the adapter.
-The rows are those that the training recipes hold out, unless --split names others.
+The rows are the dataset's own test split, or else those that the run's record says it held out; --split names others.
 
     python recipes/evaluate.py                             # what the quickstart left
     python recipes/evaluate.py --model_name_or_path outputs/quickstart --metrics exact_match cer --num_rows 100
@@ -23,6 +23,7 @@ from peft import PeftModel
 from trl import TrlParser
 
 import vlm_sft
+from vlm_sft.data.rows import recorded_rows
 from vlm_sft.evaluation import metrics
 from vlm_sft.evaluation.pages import make_samples
 
@@ -37,16 +38,16 @@ PAGE_ROWS = 300  # a page holds its images, and a browser holds the page
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(vlm_sft.ReadingArguments):
     model_name_or_path: str = field(default="outputs/quickstart", metadata={"help": "Folder or Hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     base: bool = field(default=False, metadata={"help": "Let the model as it was before training answer as well."})
     base_model: str | None = field(default=None, metadata={"help": "Its folder or Hub id, if not recorded or moved."})
     dataset_name: str = field(default="outputs/quickstart/data", metadata={"help": "Hub id or path."})
-    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
-    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
     split: str | None = field(default=None, metadata={"help": "Split to answer instead of the held-out rows."})
-    seed: int = field(default=42, metadata={"help": "The training's: rows of a single split are held out by it."})
+    run: str | None = field(
+        default=None, metadata={"help": "Folder of the run that held rows out, if not the model's."}
+    )
     num_rows: int | None = field(default=None, metadata={"help": "Only the first rows."})
     metrics: list[str] = field(
         default_factory=lambda: ["exact_match"],
@@ -76,11 +77,15 @@ def samples(rows: Any, references: list[str], answers: Mapping[str, list[str]], 
     return make_samples(chosen, references[some], METRICS[metric], shown["tuned"], shown.get("base"))
 
 
+def held_out_rows(args: RecipeArguments) -> Any:
+    data = vlm_sft.load_conversations(args.dataset_name, split=args.split or "train", eval_fraction=0, **args.reading)
+    if args.split or "test" in data:
+        return data["train" if args.split else "test"]
+    return recorded_rows(data["train"], Path(args.run or args.model_name_or_path))
+
+
 def main(args: RecipeArguments) -> dict[str, dict[str, float]]:
-    process = PartialState()
-    options = {"split": args.split, "eval_fraction": 0} if args.split else {"seed": args.seed}
-    reading = {"columns": args.columns, "image_folder": args.image_folder, **options}
-    rows = vlm_sft.load_conversations(args.dataset_name, **reading)["train" if args.split else "test"]
+    process, rows = PartialState(), held_out_rows(args)
     rows = rows.select(range(min(args.num_rows or len(rows), len(rows))))
     references = [vlm_sft.split_reference(row).reference for row in rows]
     if missing := [str(row) for row, reference in zip(rows["row"], references, strict=True) if reference is None]:
@@ -116,7 +121,11 @@ def main(args: RecipeArguments) -> dict[str, dict[str, float]]:
     vlm_sft.write_samples_html(shown, output / "samples.html", title=f"Answers of {Path(args.model_name_or_path).name}")
     if process.is_main_process:
         print(f"{args.model_name_or_path} on {args.dataset_name}\n{table(scores, rows=len(rows))}")
-        found = {"rows": len(rows), "metrics": scores, "settings": vars(args)}
+        found = {
+            "rows": len(rows),
+            "metrics": scores,
+            "settings": {name: value for name, value in vars(args).items() if name[0] != "_"},
+        }
         (output / "metrics.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return scores
 

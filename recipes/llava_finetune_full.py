@@ -23,16 +23,11 @@ METRICS = {"anls": anls}  # of generated answers to held-out rows: similarity to
 
 
 @dataclass
-class RecipeArguments(vlm_sft.Arguments):
+class RecipeArguments(vlm_sft.DataArguments):
     model_name_or_path: str = field(default="outputs/llava_pretrain", metadata={"help": "Stage 1's, or a LLaVA-1.5."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     vision_tower: str | None = field(default=None, metadata={"help": "Stage 1's, to refuse a folder of another."})
     dataset_name: str = "HuggingFaceH4/llava-instruct-mix-vsft"
-    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
-    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max_steps."})
-    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
-    num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
     mm_projector_lr: float = field(default=2e-5, metadata={"help": "Learning rate of the projector."})
 
 
@@ -52,8 +47,8 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
 
 
 def to_conversation(row: dict) -> dict:
-    """The one function that depends on the dataset: `messages` with image parts, and their `images` in order."""
-    return {"messages": row["messages"], "images": row["images"]}
+    """A row of any format that the library knows (docs/data.md); of another, return its `messages` and `images`."""
+    return row
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
@@ -65,15 +60,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
     padding_free = vlm_sft.enable_padding_free(model)  # with FlashAttention, rows need no padding
     collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length, padding_free=padding_free)
     data = vlm_sft.load_conversations(
-        args.dataset_name,
-        to_conversation=to_conversation,
-        columns=args.columns,
-        image_folder=args.image_folder,
-        streaming=args.streaming,
-        max_eval_rows=args.num_eval_rows,
-        seed=training_args.seed,
+        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **args.reading
     )
-    data = vlm_sft.check_rows(data, collator, on_bad_rows=args.on_bad_rows)  # opens and encodes each row once
+    data = vlm_sft.check_rows(data, collator, **args.checking)  # opens and encodes each row once
     trainer = SFTTrainer(
         model=model,
         args=training_args,

@@ -23,16 +23,11 @@ METRICS = {"anls": anls}  # of generated captions of held-out rows: similarity t
 
 
 @dataclass
-class RecipeArguments(vlm_sft.Arguments):
+class RecipeArguments(vlm_sft.DataArguments):
     model_name_or_path: str = field(default="lmsys/vicuna-7b-v1.5", metadata={"help": "Text model, Hub id or folder."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the text model."})
     vision_tower: str = field(default="openai/clip-vit-large-patch14-336", metadata={"help": "CLIP: Hub id or folder."})
     dataset_name: str = "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"
-    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
-    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max_steps."})
-    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
-    num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
 
 
 @dataclass
@@ -66,15 +61,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
     plain = {"chat_template_kwargs": {"chat_template": plain_template(processor.tokenizer)}, "stop_token": None}
     collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length, padding_free=padding_free, **plain)
     data = vlm_sft.load_conversations(
-        args.dataset_name,
-        to_conversation=to_conversation,
-        columns=args.columns,
-        image_folder=args.image_folder,
-        streaming=args.streaming,
-        max_eval_rows=args.num_eval_rows,
-        seed=training_args.seed,
+        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **args.reading
     )
-    data = vlm_sft.check_rows(data, collator, on_bad_rows=args.on_bad_rows)  # opens and encodes each row once
+    data = vlm_sft.check_rows(data, collator, **args.checking)  # opens and encodes each row once
     trainer = SFTTrainer(
         model=model,
         args=training_args,

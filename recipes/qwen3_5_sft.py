@@ -1,7 +1,8 @@
 """Qwen3.5-4B reads images of formulas as LaTeX: LoRA adapters in 16 bit, answers without thinking.
 
-Trains LoRA adapters of rank 16 on every linear layer in the language model's blocks. Frozen: vision tower, merger, all
-other weights. The loss covers the formula and the <|im_end|> that ends it.
+Trains LoRA adapters of rank 16 on every linear layer in the language model's blocks, linear attention included. Frozen:
+all else, in 16 bit. The loss covers the formula and the <|im_end|> that ends it, after an empty <think> </think>; with
+--enable_thinking also the reasoning in the rows' answers.
 
     accelerate launch recipes/qwen3_5_sft.py --dataset_name my_data.jsonl
 
@@ -17,20 +18,16 @@ from vlm_sft.evaluation.metrics import cer
 
 TRAINS = {"language": "lora"}  # part -> "lora", "full" or names of layers; vision, projector and head stay frozen
 METRICS = {"cer": cer}  # of generated answers to held-out rows: wrong characters for each right one
+QUESTION = "Write this formula as LaTeX."
 
 
 @dataclass
-class RecipeArguments(vlm_sft.Arguments):
+class RecipeArguments(vlm_sft.DataArguments):
     model_name_or_path: str = "Qwen/Qwen3.5-4B"  # Qwen3-VL trains by this recipe too
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     dataset_name: str = "unsloth/LaTeX_OCR"
-    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
-    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max_steps."})
-    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
-    num_eval_rows: int = field(default=500, metadata={"help": "Held-out rows for eval_loss."})
     max_pixels: int = field(default=1_048_576, metadata={"help": "Larger images shrink; a token is 32 x 32 pixels."})
-    enable_thinking: bool = field(default=False, metadata={"help": "Answers think first. Saved with the template."})
+    enable_thinking: bool = field(default=False, metadata={"help": "Answers begin with <think> ... </think>."})
     load_in_4bit: bool = field(default=False, metadata={"help": "NF4 base: less memory. Unsloth advises against it."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
@@ -56,13 +53,14 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
 
 def to_conversation(row: dict) -> dict:
     """A row with `image` and its formula in `text`, as a conversation."""
-    messages = [{"role": "user", "content": "Write it as LaTeX."}, {"role": "assistant", "content": row["text"]}]
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": row["text"]}]
     return {"messages": messages, "images": [row["image"]]}
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
     name, revision = args.model_name_or_path, args.model_revision
     processor = vlm_sft.load_processor(name, revision=revision, max_pixels=args.max_pixels)
+    # Saved with it, so inference does the same.
     processor.chat_template = f"{{%- set enable_thinking = {args.enable_thinking} %}}" + processor.chat_template
     model = vlm_sft.load_model(name, revision=revision, load_in_4bit=args.load_in_4bit)
     peft_config = vlm_sft.lora_config(
@@ -71,15 +69,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
     padding_free = vlm_sft.enable_padding_free(model)  # with FlashAttention, rows need no padding
     collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length, padding_free=padding_free)
     data = vlm_sft.load_conversations(
-        args.dataset_name,
-        to_conversation=to_conversation,
-        columns=args.columns,
-        image_folder=args.image_folder,
-        streaming=args.streaming,
-        max_eval_rows=args.num_eval_rows,
-        seed=training_args.seed,
+        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **args.reading
     )
-    data = vlm_sft.check_rows(data, collator, on_bad_rows=args.on_bad_rows)  # opens and encodes each row once
+    data = vlm_sft.check_rows(data, collator, **args.checking)  # opens and encodes each row once
     trainer = SFTTrainer(
         model=model,
         args=training_args,

@@ -20,15 +20,10 @@ METRICS = {"exact_match": exact_match}  # of generated answers to held-out rows:
 
 
 @dataclass
-class RecipeArguments(vlm_sft.Arguments):
+class RecipeArguments(vlm_sft.DataArguments):
     model_name_or_path: str = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     dataset_name: str = "flaviagiammarino/vqa-rad"
-    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
-    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
-    streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max_steps."})
-    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
-    num_eval_rows: int = field(default=200, metadata={"help": "Held-out rows for eval_loss."})
     max_tiles_per_side: int = field(default=2, metadata={"help": "2 x 2 and the whole, 81 tokens each; 4 for text."})
     load_in_4bit: bool = field(default=False, metadata={"help": "NF4 base instead of 16 bit."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
@@ -71,15 +66,9 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
     padding_free = vlm_sft.enable_padding_free(model)  # with FlashAttention, rows need no padding
     collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length, padding_free=padding_free)
     data = vlm_sft.load_conversations(
-        args.dataset_name,
-        to_conversation=to_conversation,
-        columns=args.columns,
-        image_folder=args.image_folder,
-        streaming=args.streaming,
-        max_eval_rows=args.num_eval_rows,
-        seed=training_args.seed,
+        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **args.reading
     )
-    data = vlm_sft.check_rows(data, collator, on_bad_rows=args.on_bad_rows)  # opens and encodes each row once
+    data = vlm_sft.check_rows(data, collator, **args.checking)  # opens and encodes each row once
     trainer = SFTTrainer(
         model=model,
         args=training_args,

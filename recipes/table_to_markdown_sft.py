@@ -78,7 +78,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
     model = vlm_sft.load_model(args.model_name_or_path)
     collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length)
     source, seed = args.dataset_name or drawn, training_args.seed
-    data = vlm_sft.load_conversations(source, to_conversation=to_conversation, seed=seed)
+    data = vlm_sft.load_conversations(source, to_conversation=to_conversation, eval_fraction=0.02, seed=seed)
     data = vlm_sft.check_rows(data, collator, on_bad_rows=args.on_bad_rows)  # opens and encodes each row once
     trainer = SFTTrainer(
         model=model,

@@ -225,8 +225,8 @@ CASES = [
         "transparency, laid on white",
         on_white(CLEAR[..., [2, 2, 2, 3]]),
     ),
-    picture("16 bits (I;16)", DEEP_TIFF, "repaired", "of more than 8 bits, scaled to 8", DEEP_SHOWN.convert("RGB")),
-    picture("floats (F)", FLOAT_TIFF, "repaired", "of more than 8 bits, scaled to 8", FLOAT_SHOWN.convert("RGB")),
+    picture("16 bits (I;16)", DEEP_TIFF, "repaired", "of 16 bits .*, scaled to 8", DEEP_SHOWN.convert("RGB")),
+    picture("floats (F)", FLOAT_TIFF, "repaired", "of floats up to 1 .*, scaled", FLOAT_SHOWN.convert("RGB")),
     picture("animated GIF", FRAMES, "repaired", "several frames, the first taken", NOISE.quantize().convert("RGB")),
     picture("EXIF says rotated", turned(), "repaired", "turned upright", NOISE.transpose(Image.Transpose.ROTATE_270)),
     # Fields of pictures
@@ -308,10 +308,10 @@ CASES = [
         "is a list; expected a dict",
     ),
     talk("unknown part", say(("user", [{"type": "video"}]), ("assistant", "a")), "named error", "has the type 'video'"),
+    talk("unknown role", say(("bot", "q"), ("assistant", "a")), "named error", "has the role 'bot'; expected one of"),
     talk(
-        "unknown role", say(("human", "q"), ("assistant", "a")), "named error", "has the role 'human'; expected one of"
+        "tool role", say(("user", "q"), ("tool", "r"), ("assistant", "a")), "named error", "is from tool; expected ass"
     ),
-    talk("tool role", say(("user", "q"), ("tool", "r"), ("assistant", "a")), "named error", "has the role 'tool'"),
     talk(
         "two users in a row",
         say(("user", "q"), ("user", "r"), ("assistant", "a")),
@@ -420,7 +420,7 @@ CASES = [
         equals={"messages": TEXT, "images": []},
         write=in_two_files,
     ),
-    Case("no row at all", "named error", "no row is an object with columns", {"messages": GOOD}, write=no_rows),
+    Case("no row at all", "named error", "it holds no row", {"messages": GOOD}, write=no_rows),
     Case(
         "one row only",
         "repaired",
@@ -454,8 +454,8 @@ CASES = [
     ),
     # Rows that reach for what is not theirs
     with_path("https://127.0.0.1:9/a.png", "is a URL, and nothing is fetched", "URL"),
-    with_path("data:image/png;base64,iVBORw0KGgo=", "is a URL, and nothing is fetched", "data URL"),
-    with_path("file:///etc/hostname", "is a URL, and nothing is fetched", "file URL"),
+    with_path("data:image/png;base64,iVBORw0KGgo=", "it begins with", "data URL of a cut image"),
+    with_path("file:///etc/hostname", "lies outside the image folder", "file URL"),
     with_path("../outside.png", "lies outside the image folder", "path that climbs out of the folder"),
     with_path("/etc/hostname", "lies outside the image folder", "absolute path"),
     with_path("link.png", "lies outside the image folder", "link that leads out of the folder"),

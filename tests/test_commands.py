@@ -17,6 +17,7 @@ from digits import adapter
 from vlm_sft.__main__ import _parser, main
 from vlm_sft.tools import memory, merging, tiny
 
+UNSET = {"prompt": None, "system_prompt": None, "allow_outside": False, "dataset_config": None}
 COMMANDS = ("audit", "check", "merge", "memory", "tiny")
 
 
@@ -29,10 +30,12 @@ def parsed(*arguments: str) -> dict[str, Any]:
 def test_audit_takes_what_it_took() -> None:
     rows = {"model": "m", "dataset": "d", "columns": ["prompt=a", "response=b"], "image_folder": "images"}
     given = ["--model", "m", "--dataset", "d", "--image_folder", "images", "--columns", "prompt=a", "response=b"]
-    defaults = {"train_on": "assistant", "num_rows": 64, "html": None}
+    defaults = {"train_on": "assistant", "num_rows": 64, "html": None} | UNSET
     assert parsed("audit", *given) == {"command": "audit", **rows, **defaults}
     given += ["--train_on", "all", "--num_rows", "2", "--html", "page.html"]
-    changed = {"train_on": "all", "num_rows": 2, "html": "page.html"}
+    given += ["--prompt", "What?", "--system_prompt", "Brief.", "--allow_outside", "--dataset_config", "c"]
+    set_too = {"prompt": "What?", "system_prompt": "Brief.", "allow_outside": True, "dataset_config": "c"}
+    changed = {"train_on": "all", "num_rows": 2, "html": "page.html"} | set_too
     assert parsed("audit", *given) == {"command": "audit", **rows, **changed}
 
 
@@ -49,6 +52,7 @@ def test_check_takes_what_it_took() -> None:
         "max_length": 99,
         "num_proc": 2,
         "to_jsonl": "faults.jsonl",
+        **UNSET,
     }
     assert parsed("check", "--dataset", "d")["split"] == "train"
 

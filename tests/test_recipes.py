@@ -251,7 +251,7 @@ def test_bfloat16_as_on_a_gpu(
 
 
 def test_bodies_are_one_body() -> None:
-    """What a recipe's `main` does differently from llava15_sft.py's: the size of images, and an answer without thoughts."""
+    """What a recipe's `main` does differently from llava15_sft.py's: image sizes, and thinking."""
 
     def statements(name: str) -> list[str]:
         tree = ast.parse((ROOT / "recipes" / f"{name}.py").read_text("utf-8"))
@@ -283,8 +283,8 @@ def two_images_in_row_5(rows: Dataset, bad: Sequence[int] = (5,)) -> Dataset:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda rows: rows.remove_columns("messages"), "'messages'"),
-        (lambda rows: rows.rename_column("messages", "mesages"), r"'mesages'\?\); this row has the columns"),
+        (lambda rows: rows.remove_columns("messages"), "no column of conversations among images; expected messages"),
+        (lambda rows: rows.rename_column("messages", "mesages"), r"\(did you mean 'mesages'\?\); .*images=images"),
         (lambda rows: rows.select([]), "it has no row"),
         (two_images_in_row_5, r"row 5\n +2 images"),
     ],

@@ -1,5 +1,6 @@
 """Thin, checked building blocks for fine-tuning vision-language models on TRL's SFTTrainer."""
 
+from vlm_sft.chat.boxes import scale_boxes
 from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
 from vlm_sft.chat.packing import enable_padding_free, pack
 from vlm_sft.chat.template import ChatTemplate
@@ -16,7 +17,7 @@ from vlm_sft.models.quantization import nf4_config
 from vlm_sft.proof import finish, guards, prove
 from vlm_sft.tools.merging import merge
 from vlm_sft.training.checkpoints import latest_checkpoint
-from vlm_sft.training.config import Arguments, RecipeDefaults
+from vlm_sft.training.config import Arguments, DataArguments, ReadingArguments, RecipeDefaults
 from vlm_sft.training.optim import lr_by_part
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "AutoModelForVision2Seq",
     "ChatCollator",
     "ChatTemplate",
+    "DataArguments",
+    "ReadingArguments",
     "RecipeDefaults",
     "Sample",
     "best_dtype",
@@ -45,6 +48,7 @@ __all__ = [
     "pack",
     "prove",
     "register_parts",
+    "scale_boxes",
     "split_reference",
     "write_samples_html",
 ]

@@ -41,7 +41,8 @@ def check(options: argparse.Namespace) -> int:
 def _rows(options: argparse.Namespace, **which: Any) -> Any:
     from vlm_sft.data.datasets import load_conversations
 
-    where = {"columns": options.columns, "image_folder": options.image_folder}
+    where = {name: getattr(options, name) for name in ("columns", "prompt", "system_prompt", "image_folder")}
+    where |= {"config_name": options.dataset_config, "allow_outside": options.allow_outside}
     return load_conversations(options.dataset, eval_fraction=0, **where, **which)["train"]
 
 
@@ -103,7 +104,11 @@ def _parser() -> argparse.ArgumentParser:
         flag("--model", required=name == "audit", help="Hub id or folder; only its processor is loaded")
         flag("--dataset", required=True, help="Hub id, file or folder")
         flag("--columns", nargs="*", metavar="FIELD=COLUMN", help="as in prompt=question")
+        flag("--prompt", help="the question of rows that have none, such as images with captions")
+        flag("--system_prompt", help="the system message of rows that have none")
         flag("--image_folder", help="what file names in rows are relative to")
+        flag("--allow_outside", action="store_true", help="read image files outside that folder as well")
+        flag("--dataset_config", help="config of a Hub id, or name in a dataset_info.json")
     flag = flags["audit"]
     flag("--train_on", default="assistant", choices=["assistant", "last_assistant", "all"])
     flag("--num_rows", type=int, default=64, help="how many rows, evenly spread")

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops, draw_mask
 from vlm_sft.chat.packing import check_padding_free
 from vlm_sft.checks import check_captions, check_flags, check_pass, check_pieces, check_router_loss, row_facts
 from vlm_sft.common import base_of, listed, restore_rng, rng_state
+from vlm_sft.data.rows import held_out_record
 from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import AnswerEvaluation
 from vlm_sft.evaluation.pages import write_audit_html
@@ -122,6 +124,7 @@ class Gate(TrainerCallback):
             datasets={name: rows for name, rows in splits.items() if rows is not None},
             results=proof.results,
             facts=proof.facts,
+            held_out=None if trainer.eval_dataset is None else held_out_record(trainer.eval_dataset),
         )
 
     def _proven(self, what: str) -> Proof:
@@ -165,11 +168,16 @@ def prove(
     if not any(c.model is base_of(trainer.model) for c in _callbacks(trainer, RestoreGenerationConfig)):
         raise ValueError("prove(): vlm_sft.guards(model) was given another model than SFTTrainer; give both the same")
     collator, rows = trainer.data_collator, trainer.train_dataset
+    nothing_held_out = isinstance(trainer.eval_dataset, Sized) and not len(trainer.eval_dataset)
     flags = check_flags(trainer, args)
     check_pieces(trainer, collator)
     check_router_loss(trainer)
     checked = check_pass(trainer, collator, rows)
     changes = list(getattr(trainer.args, "hardware_changes", ()))
+    if nothing_held_out:
+        trainer.eval_dataset, trainer.args.eval_on_start, trainer.args.load_best_model_at_end = None, False, False
+        trainer.args.eval_strategy = IntervalStrategy.NO
+        changes.append("no row is held out (--num_eval_rows 0), so nothing is evaluated")
     model = trainer.model
     narrow = [weight for weight in model.parameters() if weight.requires_grad and weight.dtype != torch.float32]
     cast_trainable_to_fp32(model)
@@ -180,7 +188,7 @@ def prove(
         quantized = str(check_quantized(model))
     else:
         quantized = "nothing"
-    if require_answers and not _callbacks(trainer, AnswerEvaluation):
+    if require_answers and not nothing_held_out and not _callbacks(trainer, AnswerEvaluation):
         raise ValueError(
             "no held-out row is answered, so samples.html and the metrics of answers would be missing: call "
             "vlm_sft.evaluate_answers(trainer, data['test'], METRICS) before prove, or pass require_answers=False"

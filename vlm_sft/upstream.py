@@ -47,6 +47,16 @@ def sees_both_ways(model: PreTrainedModel) -> bool:
     return "block_sequence_ids" in source or "or_mask_function" in source
 
 
+BOX_SCALES = {
+    "Qwen2_5_VLProcessor": "pixels",
+    "Qwen2VLProcessor": "0-1000",
+    "Qwen3VLProcessor": "0-1000",
+    "InternVLProcessor": "0-1000",
+}
+"""In what the families of these processors write boxes, by their own reports and cookbooks: of the image as the model
+sees it, after the processor's resize. Nothing in transformers 5.23 says so."""
+
+
 def is_sharded() -> bool:
     """Whether this process was launched with FSDP: by accelerate 1.15's own variable, which no function reads."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from vlm_sft.chat.images import MAX_DECODED_PIXELS, open_image, to_rgb
+from vlm_sft.chat.images import MAX_DATA_URL, MAX_DECODED_PIXELS, looks_like_image, open_image, repairs_of, to_rgb
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8))
 RAMP = np.linspace(0, 1, 48).reshape(6, 8)
@@ -83,10 +85,21 @@ def test_deep_images_are_scaled_not_clipped(mode: str, dtype: str, white: int) -
     assert pixels(image).std() > 70
 
 
-def test_a_16_bit_png_keeps_its_dark_half_dark() -> None:
-    data = encoded(Image.fromarray(np.full((2, 2), 0x0FFF, dtype=np.uint16)))
-    assert Image.open(io.BytesIO(data)).mode == "I;16"
-    assert pixels(data).max() == 16  # white is the type's limit, not the image's
+@pytest.mark.parametrize(
+    ("dtype", "white", "said"),
+    [
+        *((np.uint16, 2**bits - 1, f"of {bits} bits") for bits in (8, 10, 12, 14, 16)),
+        (np.int32, 2**12 - 1, "of 12 bits"),
+        *((np.float32, white, "of floats up to 1") for white in (1.0, 1.0001)),
+        (np.float32, 255.0, "of 8 bits"),
+    ],
+)
+def test_more_than_8_bits_are_scaled_by_their_range_and_it_is_said(dtype: Any, white: float, said: str) -> None:
+    ramp = np.linspace(-0.0001 if dtype is np.float32 and white < 2 else 0, white, 256).reshape(16, 16)
+    data = encoded(Image.fromarray(ramp.astype(dtype)), "TIFF")
+    expected = (ramp / white * 255).clip(0, 255)
+    assert abs(pixels(data)[..., 0].astype(float) - expected).max() <= 1
+    assert repairs_of(Image.open(io.BytesIO(data))) == [f"{said} (by their largest value), scaled to 8"]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -179,13 +192,17 @@ def test_any_flipped_bytes_give_an_image_or_a_named_fault(format: str) -> None:
             r"is not an image that can be read: it begins with b'<!DOCTYPE ht'; expected JPEG, PNG",
         ),
         (7, "the image is a int"),
-        ({"url": "x"}, "the image is a dict"),
+        ({"what": "x"}, "the image is a dict with 'what'; expected"),
+        ({"url": "https://example.org/a.png"}, r"image 'https://example.org/a.png' is a URL, and nothing is fetched"),
         ("a.png", "image 'a.png' is a path, and no folder was named"),
         (Path("a.png"), "image 'a.png' is a path"),
         ({"path": "/etc/passwd"}, "is a path, and no folder was named"),
         ("https://example.org/a.png", "is a URL, and nothing is fetched"),
         ("s3://bucket/a.png", "is a URL"),
-        ("data:image/png;base64,AAAA", "is a URL"),
+        ("data:image/png;base64,AAAA", "^the image is not an image that can be read: it begins with b"),
+        ("data:image/png;base64,AAA", "^a data URL that is not base64"),
+        ({"base64": "A" * 5}, "^a data URL that is not base64"),
+        ("data:image/png;base64," + "A" * (MAX_DATA_URL + 1), "^a data URL of 200,000,001 characters; at most"),
         (np.zeros((2, 2)), "the image is a ndarray; expected a PIL image"),
         (Image.fromarray(np.full((2, 2), np.nan, dtype="f4")), "holds values from nan to nan"),
         (Image.fromarray(np.full((2, 2), -1, dtype="i4")), "holds values from -1 to -1"),
@@ -233,8 +250,10 @@ def test_files_open_inside_their_folder_only(tmp_path: Path) -> None:
             open_image(name, folder=folder)
     for name in ("../out.png", str(outside), "link.png"):
         assert open_image({"path": name}, folder=folder, allow_outside=True).size == (20, 12)
-    with pytest.raises(ValueError, match="is a URL"):
-        open_image("file:///etc/passwd", folder=folder, allow_outside=True)
+    for name in (f"file://{folder}/sub/a.png", {"url": f"file://{folder}/sub/a.png"}, {"path": "sub/a.png"}):
+        assert open_image(name, folder=folder).size == (20, 12)
+    with pytest.raises(ValueError, match=r"lies outside the image folder .*--image_folder, or .*--allow_outside"):
+        open_image("file:///etc/passwd", folder=folder)
     for name, message in (
         ("sub", "is a directory"),
         ("b.png", "does not exist"),
@@ -243,3 +262,20 @@ def test_files_open_inside_their_folder_only(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             open_image(name, folder=folder)
+
+
+def test_an_image_written_into_a_row_is_decoded() -> None:
+    """As the formats of OpenAI, Anthropic, Axolotl, transformers and XTuner wrap it."""
+    for data in (encoded(RGB), encoded(RGB, "JPEG"), encoded(RGB, "WEBP")):
+        text = base64.b64encode(data).decode()
+        url = f"data:image/png;base64,{text}"
+        for image in (
+            *(url, text, {"url": url}, {"base64": text}, {"base64": url}, {"bytes": data, "path": "a.png"}),
+            *({"image_url": {"url": url, "detail": "high"}}, {"url": url, "image_wh": [20, 12]}),
+            {"source": {"type": "base64", "media_type": "image/png", "data": text}},
+            f"data:image/png,{quote_from_bytes(data)}",
+        ):
+            assert looks_like_image(image) or image is not url
+            assert to_rgb(image).tobytes() == to_rgb(data).tobytes()
+    assert not any(map(looks_like_image, ("A sentence about a.png files.", 5, None, {"a": 1}, [], "a.txt")))
+    assert all(map(looks_like_image, ("a/b c.JPG", [{"bytes": b"x"}], ["a.png"], RGB, b"x", {"path": "x.webp"})))

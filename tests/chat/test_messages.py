@@ -111,7 +111,12 @@ def test_opting_out_is_kept() -> None:
             r"messages\[0\] has the role 'human'; expected one of system, user",
         ),
         ([{"content": "a"}], None, "has the role None"),
-        (talk("a", "b", roles=("user", "tool")), None, r"messages\[1\] has the role 'tool'"),
+        (talk("a", "b", roles=("user", "critic")), None, r"messages\[1\] has the role 'critic'"),
+        (
+            [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}],
+            None,
+            r"messages\[0\].content\[0\] has the keys path, which no .*: rename 'path' to 'image'$",
+        ),
         ([{"role": "user", "content": "a", "train": "no"}], None, "'train': 'no'; expected true or false"),
         ([{"role": "user", "content": "a", "name": "x"}], None, r"messages\[0\] has the keys name, which no template"),
         (talk([["a"]], "b"), None, r"messages\[0\].content\[0\] is a list"),

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import normalise, text_of
 from vlm_sft.data.datasets import load_conversations
-from vlm_sft.data.formats import read_rows
+from vlm_sft.data.files import read_rows
 from vlm_sft.data.rows import drawn_seed
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -107,8 +107,8 @@ def test_the_hub_schema_passes_untouched(tmp_path: Path) -> None:
     saved.save_to_disk(tmp_path / "vsft")
     loaded = load_conversations(tmp_path / "vsft")
     assert {name: (rows.num_rows, rows.column_names) for name, rows in loaded.items()} == {
-        "train": (6, ["messages", "images", "row"]),
-        "test": (2, ["messages", "images", "row"]),
+        "train": (6, ["messages", "images", "row", "_reader"]),
+        "test": (2, ["messages", "images", "row", "_reader"]),
     }
     assert loaded["train"].features["messages"] == VSFT["messages"]
     for n, (row, before) in enumerate(zip(loaded["train"], saved["train"], strict=True)):
@@ -209,14 +209,14 @@ def test_alpaca_columns(folder: Path, suffix: str, streaming: bool) -> None:
 
 
 def test_where_to_conversation_does_not_fit_the_error_lists_the_columns(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": [], "image": "a.png"}]))
-    said = r"KeyError: 'messages'.*has the columns 'conversations', 'image'\. .*--columns messages=\.\.\. or prompt="
+    (tmp_path / "rows.json").write_text(json.dumps([{"talk": [], "photo": "a.png"}]))
+    said = r"KeyError: 'messages'.*has the columns 'talk', 'photo'\. .*--columns messages=\.\.\. or .*images=photo$"
     with pytest.raises(ValueError, match=said):
         load_conversations(tmp_path / "rows.json", to_conversation=lambda row: {"messages": row["messages"]})
 
 
 def test_an_image_folder_that_does_not_exist(folder: Path) -> None:
-    with pytest.raises(ValueError, match="image_folder='nowhere': there is no such folder"):
+    with pytest.raises(ValueError, match="--image_folder 'nowhere': there is no such folder"):
         load_conversations(folder, image_folder="nowhere")
 
 
@@ -346,9 +346,9 @@ def test_a_stream_holds_out_its_first_rows_in_memory(folder: Path) -> None:
     assert drawn_seed(loaded["test"]) is drawn_seed(loaded["train"]) is None
     assert [words(row)[0][1] for row in loaded["test"]] == ["0", "1", "2"]
     assert [row["row"] for row in loaded["train"]] == list(range(3, 20))
-    with pytest.raises(ValueError, match="say how many of its first rows to hold out"):
+    with pytest.raises(ValueError, match="--num_eval_rows 500 holds out every row"):
         load_conversations(path, streaming=True)
-    with pytest.raises(ValueError, match="max_eval_rows=20 holds out every row"):
+    with pytest.raises(ValueError, match="--num_eval_rows 20 holds out every row"):
         load_conversations(path, streaming=True, max_eval_rows=20)
     for split in ("train", "validation"):
         Dataset.from_list(vsft_rows(4), features=VSFT).to_parquet(folder / "own" / f"{split}.parquet")
@@ -409,13 +409,13 @@ def test_paths_and_files_that_do_not_serve_are_named(folder: Path) -> None:
     (folder / "broken.parquet").write_bytes(b"PAR1 but not really")
     for name, message in (
         ("nowhere/data.jsonl", "it does not exist"),
-        ("empty.jsonl", "no row is an object"),
-        ("empty.json", "no row is an object"),
+        ("empty.jsonl", r"it holds no row \(empty.jsonl\)"),
+        ("empty.json", r"it holds no row \(empty.json\)"),
         ("a.txt", "it holds none of .parquet"),
         ("none", "it holds none of .parquet"),
         ("two", "files of several kinds"),
         ("no_rows", "it has no row"),
-        ("cut.json", r"cut.json: row 1 cannot be read, nor what follows"),
+        ("cut.json", r"cut.json: row 1 \(line 1\) cannot be read, nor what follows"),
         ("broken.parquet", "[Pp]arquet"),
     ):
         with pytest.raises(ValueError, match=message) as raised:

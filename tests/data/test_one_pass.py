@@ -208,7 +208,7 @@ def test_rows_that_are_trimmed_are_encoded_again_and_once(
 def test_images_made_by_to_conversation_are_told_by_their_pixels(folder: Path, collator: ChatCollator) -> None:
     def drawn(shade: int) -> Any:
         def to_conversation(row: Any) -> dict[str, Any]:
-            image = Image.new("RGB", (16, 16), (shade, 0, int(row["image"].split(".")[0])))
+            image = Image.new("RGB", (16, 16), (shade, 0, int(Path(row["image"]).stem)))
             part = {"type": "image", "image": image}
             talk = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
             return {"messages": [*talk, {"role": "assistant", "content": "A square."}]}

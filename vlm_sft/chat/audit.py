@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator, EncodedRow
 from vlm_sft.chat.messages import count_images, text_of
+from vlm_sft.chat.template import without_tools
 from vlm_sft.common import base_of, eos_ids, evaluating
 
 _BATCH_SIZE = 8  # of the calls of the processor
@@ -192,8 +193,10 @@ def _check_answers(
                 f"{where} is trained with the stop token {stop!r}, in spite of require_stop_token=False; pass "
                 "stop_token=None to ChatCollator, or leave require_stop_token out"
             )
-        words, learned = text_of(row.conversation.messages[turn.message]), tokenizer.decode(ids)
-        if not _squeezed(learned).endswith(_squeezed(words + stop)):
+        message = row.conversation.messages[turn.message]
+        words, learned = text_of(message), tokenizer.decode(ids)
+        end = stop if message.get("tool_calls") else words + stop  # the calls stand between
+        if not (_squeezed(learned).endswith(_squeezed(end)) and _squeezed(words) in _squeezed(learned)):
             yield f"{where} reads {words[-60:]!r}, but {learned[-60:]!r} is trained; fix the text or the chat template"
 
 
@@ -238,9 +241,9 @@ def _template_ids(
         {**message, "content": [{**p, "image": next(left)} if p["type"] == "image" else p for p in message["content"]]}
         for message in row.conversation.messages[:end]
     ]
+    given, tools = without_tools(row.rendered.style(filled))
     settings = {"add_generation_prompt": add_generation_prompt, **(collator.settings.chat_template_kwargs or {})}
-    given = row.rendered.style(filled)
-    settings |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    settings |= {**tools, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     output = collator.processor.apply_chat_template(given, **settings)
     return [int(i) for i in output["input_ids"][0]]
 

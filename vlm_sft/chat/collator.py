@@ -26,11 +26,12 @@ from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import (
     Conversation,
     Message,
+    answers_of,
     check_turns,
     count_images,
     guard_reserved,
-    last_answers,
     normalise,
+    one_answer,
     split_turns,
 )
 from vlm_sft.chat.template import ChatTemplate, Rendered, RenderedDifferently, Turn
@@ -172,7 +173,8 @@ class ChatCollator:
             self._read(example, 0)
         except RenderedDifferently:
             conversation = normalise(example["messages"], example.get("images"))
-            return [{**example, **piece._asdict()} for piece in last_answers(conversation)]
+            pieces = [one_answer(conversation, answer) for answer in answers_of(conversation.messages)]
+            return [{**example, **piece._asdict()} for piece in pieces]
         return [dict(example)]
 
     def fingerprint(self) -> str:

@@ -6,11 +6,14 @@ the part). `normalise` turns each into one shape, or says what is wrong and wher
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+_FOLLOWS = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+_FIELDS = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}  # beside role, content and train
 Message = dict[str, Any]
 
 # `sanitize_control_tokens` of transformers 5.23 writes them; typed in front of an image part, they undo it in silence.
@@ -46,8 +49,10 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
     normalised: list[Message] = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
-        fields = _fields(message, where, allowed=("role", "content", "train"))
-        role, parts = fields.get("role"), fields.get("content")
+        its_own = _FIELDS.get(str(message.get("role")), ()) if isinstance(message, Mapping) else ()
+        tools = ("tools",) if number == 0 else ()  # of the whole conversation
+        fields = _fields(message, where, allowed=("role", "content", "train", *its_own, *tools))
+        role, parts = fields.get("role"), fields.get("content", [] if fields.get("tool_calls") else None)
         if role not in ROLES:
             raise ValueError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}")
         if not isinstance(fields.get("train", True), bool):
@@ -71,14 +76,15 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
 
 
 def check_turns(messages: Sequence[Message]) -> None:
-    """Raises `ValueError` unless user and assistant alternate after at most one system message, an assistant last."""
+    """Raises `ValueError` unless user and assistant alternate after at most one system message, an assistant last; a
+    tool's messages may stand between two of the assistant's."""
     roles = [message["role"] for message in messages]
     first = int(roles[0] == "system")
-    for number, role in enumerate(roles[first:], first):
-        if role != (expected := ("user", "assistant")[(number - first) % 2]):
+    for number, (before, role) in enumerate(zip(["", *roles[first:]], roles[first:], strict=False), first):
+        if role not in _FOLLOWS[before]:
             raise ValueError(
-                f"messages[{number}] is from {role}; expected {expected}: after at most one system message, user and "
-                "assistant alternate (join neighbours of one role, drop what comes before the first question)"
+                f"messages[{number}] is from {role}; expected {_FOLLOWS[before][0]}: after at most one system message, "
+                "user and assistant alternate (join neighbours of one role, drop what comes before the first question)"
             )
     if roles[-1] != "assistant":
         last = f"messages[{len(roles) - 1}] is from {roles[-1]}"
@@ -96,7 +102,8 @@ def guard_reserved(messages: Sequence[Message], reserved: re.Pattern[str], *, es
 
     guarded = [with_texts(message, escaped) if escape else message for message in messages]
     for number, message in enumerate(guarded):
-        if found := sorted(set(reserved.findall(text_of(message)))):
+        called = json.dumps([message.get("tools"), message.get("tool_calls")], ensure_ascii=False)
+        if found := sorted({*reserved.findall(text_of(message)), *reserved.findall(called)}):
             raise ValueError(
                 f"messages[{number}] ({message['role']}) holds {', '.join(map(repr, found))} as text, which the "
                 "tokenizer would read as control tokens; remove them, write an image as {'type': 'image'}, or set "
@@ -126,19 +133,18 @@ def split_turns(conversation: Conversation) -> list[Conversation]:
     return [Conversation(messages[:end], images[: count_images(messages[:end])]) for end in ends]
 
 
-def last_answers(conversation: Conversation) -> list[Conversation]:
-    """One conversation per answer that is trained on, each ending with it, the answers before it not trained.
+def answers_of(messages: Sequence[Message]) -> list[int]:
+    """The numbers of the messages that are answers to train on."""
+    return [n for n, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)]
+
+
+def one_answer(conversation: Conversation, answer: int) -> Conversation:
+    """The conversation up to the answer in this message, the answers before it not trained.
 
     For templates that render an earlier answer differently from the last one (thinking models)."""
-
-    def history(message: Message) -> Message:
-        return {**message, "train": False} if message["role"] == "assistant" else message
-
-    return [
-        Conversation([*map(history, messages[:-1]), messages[-1]], images)
-        for messages, images in split_turns(conversation)
-        if messages[-1].get("train", True)
-    ]
+    *history, last = conversation.messages[: answer + 1]
+    history = [{**message, "train": False} if message["role"] == "assistant" else message for message in history]
+    return Conversation([*history, last], conversation.images[: count_images([*history, last])])
 
 
 def count_images(messages: Sequence[Message]) -> int:
@@ -181,14 +187,18 @@ def _part(part: Any, where: str, role: str, pool: list[Any], used: set[int], ord
             raise ValueError(f"{where} has the type {kind!r}; expected 'text' or 'image'")
 
 
+_WRONG_NAMES = {"path": "image", "url": "image", "image_url": "image", "base64": "image", "value": "content"}
+
+
 def _fields(value: Any, where: str, *, allowed: tuple[str, ...]) -> Message:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} is {_kind(value)}; expected a dict with {', '.join(allowed)}")
     fields = {key: field for key, field in value.items() if field is not None}
     if unknown := fields.keys() - set(allowed):
+        renames = [f"rename {name!r} to {_WRONG_NAMES[name]!r}" for name in sorted(unknown & _WRONG_NAMES.keys())]
         raise ValueError(
             f"{where} has the keys {', '.join(sorted(map(str, unknown)))}, which no template would be given; expected "
-            f"only {', '.join(allowed)}: remove them or write their content into the text"
+            f"only {', '.join(allowed)}: {', '.join(renames) or 'remove them or write their content into the text'}"
         )
     return fields
 

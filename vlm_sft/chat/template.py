@@ -86,8 +86,9 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The template's own text of the messages as they are."""
-        settings = {"add_generation_prompt": add_generation_prompt, **(self.kwargs or {})}
-        return str(self.processor.apply_chat_template(list(messages), tokenize=False, **settings))
+        given, tools = without_tools(messages)
+        settings = {"add_generation_prompt": add_generation_prompt, **(self.kwargs or {}), **tools}
+        return str(self.processor.apply_chat_template(given, tokenize=False, **settings))
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text that the model continues, equal to what is trained before the answer to these messages."""
@@ -107,8 +108,14 @@ class ChatTemplate:
         Raises `ValueError` where the template refuses the messages or leaves out a text, and `RenderedDifferently`
         where it renders a message of `trained` differently from its generation prompt (thinking templates).
         """
-        messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+        messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         style, plain, texts = self._first_style(messages, add_generation_prompt)
+        for what in ("tools", "tool_calls"):
+            bare = [{key: value for key, value in message.items() if key != what} for message in messages]
+            if bare != messages and self.render(style(bare), add_generation_prompt) == plain:
+                raise ValueError(
+                    f"the chat template does not know {what}, and would leave them out; use another template"
+                )
         pieces: list[str] = []
         turns: list[Turn] = []
         copied = length = 0
@@ -129,7 +136,7 @@ class ChatTemplate:
                 raise RenderedDifferently(
                     f"messages[{number}]: the chat template renders this answer differently from its generation "
                     f"prompt: that ends with {prompt[-40:]!r}, the conversation reads {plain[:words_start][-40:]!r}. "
-                    "Train one answer a row, as check_rows does by itself (vlm_sft.chat.messages.last_answers), or use "
+                    "Train one answer a row, as check_rows does by itself (ChatCollator.split), or use "
                     "another chat template or chat_template_kwargs"
                 )
             else:
@@ -272,6 +279,13 @@ class ChatTemplate:
             ) from error
         brought = {int(i) for i in with_image["input_ids"][0]} - {int(i) for i in without["input_ids"][0]}
         return frozenset(brought & self.processor.tokenizer.added_tokens_decoder.keys())
+
+
+def without_tools(messages: Sequence[Message]) -> tuple[list[Message], dict[str, Any]]:
+    """The messages as a template takes them, and the keyword that hands it the tools, which the first one holds."""
+    tools = messages[0].get("tools") if messages else None
+    given = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
+    return given, {"tools": tools} if tools else {}
 
 
 def _find_texts(messages: Sequence[Message], render: Render, plain: str) -> Spans:

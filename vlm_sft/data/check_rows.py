@@ -6,26 +6,41 @@ found of each row, so that a second start decodes only what is new.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import re
 import sys
 import time
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from vlm_sft.chat.messages import answers_of
 from vlm_sft.common import restore_rng, rng_state
-from vlm_sft.data.records import Look, Record, cache_file, encode_together, read_cache, write_cache
-from vlm_sft.data.rows import COLUMNS, RowReader, reader_of, unpacked
+from vlm_sft.data.records import (
+    ONE_ANSWER,
+    Known,
+    Look,
+    Record,
+    Records,
+    cache_file,
+    encode_together,
+    read_cache,
+    write_cache,
+)
+from vlm_sft.data.rows import COLUMNS, READER, RowReader, one_answer_rows, readers_of, row_digest, unpacked
 from vlm_sft.distributed import print_main
 
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
@@ -53,14 +68,19 @@ class Fault:
 @dataclass(frozen=True)
 class CheckReport:
     """`faults` in the order of the rows; `repairs` counts the images that are read differently from how they are
-    stored; `columns` holds the tokens of each row (0 for bad ones); `known` rows were remembered."""
+    stored; `columns` holds the tokens of each row [N] (0 for bad ones); `known` rows were remembered; `keys` [N] are
+    equal for rows of equal content, b"" for bad ones; `numbers` [N] are those of the rows in their source."""
 
     rows: int
     checked_with: str
     faults: tuple[Fault, ...]
     repairs: Mapping[str, int]
-    columns: Mapping[str, list[int]]
+    columns: Mapping[str, Any]
     known: int
+    keys: Any = ()
+    numbers: Any = ()
+    sources: Any = ()
+    answers: Any = ()
 
     @property
     def keep(self) -> list[int]:
@@ -87,7 +107,8 @@ class CheckReport:
             first = f"{faults[0].row}: " * any(fault.detail != faults[0].detail for fault in faults)
             lines += [f"{len(faults):>9,}  {names}", f"{'':9}  {first}{faults[0].detail}"]
         lines += [f"{count:>9,}  images {repair}" for repair, count in self.repairs.items()]
-        if ordered := sorted(filter(None, self.columns["length"])):
+        ordered = np.sort(self.columns["length"][self.columns["length"] > 0])
+        if len(ordered):
             shares = ((share, ordered[(len(ordered) - 1) * share // 100]) for share in (50, 90, 99, 100))
             lines.append("tokens per row: " + ", ".join(f"{share}% up to {length:,}" for share, length in shares))
         return "\n".join(lines)
@@ -135,34 +156,50 @@ def check_rows(
     characters, the collator refuses it or finds nothing to train on, or it repeats an earlier row.
 
     `on_bad_rows="error"`: `ValueError` with the report of all splits; rows that only repeat others stay. `"drop"`: bad
-    rows are left out and counted; `ValueError` where errors are more than `max_bad_fraction` of all rows. `"ignore"`:
-    no row is looked at, and no column added. A stream is checked as its rows come.
+    rows are left out and counted; `ValueError` where errors are more than one, and more than `max_bad_fraction` of all
+    rows. `"ignore"`: no row is looked at, and no column added. A stream is checked as its rows come. Rows that stand in
+    two splits are printed.
 
-    Every process of a launched run must call it; each looks at its share of the rows.
+    Every process of a launched run must call it; each looks at its share of the rows. Raises `ValueError` where one
+    has other rows than the main process.
     """
     if on_bad_rows not in ("error", "drop", "ignore"):
         raise ValueError(f"on_bad_rows={on_bad_rows!r}; expected 'error', 'drop' or 'ignore'")
     drop = on_bad_rows == "drop"
     splits: dict[str, Any] = dict(data) if isinstance(data, dict) else {"": data}
+    _compare_processes(splits)
     stored = {name: rows for name, rows in splits.items() if not isinstance(rows, IterableDataset)}
-    looked_at = {} if on_bad_rows == "ignore" else stored
+    looked_at = {} if on_bad_rows == "ignore" else {name: rows for name, rows in stored.items() if len(rows)}
     reports = {name: check_report(rows, collator, num_proc=num_proc) for name, rows in looked_at.items()}
     text = "\n".join(f"{name}: {report}".removeprefix(": ") for name, report in reports.items())
     rows, bad, errors = (sum(getattr(r, of) for r in reports.values()) for of in ("rows", "bad_rows", "errors"))
-    if errors > (max_bad_fraction * rows if drop else 0):
-        why = f"more than max_bad_fraction={max_bad_fraction} of the rows are bad; fix them"
+    if errors > (max(1, max_bad_fraction * rows) if drop else 0):
+        why = f"more than --max_bad_fraction {max_bad_fraction} of the rows are bad; fix them"
         raise ValueError(f"{text}\n{why if drop else 'fix these rows, or leave them out with --on_bad_rows drop'}")
+    if none_left := [name for name, report in reports.items() if drop and report.bad_rows == report.rows]:
+        raise ValueError(f"{text}\nno row is left of {', '.join(none_left)}")
     if bad:
         print_main(f"{f'{bad:,} of {rows:,} rows are left out.' if drop else 'These rows stay:'}\n{text}")
+    for (name, first), (other, second) in itertools.combinations(reports.items(), 2):
+        if len(both := np.setdiff1d(np.intersect1d(first.keys, second.keys), [b""])):
+            where = [f"row {first.numbers[first.keys == key][0]}" for key in both[:_SHOWN]]
+            print_main(f"{len(both):,} rows of {other} stand in {name} as well: {', '.join(where)} of {name}, ...")
     for name, split in splits.items():
         counts: tuple[int, ...] = ()
         if report := reports.get(name):
-            split = _with_columns(split, report.columns)
+            if (report.answers >= 0).any():
+                print_main(
+                    f"{name}: {len(split):,} rows became {report.rows:,}, each with one answer to train on: the chat "
+                    "template renders earlier answers differently from how the model is asked for them"
+                )
+                split = one_answer_rows(split, report.sources, report.answers, report.columns)
+            else:
+                split = _with_columns(split, report.columns)
             split = split.select(report.keep) if drop and report.faults else split
             counts = (report.rows, report.bad_rows, report.known)
         elif name not in stored and on_bad_rows != "ignore":
             rows_of, reader = getattr(split, "stored", (split, None))
-            check = _StreamCheck(reader, collator if drop else None, max_bad_fraction)
+            check = _StreamCheck(reader, collator if drop else None, max_bad_fraction, collator.split)
             names = rows_of.column_names or [*next(iter(rows_of))]
             split = rows_of.map(check, batched=True, batch_size=1, remove_columns=names)
         checked = Checked(on_bad_rows, str(collator.fingerprint()), collator.settings.max_length, *counts)
@@ -177,57 +214,71 @@ def check_rows(
 def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None) -> CheckReport:
     """What is wrong with which of `rows`, a dataset or a list; without a collator, of their texts and images alone."""
     if not hasattr(rows, "__len__") or not len(rows):
-        raise ValueError("the dataset to check has no row, or streams; load it with streaming=False")
+        raise ValueError("the dataset to check has no row, or streams; load it without --streaming")
     start = time.monotonic()
     cache = cache_file("" if collator is None else str(collator.fingerprint()))
-    findings = _look_at_all(_Rows(rows, collator, read_cache(cache)), num_proc)
-    if fresh := {key: record for finding in findings for key, record in finding.fresh.items()}:
+    found, places, fresh = _look_at_all(_Rows(rows, collator, read_cache(cache)), num_proc)
+    if len(fresh):
         write_cache(cache, fresh)
-    faults: list[Fault] = []
-    seen: dict[bytes, str] = {}
-    for index, name, key, record, *_ in findings:
-        faults += [Fault(index, name, detail) for detail in record.faults]
-        # A row that a mixture draws again has the same name, and is meant.
-        if key and not record.faults and (first := seen.setdefault(key, name)) != name:
-            faults.append(Fault(index, name, f"repeats {first}; drop one of them", is_error=False))
-    records = [finding.record for finding in findings]
-    repairs = Counter(repair for record in records for repair in record.repairs)
-    columns = {name: [0 if record.faults else getattr(record, name) for record in records] for name in COLUMNS}
+    order = np.argsort(places[:, 0], kind="stable")
+    sources, numbers, was_known, answers = places[order].T
+    known = len(np.unique(sources[was_known > 0]))
+    notes, texts = found.notes[order], found.texts
+    bad = np.array([bool(faults) for faults, _ in texts])[notes]
+    keys = np.where(bad, b"", found.keys[order])
+    faults = [Fault(int(n), f"row {numbers[n]}", detail) for n in np.flatnonzero(bad) for detail in texts[notes[n]][0]]
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    first = first[group]
+    # A row that a mixture draws again has the same number, and is meant.
+    for n in np.flatnonzero((numbers != numbers[first]) & (keys != b"")):
+        detail = f"repeats row {numbers[first[n]]}; drop one of them"
+        faults.append(Fault(int(n), f"row {numbers[n]}", detail, is_error=False))
+    faults.sort(key=lambda fault: fault.index)
+    repairs: Counter[str] = Counter()
+    for (_, repaired), count in zip(texts, np.bincount(notes, minlength=len(texts)).tolist(), strict=True):
+        repairs.update({repair: repaired.count(repair) * count for repair in repaired})
+    columns = {name: np.where(bad, 0, found.counts[order, n]) for n, name in enumerate(COLUMNS)}
     with_what = "no model's processor" if collator is None else type(collator.processor).__name__
-    known, seconds = sum(finding.known for finding in findings), time.monotonic() - start
+    seconds = time.monotonic() - start
     print_main(
         f"{len(rows):,} rows checked in {seconds:,.0f} s ({len(rows) / seconds:,.0f} rows a second), {known:,} of them "
         "known from before"
     )
-    return CheckReport(len(rows), with_what, tuple(faults), dict(repairs.most_common()), columns, known)
+    counts = {repair: count for repair, count in repairs.most_common() if count}
+    told = (tuple(faults), counts, columns, known, keys, numbers, sources, answers)
+    return CheckReport(len(sources), with_what, *told)
 
 
 class _Finding(NamedTuple):
     place: int
-    row: str
+    number: int
     key: bytes | None  # what the row holds; None where it holds no conversation
     record: Record
     known: bool
+    answer: int  # the message that the row is to end with; -1 for the whole row
     fresh: dict[bytes, Record]  # what is to be remembered
 
 
 class _Rows:
     """A map-style dataset of findings, so that a `DataLoader` spreads the work as it does in training."""
 
-    def __init__(self, dataset: Any, collator: Any, known: Mapping[bytes, Record]) -> None:
+    def __init__(self, dataset: Any, collator: Any, known: Known) -> None:
         self.dataset, self.collator, self.known = dataset, collator, known
-        self.reader = reader_of(dataset)
-        self.stored = dataset.with_format(None) if self.reader else dataset
+        self.readers = readers_of(dataset)
+        self.stored = dataset if self.readers is None else dataset.with_format(None)
         self.encoder = collator and collator.with_settings(max_length=None)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> list[_Finding]:
-        rows = self.stored.__getitems__(indices) if self.reader else map(self._read, indices)
-        looks = [Look(index, row, self.reader) for index, row in zip(indices, rows, strict=True)]
-        encode_together([look for look in looks if look.key and look.key not in self.known], self.encoder)
-        return [self._finding(look) for look in looks]
+        rows = map(self._read, indices) if self.readers is None else self.stored.__getitems__(indices)
+        looks = [
+            Look(index, row, None if self.readers is None else self.readers[row[READER]])
+            for index, row in zip(indices, rows, strict=True)
+        ]
+        encode_together([look for look in looks if look.key and self.known.get(look.key) is None], self.encoder)
+        return [finding for look in looks for finding in self._findings(look)]
 
     def _read(self, index: int) -> Any:
         try:
@@ -235,82 +286,131 @@ class _Rows:
         except Exception as error:  # a transform may raise anything
             return error
 
-    def _finding(self, look: Look) -> _Finding:
+    def _findings(self, look: Look) -> list[_Finding]:
+        """One, or one for each answer where the chat template asks for that."""
+        whole = self._finding(look, look.key, None)
+        if whole.record.faults != [ONE_ANSWER]:
+            return [whole]
+        key = look.key or b""
+        parts = [
+            self._finding(look, hashlib.blake2b(key + b"answer%d" % answer, digest_size=16).digest(), answer)
+            for answer in answers_of(look.decoded.messages)
+        ]
+        parts[0].fresh.update(whole.fresh)
+        return parts
+
+    def _finding(self, look: Look, key: bytes | None, answer: int | None) -> _Finding:
         fresh: dict[bytes, Record] = {}
 
         def record_of(key: bytes | None, collator: Any) -> Record:
             if key is None or (record := self.known.get(key)) is None:
-                record = look.record(collator)
+                record = look.record(collator, answer)
                 fresh.update({key: record} if key and look.lasts else {})
             return record
 
-        record, settings = record_of(look.key, self.encoder), self.collator and self.collator.settings
-        if look.key and settings and settings.max_length and record.length > settings.max_length:
+        record, settings = record_of(key, self.encoder), self.collator and self.collator.settings
+        if key and settings and settings.max_length and record.length > settings.max_length:
             if settings.truncation == "trim":
                 look.encoded = None
-                record = record_of(look.key + b"trim%d" % settings.max_length, self.collator)
+                trimmed = hashlib.blake2b(key + b"trim%d" % settings.max_length, digest_size=16).digest()
+                record = record_of(trimmed, self.collator)
             else:
                 told = f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
                 remedy = "raise it, set truncation='trim', or drop the row"
                 record = record._replace(faults=[f"{told}{settings.max_length}; {remedy}"])
-        return _Finding(look.index, look.name, look.key, record, bool(look.key) and not look.looked_at, fresh)
+        known, place = bool(key) and not look.looked_at, -1 if answer is None else answer
+        return _Finding(look.index, look.number, key, record, known, place, fresh)
 
 
-def _look_at_all(rows: Any, num_proc: int | None) -> list[_Finding]:
-    """The findings in the order of the rows, each process of a launched run looking at its share."""
+def _look_at_all(rows: Any, num_proc: int | None) -> tuple[Records, Any, Records]:
+    """What was found, each process of a launched run looking at its share; of each finding the place and the number of
+    its row, whether it was known, and its answer [N, 4]; and what is to be remembered."""
     state = PartialState()
     share = range(state.process_index, len(rows), state.num_processes)
     if num_proc is None:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         num_proc = min(len(share) // 256, cores)
     batches: Any = DataLoader(Subset(rows, share), batch_size=_TOGETHER, collate_fn=list, num_workers=num_proc)
-    findings: list[_Finding] = []
+    found, fresh, places = Records(), Records(), array("q")
     before = rng_state()  # a DataLoader draws a seed for its workers
     try:
         with tqdm(total=len(share), desc="Checking", unit=" rows", disable=not state.is_main_process) as progress:
-            for batch in batches:
-                findings += batch
-                progress.update(len(batch))
+            for finding in itertools.chain.from_iterable(batches):
+                found.add(finding.key, finding.record)
+                places.extend((finding.place, finding.number, finding.known, finding.answer))
+                for key, record in finding.fresh.items():
+                    fresh.add(key, record)
+                progress.update()
     finally:
         restore_rng(before)
-    return sorted(gather_object(findings), key=lambda finding: finding.place)
+    whole, to_keep = Records(), Records()
+    places_of = []
+    for its_found, its_fresh, its_places in gather_object([(found, fresh, places)]):
+        whole.extend(its_found)
+        to_keep.extend(its_fresh)
+        places_of.append(np.array(its_places).reshape(-1, 4))
+    return whole, np.concatenate(places_of), to_keep
 
 
-def _with_columns(rows: Dataset, columns: Mapping[str, list[int]]) -> Dataset:
+def _with_columns(rows: Dataset, columns: Mapping[str, Any]) -> Dataset:
     """The rows with these columns. `add_column` (datasets 5.2) would write selected rows anew, images and all: where
     their numbers tell the place of each, the columns go to the whole, and the rows are selected again."""
     how, rows = rows.format, rows.with_format(None)  # as stored: `add_column` may write what a transform makes
     rows = rows.remove_columns([name for name in columns if name in rows.column_names])
-    chosen: Sequence[int] = range(len(rows))
-    whole = Dataset(rows.data, info=rows.info)
-    place = {number: n for n, number in enumerate(whole["row"][:])} if "row" in rows.column_names else {}
-    if len(place) == len(whole):
-        rows, chosen = whole, [place[number] for number in rows["row"][:]]
+    chosen, whole = np.arange(len(rows)), Dataset(rows.data, info=rows.info)
+    every = whole.data["row"].to_numpy() if "row" in rows.column_names else chosen[:0]
+    if len(whole) and len(np.unique(every)) == len(whole):
+        order = np.argsort(every)
+        chosen = order[np.searchsorted(every, np.array(rows.with_format("numpy")["row"][:]), sorter=order)]
+        rows = whole
     for name, values in columns.items():
-        of_row = dict(zip(chosen, values, strict=True))
-        rows = rows.add_column(name, [of_row.get(n, 0) for n in range(len(rows))])
+        spread = np.zeros(len(rows), np.int64)
+        spread[chosen] = values
+        rows = rows.add_column(name, spread)
     return rows.select(chosen).with_format(how["type"], **how["format_kwargs"])
+
+
+def _compare_processes(splits: Mapping[str, Any]) -> None:
+    """Raises on every process of a launched run where one has other rows than the main one."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return
+    mine = {
+        name: (None if isinstance(rows, IterableDataset) else len(rows), row_digest(rows))
+        for name, rows in splits.items()
+    }
+    main, *others = gather_object([mine])
+    for number, other in enumerate(others, 1):
+        for name in sorted(main.keys() | other.keys()):
+            if main.get(name) != other.get(name):
+                counts = [f"{split[name][0]} rows" if name in split else "none" for split in (main, other)]
+                counts[1] += " with another content" if counts[0] == counts[1] else ""
+                raise ValueError(
+                    f"process {number} reads other rows of {name!r} than the main one: {counts[1]}, the main one has "
+                    f"{counts[0]}; give every process the same data (a shared disk, or the same copy)"
+                )
 
 
 class _StreamCheck:
     """Checks a batch of one row as it comes. Without a collator a bad row raises (what only a collator can tell, the
     training's own tells); with one it is left out and counted, on stderr, in each worker."""
 
-    def __init__(self, reader: RowReader | None, collator: Any, max_bad_fraction: float) -> None:
-        self.reader, self.collator, self.max_bad_fraction = reader, collator, max_bad_fraction
+    def __init__(self, reader: RowReader | None, collator: Any, max_bad_fraction: float, split: Any) -> None:
+        self.reader, self.collator, self.max_bad_fraction, self.split = reader, collator, max_bad_fraction, split
         self.rows = self.dropped = 0
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         look = Look(self.rows, {name: value for name, [value] in batch.items()}, self.reader)
         self.rows += 1
-        if not (faults := look.record(self.collator).faults):
-            return {field: [value] for field, value in {**look.converted, **look.decoded._asdict()}.items()}
+        if (faults := look.record(self.collator).faults) in ([], (), [ONE_ANSWER]):
+            parts = self.split({**look.converted, **look.decoded._asdict()})
+            return {field: [part[field] for part in parts] for field in parts[0]}
         last = f"{look.name}: {'; '.join(faults)}"
         if self.collator is None:
             raise ValueError(last)
         self.dropped += 1
         if self.rows >= 100 and self.dropped > self.max_bad_fraction * self.rows:
-            limit = f"max_bad_fraction={self.max_bad_fraction}; fix them. The last is {last}"
+            limit = f"--max_bad_fraction {self.max_bad_fraction}; fix them. The last is {last}"
             raise ValueError(f"{self.dropped} of the first {self.rows} rows are bad, more than {limit}")
         if self.dropped == 1 or self.dropped % 100 == 0:
             told = f"{self.dropped} of {self.rows} rows of the stream are left out; the last is {last}"

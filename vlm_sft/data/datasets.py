@@ -1,4 +1,5 @@
-"""`load_conversations`: rows of the Hub or of files as a `DatasetDict` whose rows hold `messages`, `images` and `row`.
+"""`load_conversations`: rows of the Hub, of files or in memory as a `DatasetDict` whose rows hold `messages`, `images`
+and `row`.
 
 Rows stay as their source stores them; they are converted, and their images opened, when they are read, so in the data
 loader's workers. Images are read only inside the image folder: nothing in a row fetches a URL or reads another file.
@@ -6,47 +7,56 @@ loader's workers. Images are read only inside the image folder: nothing in a row
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import islice
+from functools import reduce
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, IterableDataset, IterableDatasetDict, List
 from huggingface_hub import constants
+from PIL.Image import Image as PILImage
 
+from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import normalise
-from vlm_sft.data import formats
+from vlm_sft.data import files, formats
 from vlm_sft.data import rows as reading
-from vlm_sft.data.formats import TEXT_SUFFIXES, closest, layout_of, read_rows
-from vlm_sft.data.rows import LINES, Change, ImageFolder, RowReader, named
+from vlm_sft.data.files import EVAL_SPLITS, KINDS, data_files, listed, read_rows, split_of
+from vlm_sft.data.formats import closest, named_columns
+from vlm_sft.data.rows import LINES, READER, READERS, Change, ImageFolder, RowReader, columns_of, named
+from vlm_sft.distributed import print_main
 
-EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 FIRST_ROWS = 8  # looked at while loading
-_CODE = (formats.__file__, reading.__file__)
-_KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(TEXT_SUFFIXES, "text")
-_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
+EVAL_ROWS = 500  # held out at most, unless a number is given
+_MOST_KINDS = 64  # sets of columns that are looked at while loading
+_CODE = (formats.__file__, reading.__file__, files.__file__)
 
 NUMBER = {"row": LINES["row"]}
+Source: TypeAlias = str | Path | Dataset | DatasetDict | IterableDataset | IterableDatasetDict | list[dict[str, Any]]
 
 
 def load_conversations(
-    name_or_path: str | Path,
+    name_or_path: Source,
     *,
     config_name: str | None = None,
     revision: str | None = None,
     split: str = "train",
     eval_split: str | None = None,
-    eval_fraction: float = 0.02,
+    eval_fraction: float = 0.2,
     streaming: bool = False,
     columns: Sequence[str] | None = None,
     to_conversation: Change | None = None,
+    prompt: str | None = None,
+    system_prompt: str | None = None,
     image_folder: str | Path | None = None,
     allow_outside: bool = False,
     max_eval_rows: int | None = None,
@@ -55,14 +65,20 @@ def load_conversations(
     """`{"train", "test"}` whose rows hold `messages`, `images` and `row`, the row's place in its source.
 
     Reads a Hub dataset; a folder written by `save_to_disk`; a Parquet, Arrow, JSON, JSON-lines, CSV or TSV file, or a
-    folder of them, split by their names; a folder of images with a `metadata.jsonl`. Conversations may be `messages`,
-    LLaVA's and ShareGPT's `conversations`, or prompt and response; `columns` says so where yours have other names:
-    `["prompt=question", "images=photo"]`.
+    folder of them, split by their names; a folder of images with a `metadata.jsonl`; a dataset that LLaMA-Factory's
+    `dataset_info.json` lists, as FOLDER/NAME or by `config_name`; a `Dataset`, `DatasetDict` or list of dicts. Each row
+    is judged by itself: docs/data.md has a row of each format that is known. Where yours have other names, `columns`
+    says so: `["prompt=question", "images=photo"]`. Columns that nothing reads are printed, those of images refused.
 
-    - `to_conversation`: from a stored row to a dict of `messages` and `images`, used where no `columns` are given.
+    - `to_conversation`: from a stored row to one of a known format, as `messages` and `images`; images come to it
+      opened. With `columns` it is not used, nor where it asks for a column that rows of a known format do not have,
+      and that is printed.
+    - `prompt`: the question of rows that have none, such as images with captions; `system_prompt`: the system message
+      of rows that have none.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
-      none, `max_eval_rows` rows do, drawn with `seed`, but at most a fifth of all; without a number `eval_fraction` of
-      them, where 0 makes none. With a number "test" must be there, and has at most so many rows.
+      none, `max_eval_rows` rows do, drawn with `seed`. A number of 0 makes it empty, to train without evaluation.
+      Without a number, of its own split 500 rows at most, else `eval_fraction` of all, at most 500; with a fraction of
+      0 all of its own split, and else no "test".
     - `streaming`: "train" is an `IterableDataset` in the order of the source; "test" a `Dataset` in memory of
       `max_eval_rows` rows, the first ones where the source has no split for it.
     - `image_folder`: what file names in rows are relative to; the folder of the data unless given. Files outside it
@@ -72,61 +88,103 @@ def load_conversations(
     where none of the first rows can be read. A bad row among good ones raises when it is read.
     """
     if image_folder and not Path(image_folder).expanduser().is_dir():
-        raise ValueError(f"image_folder={str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
-    path, name = Path(name_or_path).expanduser(), str(name_or_path)
-    root = path if path.is_dir() else path.parent if path.exists() else Path(constants.HF_HUB_CACHE)
-    with _named_faults(name if path.exists() else f"{name} (no such path, so taken for a Hub id)"):
-        if path.exists():
-            sources = _local_sources(path, streaming=streaming)
-        elif name.count("/") > 1 or name.startswith((".", "~")) or path.suffix.lower() in _KINDS:
-            raise ValueError("it does not exist; give the path of a file or folder, or the id of a Hub dataset")
-        else:
-            sources = dict(datasets.load_dataset(name, name=config_name, revision=revision, streaming=streaming))
+        raise ValueError(f"--image_folder {str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
+    name, root, sources, columns = _sources(name_or_path, config_name, revision, streaming, columns)
+    own = {split_of(Path(key)): key for key in sources if key != split}
     wanted = {"train": split}
-    if found := eval_split or next((name for name in EVAL_SPLITS if name in sources and name != split), None):
+    if found := eval_split or next((own[key] for key in EVAL_SPLITS if key in own), None):
         wanted["test"] = found
-    read_from = ImageFolder(Path(image_folder).expanduser() if image_folder else root, allow_outside)
+    reader = RowReader(
+        ImageFolder(Path(image_folder).expanduser() if image_folder else root, allow_outside),
+        None if columns else to_conversation,
+        tuple(columns or ()),
+        prompt,
+        system_prompt,
+    )
+    if columns and to_conversation:
+        print_main(f"{name}: read by --columns; to_conversation is not used")
     stored: dict[str, Any] = {}
-    readers: dict[str, RowReader] = {}
+    faults, number = [], len(READERS)
     for key, wanted_split in wanted.items():
-        with _named_faults(f"{name}, split {wanted_split!r}"):
-            if wanted_split not in sources:
-                near = closest(wanted_split, [*sources])
-                raise ValueError(f"no split {wanted_split!r}{near}; found {', '.join(sources)}")
-            stored[key], names = _stored(sources[wanted_split], root, streaming)
-            how = (None, layout_of(names, columns)) if columns or not to_conversation else (to_conversation, None)
-            readers[key] = RowReader(read_from, *how)
-            _check_first_rows(stored[key], readers[key])
-    if "test" not in stored and eval_fraction:
+        try:
+            with named_faults(f"{name}, split {wanted_split!r}"):
+                if wanted_split not in sources:
+                    near = closest(wanted_split, [*sources])
+                    raise ValueError(f"no split {wanted_split!r}{near}; found {', '.join(sources)}")
+                stored[key], names = _stored(sources[wanted_split], root, streaming, number)
+                reader = _fitting(stored[key], reader, name) if key == "train" else reader
+                if not reader.change:
+                    named_columns(reader.columns, names, prompt=prompt is not None)
+                _check_first_rows(stored[key], reader)
+                _say_unused(stored[key], reader, f"{name}, split {wanted_split!r}")
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(faults))
+    count = max_eval_rows
+    if "test" not in stored and (eval_fraction or count is not None):
         rows = stored["train"]
-        stored = _held_out(rows, max_eval_rows) if streaming else _drawn(rows, eval_fraction, max_eval_rows, seed)
-        drawn_by = seed if "test" in stored and not streaming else None
-        readers["test"] = readers["train"] = replace(readers["train"], seed=drawn_by)
-    if max_eval_rows is not None and "test" not in stored:
-        raise ValueError(f"{name}: one row, and none to hold out; give more rows, or an eval_split")
+        stored = _held_out(rows, count) if streaming else _drawn(rows, eval_fraction, count, seed)
+        reader = replace(reader, seed=seed if "test" in stored and not streaming else None)
     if "test" in stored:
-        test, count = stored["test"], max_eval_rows
+        test, count = stored["test"], EVAL_ROWS if count is None and eval_fraction else count
         if isinstance(test, Dataset):
-            stored["test"] = test if count is None else test.take(min(count, len(test)))
+            rows = test if count is None else test.select(range(min(count, len(test))))
         else:
-            rows = list(test if count is None else test.take(count))
-            stored["test"] = Dataset.from_list(rows, features=test.features)
-    splits = {key: rows.with_transform(readers[key]) for key, rows in stored.items() if isinstance(rows, Dataset)}
+            rows = Dataset.from_list([*(test if count is None else test.take(count))], features=test.features)
+            rows = rows.add_column(READER, np.full(len(rows), number, np.int32))
+        stored["test"] = rows
+    READERS[number] = reader
+    splits = {key: rows.with_transform(READERS) for key, rows in stored.items() if isinstance(rows, Dataset)}
     if not streaming:
         return DatasetDict(splits)
     names = stored["train"].column_names or [*next(iter(stored["train"]))]
-    train = stored["train"].map(readers["train"].read, remove_columns=names)
-    vars(train)["stored"] = (stored["train"], readers["train"])  # for `check_rows`: an error ends a mapped stream
+    train = stored["train"].map(reader.read, remove_columns=names)
+    vars(train)["stored"] = (stored["train"], reader)  # for `check_rows`: an error ends a mapped stream
     return IterableDatasetDict({"train": train, **splits})
 
 
 @contextmanager
-def _named_faults(name: str | Path) -> Iterator[None]:
+def named_faults(name: str | Path) -> Iterator[None]:
     """Whatever goes wrong, as a `ValueError` that names the file and why, which `DatasetGenerationError` does not."""
     try:
         yield
     except Exception as error:
         raise ValueError(f"{name}: {error.__cause__ or error}") from error
+
+
+def _sources(
+    data: Source, config_name: str | None, revision: str | None, streaming: bool, columns: Sequence[str] | None
+) -> tuple[str, Path, dict[str, Any], Sequence[str] | None]:
+    """How the data is called, the folder of its images, its splits, and the columns that are named for it."""
+    if not isinstance(data, (str, Path)):
+        return f"a {type(data).__name__} in memory", Path.cwd(), _in_memory(data, streaming), columns
+    path, name = Path(data).expanduser(), str(data)
+    if entry := listed(path, config_name):
+        columns = columns or entry.columns
+        print_main(f"{name}: read as dataset_info.json says: {entry.source} {' '.join(columns)}".rstrip())
+        path, name, config_name = Path(entry.source), entry.source, None
+    root = path if path.is_dir() else path.parent if path.exists() else Path(constants.HF_HUB_CACHE)
+    with named_faults(name if path.exists() else f"{name} (no such path, so taken for a Hub id)"):
+        if path.exists():
+            return name, root, _local_sources(path, streaming=streaming), columns
+        if name.count("/") > 1 or name.startswith((".", "~")) or path.suffix.lower() in KINDS:
+            raise ValueError("it does not exist; give the path of a file or folder, or the id of a Hub dataset")
+        found = datasets.load_dataset(name, name=config_name, revision=revision, streaming=streaming)
+        return name, root, dict(found), columns
+
+
+def _in_memory(data: Any, streaming: bool) -> dict[str, Any]:
+    if isinstance(data, list):
+        data = Dataset.from_list([*_lines_of((row, "") for row in data)], features=LINES)
+    splits = dict(data) if isinstance(data, dict) else {"train": data}
+    for rows in splits.values():
+        if not isinstance(rows, IterableDataset if streaming else Dataset):
+            expected = "an IterableDataset" if streaming else "a Dataset, DatasetDict or list of dicts"
+            raise ValueError(f"the rows are a {type(rows).__name__}; expected {expected} (streaming={streaming})")
+        if isinstance(rows, Dataset) and rows.format["type"] == "custom":
+            raise ValueError("the dataset has a transform, which would not be applied; give it as to_conversation")
+    return splits
 
 
 def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
@@ -138,35 +196,35 @@ def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
         saved = datasets.load_from_disk(path)
         splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
         return {name: rows.to_iterable_dataset() for name, rows in splits.items()} if streaming else splits
-    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    files = [file for file in found if file.suffix.lower() in _KINDS and not file.name.startswith("dataset_info")]
-    files = [file for file in files if file.stem == "metadata"] or files
-    kinds = {_KINDS[file.suffix.lower()] for file in files}
+    found = data_files(path)
+    kinds = {KINDS[file.suffix.lower()] for file in found if file.suffix.lower() in KINDS}
     if len(kinds) != 1:
-        what = "files of several kinds; give one of them" if kinds else f"none of {', '.join(_KINDS)}"
+        what = "files of several kinds; give one of them" if kinds else f"none of {', '.join(KINDS)}"
         raise ValueError(f"it holds {what}")
     by_split: dict[str, list[Path]] = {}
-    for file in files:
-        named = _SPLIT.search(file.relative_to(path).as_posix().lower()) if path.is_dir() else None
-        by_split.setdefault(named[1] if named else "train", []).append(file)
+    for file in found:
+        by_split.setdefault(split_of(file.relative_to(path)) if path.is_dir() else "train", []).append(file)
     if kinds == {"text"}:
         return {split: tuple(paths) for split, paths in by_split.items()}
-    data_files = {split: [str(file) for file in paths] for split, paths in by_split.items()}
-    return dict(datasets.load_dataset(kinds.pop(), data_files=data_files, streaming=streaming))
+    names = {split: [str(file) for file in paths] for split, paths in by_split.items()}
+    return dict(datasets.load_dataset(kinds.pop(), data_files=names, streaming=streaming))
 
 
-def _stored(source: Any, root: Path, streaming: bool) -> tuple[Any, list[str]]:
-    """The source with the column `row`, images left encoded; and the names of its own columns."""
+def _stored(source: Any, root: Path, streaming: bool, reader: int) -> tuple[Any, list[str]]:
+    """The source with the columns `row` and, unless it streams, `READER`, images left encoded; and the names of its own
+    columns."""
     if isinstance(source, tuple):
-        first = islice((row for file in source for row in read_rows(file)), 64)
-        names = [*dict.fromkeys(name for row in first for name in (row if isinstance(row, Mapping) else ()))]
-        if not names:
-            raise ValueError("no row is an object with columns; expected {'messages': [...], ...} and the like")
         # By the stamp the cache sees that the files, or the code that reads them, have changed.
         stamp = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*source, *_CODE))
         kind: Any = IterableDataset if streaming else Dataset
-        how = {"files": source, "root": root, "stamp": stamp}
-        return kind.from_generator(_lines, features=LINES, gen_kwargs=how), names
+        if next((True for file in source for _ in read_rows(file)), None) is None:
+            raise ValueError(f"it holds no row ({', '.join(file.name for file in source)})")
+        source = kind.from_generator(_lines, features=LINES, gen_kwargs={"files": source, "root": root, "stamp": stamp})
+    if (source.features or {}).keys() == LINES.keys():
+        kinds = [json.loads(row["columns"]) for row in _one_of_each_kind(source) if row["columns"]]
+        if not (names := [*dict.fromkeys(name for kind in kinds for name in kind)]):
+            raise ValueError("no row is an object with columns; expected {'messages': [...], ...} and the like")
+        return source if streaming else source.add_column(READER, np.full(len(source), reader, np.int32)), names
     if streaming:
         unread = source.decode(False) if source.features else source
         names = [name for name in source.column_names or next(iter(unread), {}) if name != "row"]
@@ -174,20 +232,42 @@ def _stored(source: Any, root: Path, streaming: bool) -> tuple[Any, list[str]]:
         return unread.select_columns(names).map(_number, with_indices=True, features=known), names
     if not len(source):
         raise ValueError("it has no row")
+    source = source.flatten_indices().with_format(None)
     source = source.remove_columns(["row"] if "row" in source.column_names else [])
     features = Features({name: _undecode(feature) for name, feature in source.features.items()})
     # `cast` would write all images anew.
     unread = Dataset(source.data, info=DatasetInfo(features=features))
-    return unread.add_column("row", list(range(len(unread))), feature=NUMBER["row"]), source.column_names
+    for name, numbers in (("row", np.arange(len(unread))), (READER, np.full(len(unread), reader, np.int32))):
+        unread = unread.add_column(name, numbers)
+    return unread, source.column_names
 
 
 def _lines(files: tuple[Path, ...], root: Path, stamp: Any) -> Iterator[dict[str, Any]]:
-    rows = ((row, file) for file in files for row in read_rows(file))
+    yield from _lines_of((row, str(file.relative_to(root))) for file in files for row in read_rows(file))
+
+
+def _lines_of(rows: Iterable[tuple[Any, str]]) -> Iterator[dict[str, Any]]:
     for number, (row, file) in enumerate(rows):
-        # Beside a metadata file, names are relative to it.
-        folder = str(file.parent.relative_to(root)) if file.stem == "metadata" else ""
         fault = str(row) if isinstance(row, ValueError) else None
-        yield {"json": None if fault else json.dumps(row), "fault": fault, "folder": folder, "row": number}
+        with named(f"row {number}"):
+            text = None if fault else json.dumps(row, default=_as_json)
+        filled = [name for name, value in row.items() if formats.is_filled(value)] if isinstance(row, Mapping) else None
+        filled = ["messages"] if isinstance(row, list) else filled
+        columns = None if filled is None else json.dumps(filled)
+        yield {"json": text, "fault": fault, "file": file, "columns": columns, "row": number}
+
+
+def _as_json(value: Any) -> Any:
+    """An image in memory as a data URL: lossless, upright RGB."""
+    if isinstance(value, PILImage):
+        held = BytesIO()
+        to_rgb(value).save(held, "PNG", compress_level=1)
+        value = held.getvalue()
+    if isinstance(value, (bytes, bytearray)):
+        return f"data:image/png;base64,{base64.b64encode(value).decode()}"
+    if isinstance(value, Path):
+        return str(value)
+    raise ValueError(f"it holds a {type(value).__name__}; expected text, numbers, lists, dicts, bytes and PIL images")
 
 
 def _number(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -204,29 +284,62 @@ def _undecode(feature: Any) -> Any:
     return feature
 
 
-def _drawn(rows: Dataset, fraction: float, most: int | None, seed: int) -> dict[str, Dataset]:
+def _drawn(rows: Dataset, fraction: float, count: int | None, seed: int) -> dict[str, Dataset]:
     """Training and test rows, both in the order of the source."""
-    if len(rows) < 2:
-        return {"train": rows}
-    count = round(fraction * len(rows)) if most is None else min(most, len(rows) // 5)
-    test = set(random.Random(seed).sample(range(len(rows)), max(1, count)))
+    if count is None:
+        if len(rows) < 2:
+            return {"train": rows}
+        count = max(1, min(EVAL_ROWS, round(fraction * len(rows))))
+    if count >= len(rows):
+        raise ValueError(f"--num_eval_rows {count} of {len(rows)} rows leaves none to train on; give fewer, or a split")
+    test = set(random.Random(seed).sample(range(len(rows)), count))
     return {"train": rows.select([n for n in range(len(rows)) if n not in test]), "test": rows.select(sorted(test))}
 
 
 def _held_out(stream: IterableDataset, count: int | None) -> dict[str, IterableDataset]:
     """The first rows of the stream for testing, those after them for training."""
-    if count is None:
-        raise ValueError("a stream without a test split: say how many of its first rows to hold out (max_eval_rows)")
+    count = EVAL_ROWS if count is None else count
     train = stream.skip(count)
     if next(iter(train), None) is None:
-        raise ValueError(f"max_eval_rows={count} holds out every row of the stream; give less")
+        raise ValueError(f"--num_eval_rows {count} holds out every row of the stream; give fewer")
     return {"train": train, "test": stream.take(count)}
+
+
+def _first(rows: Any, count: int = FIRST_ROWS) -> list[Mapping[str, Any]]:
+    return [*rows.take(count if isinstance(rows, IterableDataset) else min(count, len(rows)))]
+
+
+def _fitting(rows: Any, reader: RowReader, name: str) -> RowReader:
+    """The reader, without `change` where that asks for a column that none of the first rows has (and no similar one),
+    while the format of one of them is known."""
+    if reader.change is None:
+        return reader
+    plain, asked = replace(reader, change=None), []
+    for row in _first(rows):
+        try:
+            reader._judged(row)
+            return reader
+        except ValueError as error:
+            missing = error.__cause__
+            found = [*columns_of(row)] if not row.get("fault") else []
+            if not isinstance(missing, KeyError) or closest(str(missing.args[0]), found) or missing.args[0] in found:
+                return reader
+            with suppress(ValueError):
+                plain.convert(row)
+                asked.append((missing.args[0], found))
+    if not asked:
+        return reader
+    print_main(
+        f"{name}: to_conversation asks for a column {asked[0][0]!r}, which rows of {', '.join(asked[0][1])} do not "
+        "have; it is not used, and they are read by their own format"
+    )
+    return plain
 
 
 def _check_first_rows(rows: Any, reader: RowReader) -> None:
     """Raises `ValueError` unless one of the first rows reads: a wrong column or folder shows in all of them."""
     faults = []
-    for row in rows.take(FIRST_ROWS if isinstance(rows, IterableDataset) else min(FIRST_ROWS, len(rows))):
+    for row in _first(rows):
         try:
             read = reader.read(row)
             with named(f"row {row['row']}"):
@@ -235,3 +348,40 @@ def _check_first_rows(rows: Any, reader: RowReader) -> None:
         except ValueError as error:
             faults.append(str(error))
     raise ValueError(f"none of the first {len(faults)} rows can be read. {faults[0]}" if faults else "it has no row")
+
+
+def _one_of_each_kind(rows: Any) -> list[Mapping[str, Any]]:
+    """The first row of each set of columns that rows fill (of a stream, of its first 64 rows)."""
+    if isinstance(rows, IterableDataset):
+        return [*rows.take(_MOST_KINDS)]
+    if "columns" in rows.features and "json" in rows.features:
+        kinds = rows.data.table.group_by(["file", "columns"]).aggregate([("row", "min")])["row_min"].to_pylist()
+    else:
+        filled = [pc.is_valid(rows.data.table[name]).to_numpy() for name in rows.column_names[:60]]
+        bits = reduce(lambda found, valid: found * 2 + valid, filled, np.zeros(len(rows), np.int64))
+        kinds = np.unique(bits, return_index=True)[1].tolist()
+    return [rows[number] for number in sorted(kinds)[:_MOST_KINDS]]
+
+
+def _say_unused(rows: Any, reader: RowReader, name: str) -> None:
+    """Prints the columns that nothing reads. Raises `ValueError` for files of which some hold no conversation."""
+    unused: dict[str, int] = {}
+    strange: dict[str, list[str]] = {}
+    known = set()
+    for row in _one_of_each_kind(rows):
+        file = str(row.get("file"))
+        try:
+            for column in reader.unused(row):
+                unused.setdefault(column, row["row"])
+            known.add(file)
+        except ValueError:
+            with suppress(ValueError):
+                strange.setdefault(file, [*columns_of(row)])
+    if others := {file: names for file, names in strange.items() if file not in known and known and not reader.change}:
+        told = "; ".join(f"{file} (columns {', '.join(names)})" for file, names in others.items())
+        raise ValueError(
+            f"files of other rows lie beside {', '.join(sorted(known))}: {told}. Give one file, or move them"
+        )
+    if unused:
+        told = ", ".join(f"{column!r}" + f" (from row {row})" * (row > 0) for column, row in unused.items())
+        print_main(f"{name}: columns that are not used: {told}")

@@ -1,175 +1,299 @@
-"""Rows as people write them - LLaVA, ShareGPT, Alpaca, JSON, CSV - read one at a time and turned into messages."""
+"""Rows as people write them, judged one at a time: which columns hold the conversation, and the same as messages.
+
+LLaVA, ShareGPT, OpenAI, Qwen, ms-swift, LLaMA-Factory, TRL, Axolotl, Alpaca, the_cauldron, captions: docs/data.md has a
+row of each.
+"""
 
 from __future__ import annotations
 
 import difflib
-import itertools
+import functools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-_PLACEHOLDER = re.compile("\n?<image>\n?")
-TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
-FIELDS = ("messages", "prompt", "response", "system", "history", "images")
-FLAGS = "--columns messages=... or prompt=... response=... images=..."
+from vlm_sft.chat.images import looks_like_image
+
+_PLACEHOLDER = re.compile("\n?<image>\n?|\n?<img>(.*?)</img>\n?")  # the second one holds a file name: Qwen-VL, ms-swift
+FIELDS = ("messages", "prompt", "response", "system", "history", "images", "tools", "ignore")
 Layout = dict[str, tuple[str, ...]]
-"""Which columns hold each of `FIELDS`; more than one for `prompt` alone."""
+"""Which columns hold each of `FIELDS`; more than one for `prompt`, `images` and `ignore` alone."""
 
-_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system", "observation": "tool"}
 _KNOWN: tuple[Layout, ...] = (
     {"messages": ("messages",)},
     {"messages": ("conversations",)},
     {"messages": ("conversation",)},
+    {"messages": ("texts",)},
     {"prompt": ("instruction", "input"), "response": ("output",)},
     {"prompt": ("instruction",), "response": ("output",)},
     {"prompt": ("prompt",), "response": ("response",)},
     {"prompt": ("prompt",), "response": ("completion",)},
+    {"prompt": ("query",), "response": ("response",)},
     {"prompt": ("question",), "response": ("answer",)},
 )
-_IMAGES = ("images", "image", "file_names", "file_name")
-_BETWEEN = re.compile(r"[\s,]*")
+_CAPTIONS = ("caption", "text", "response", "answer", "output")  # where the question is a constant
+IMAGES = ("images", "image", "file_names", "file_name")
+_HELD = ("image", "image_url", "url", "path", "source", "base64", "bytes", "data")  # an image in a part
+_ABOUT = ("detail", "image_wh", "media_type", "mime_type")
+_WEIGHTS = ("train", "loss", "weight")  # ours, ms-swift's, OpenAI's
 
 
-def layout_of(found: Sequence[str], columns: Sequence[str] | None = None) -> Layout:
-    """Where the parts of a conversation are among the columns found: as `columns` says, else as the common formats do.
+def layout_of(row: Mapping[str, Any], columns: Sequence[str] = (), *, prompt: bool = False) -> Layout:
+    """Where the parts of a conversation are in this row: as `columns` says, else as the common formats do.
 
-    `columns` says which columns hold each of `FIELDS`, as flags do: `["prompt=instruction", "prompt=input"]`. Raises
-    `ValueError` with the columns found, the closest match and the remedy.
+    `columns` says which columns hold each of `FIELDS`, as flags do: `["prompt=instruction", "prompt=input"]`; with
+    `prompt`, the question is a constant and no column. Columns that are empty in this row count only where it has no
+    others. Raises `ValueError` with the columns found, the closest match and the flags to set.
     """
+    filled = tuple(name for name, value in row.items() if is_filled(value))
+    if (layout := _layout(filled, tuple(columns), prompt) or _layout(tuple(row), tuple(columns), prompt)) is not None:
+        return layout
+    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)]
+    what = (
+        f". {lists[0]!r} is a list of objects: if these are the rows, give a file of that list alone" if lists else ""
+    )
+    caption = next((name for name in _CAPTIONS if name in row), "")
+    what += f'. For images with a caption in {caption!r}, give their question by --prompt "..."' if caption else ""
+    near = closest("messages", [name for name in row if name not in IMAGES])
+    raise ValueError(
+        f"no column of conversations among {', '.join(row)}{near}; expected messages, "
+        f"conversations, or prompt and response: name yours with {flags(row)}, or edit to_conversation{what}"
+    )
+
+
+@functools.lru_cache(4096)
+def _layout(found: tuple[str, ...], columns: tuple[str, ...], prompt: bool) -> Layout | None:
+    layout = named_columns(columns)
+    if not {"messages", "response"} & layout.keys():
+        known = next((k for k in _KNOWN if {name for names in k.values() for name in names} <= {*found}), None)
+        if prompt and known:
+            own = next(name for field in ("messages", "prompt") for name in known.get(field, ()))
+            raise ValueError(
+                f"--prompt is the question of every row, and this one has its own in {own!r}: leave it out"
+            )
+        if prompt:
+            names = tuple(name for name in _CAPTIONS if name in found)
+            known = {"response": names[:1]} if names else None
+        if known is None:
+            return None
+        layout |= known
+    for field in ("system", "tools", *(["history"] if "prompt" in layout else [])):
+        layout |= {field: (field,)} if field not in layout and field in found else {}
+    if "images" not in layout and (images := next((name for name in IMAGES if name in found), None)):
+        layout["images"] = (images,)
+    return layout
+
+
+def named_columns(columns: Sequence[str], found: Sequence[str] | None = None, *, prompt: bool = False) -> Layout:
+    """What the flags of `--columns` say. With the names of all columns, raises `ValueError` for all that is wrong."""
     layout: Layout = {}
     faults = []
-    for pair in columns or ():
+    for pair in columns:
         field, _, name = pair.partition("=")
         layout[field] = (*layout.get(field, ()), name)
         if not name:
             faults.append(f"{pair!r} names no column; expected FIELD=COLUMN, as in prompt=question")
         elif field not in FIELDS:
             faults.append(f"{field!r} is not a field{closest(field, FIELDS)}; fields are {', '.join(FIELDS)}")
-        elif name not in found:
+        elif found and name not in found:
             faults.append(f"there is no column {name!r} for {field!r}{closest(name, found)}")
-    if "messages" not in layout and len({"prompt", "response"} & layout.keys()) == 1:
-        faults.append("'prompt' and 'response' go together; name both")
-    if faults:
+    if "messages" not in layout and not prompt and len({"prompt", "response"} & layout.keys()) == 1:
+        faults.append("'prompt' and 'response' go together; name both (or a constant question by --prompt)")
+    if prompt and {"messages", "prompt"} & layout.keys():
+        faults.append("--prompt is the question of every row; leave it out, or name 'response' and 'images' alone")
+    if found and faults:
         raise ValueError(f"--columns: {'; '.join(faults)}. Columns found: {', '.join(found)}")
-    if not {"messages", "prompt"} & layout.keys():
-        known = next((k for k in _KNOWN if {name for names in k.values() for name in names} <= set(found)), None)
-        if known is None:
-            raise ValueError(
-                f"no column of conversations among {', '.join(found)}{closest('messages', found)}; expected messages, "
-                f"conversations, or prompt and response: name yours with {FLAGS}, or edit to_conversation"
-            )
-        layout |= known
-        layout |= {field: (field,) for field in ("system", "history") if "prompt" in known and field in found}
-    if "images" not in layout and (images := next((name for name in _IMAGES if name in found), None)):
-        layout["images"] = (images,)
     return layout
 
 
-def to_messages(row: Mapping[str, Any], layout: Layout) -> Any:
+def unused_columns(row: Mapping[str, Any], layout: Layout) -> list[str]:
+    """Names of the columns that hold something and are not read.
+
+    Raises `ValueError` for one that looks like an image, unless it only repeats the name of one that is read."""
+    used = {name for names in layout.values() for name in names}
+    unused = [name for name, value in row.items() if name not in used and is_filled(value)]
+    read = to_images(row, layout)
+    names = {os.path.basename(image) if isinstance(image, str) else None for image in read}
+    for name in unused:
+        value = row[name]
+        repeats = isinstance(value, str) and read and (None in names or os.path.basename(value) in names)
+        if looks_like_image(value) and not repeats:
+            said = repr(value)[:60] if isinstance(value, (str, list)) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"the column {name!r} looks like images ({said}) and is not used: read it with "
+                f"{flags(row, layout, name)}, or leave it out with --columns ignore={name}"
+            )
+    return unused
+
+
+def flags(row: Mapping[str, Any], layout: Layout | None = None, image: str | None = None) -> str:
+    """The flags to set: those of this layout, or what to fill in; `images` names the columns that look like some."""
+    known = {field: names for field, names in (layout or {}).items() if field in ("messages", "prompt", "response")}
+    words = [f"{field}={name}" for field, names in known.items() for name in names]
+    images = [image] if image else [name for name, value in row.items() if looks_like_image(value)]
+    words = words or ["messages=... or prompt=... response=..."]
+    kept = (layout or {}).get("images", ())
+    return " ".join(
+        ["--columns", *words, *(f"images={name}" for name in (*kept, *images))] + ["images=..."] * (not images)
+    )
+
+
+def to_messages(row: Mapping[str, Any], layout: Layout, prompt: str | None = None, system: str | None = None) -> Any:
     """The row's conversation with `role` and `content`; what is not a conversation is left as it is found.
 
-    `from` and `value` are renamed (human and gpt to user and assistant), and in a string that is not the assistant's,
-    each `<image>`, with the line break next to it, becomes an image part.
+    `from` and `value` are renamed (human and gpt to user and assistant), as are the parts of OpenAI, Anthropic and
+    Qwen; in a string that is not the assistant's, each `<image>`, with the line break next to it, becomes an image
+    part. `loss` and `weight` become `train`. `prompt` is the question of a row that has none, `system` the system
+    message of one that has none.
     """
+    values: dict[str, Any] = {field: row.get(names[0]) for field, names in layout.items()}
+    given: Any = values.get("messages", values.get("response"))
     if "messages" in layout:
-        messages = row.get(layout["messages"][0])
-        if isinstance(messages, str):
-            with suppress(ValueError):
-                messages = json.loads(messages)
-        return [_message(message) for message in messages] if isinstance(messages, list) else messages
-    values = {field: row.get(names[0]) for field, names in layout.items()}
-    prompts = [row.get(name) for name in layout["prompt"]]
-    written = [prompt for prompt in prompts if prompt]
-    prompt = "\n".join(written) if written and all(isinstance(p, str) for p in written) else prompts[0]
-    turns = [("system", values["system"])] if values.get("system") else []
+        messages = _parsed(given)
+        if not isinstance(messages, list):
+            return messages
+    else:
+        messages = [*_turns_before(row, layout, values, prompt)]
+        messages += given if _are_messages(given) else [{"role": "assistant", "content": given}]
+    messages = [each for number, message in enumerate(messages) for each in _read_message(message, number)]
+    has_system = bool(messages) and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
+    if (own := values.get("system")) and has_system:
+        raise ValueError(f"the column {layout['system'][0]!r} beside a system message in the conversation; keep one")
+    if (text := own or (None if has_system else system)) is not None:
+        messages = [_message({"role": "system", "content": text}, 0), *messages]
+    tools = _parsed(values.get("tools"))
+    if tools and messages and isinstance(messages[0], Mapping):
+        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise ValueError(f"tools is {tools!r:.80}; expected a list of JSON schemas")
+        messages[0] = {**messages[0], "tools": tools}
+    return messages
+
+
+def _turns_before(
+    row: Mapping[str, Any], layout: Layout, values: Mapping[str, Any], prompt: str | None
+) -> Iterator[dict[str, Any]]:
+    """Earlier turns and the question. Of a prompt that is a list of messages, no answer is trained (as in TRL)."""
     history = values.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError(f"history is {history!s:.80}; expected a list of [question, answer] pairs")
     for question, answer in history:
-        turns += [("user", question), ("assistant", answer)]
-    turns += [("user", prompt), ("assistant", values["response"])]
-    return [_message({"role": role, "content": content}) for role, content in turns]
+        yield {"role": "user", "content": question}
+        yield {"role": "assistant", "content": answer}
+    asked: list[Any] = [row.get(name) for name in layout["prompt"]] if "prompt" in layout else [prompt]
+    if _are_messages(asked[0]):
+        for message in asked[0]:
+            role = message.get("role", message.get("from"))
+            yield {**message, "train": False} if _ROLES.get(role, role) == "assistant" else message
+        return
+    written = [each for each in asked if each]
+    joined = "\n".join(written) if written and all(isinstance(each, str) for each in written) else asked[0]
+    yield {"role": "user", "content": joined}
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
+def is_message(value: Any) -> bool:
+    """Whether this is a message, of ours or ShareGPT's."""
+    names = value.keys() if isinstance(value, Mapping) else ()
+    return {"from", "value"} <= {*names} or ("role" in names and ("content" in names or "tool_calls" in names))
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a column holds something in this row."""
+    return value is not None and not (isinstance(value, (str, list)) and not value)
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def to_images(row: Mapping[str, Any], layout: Layout) -> list[Any]:
     """The row's images as a flat list; none where the column is absent, None or an empty string."""
-    value = row.get(layout["images"][0]) if "images" in layout else None
-    return [] if value is None or value == "" else _flat(value)
+    values = [row.get(name) for name in layout.get("images", ())]
+    return [image for value in values if value is not None and value != "" for image in _flat(value)]
 
 
-def read_rows(path: Path) -> Iterator[Any]:
-    """Each row of a JSON array, of JSON lines, or of a CSV or TSV file (all strings), in the memory of one row.
-
-    A line that is not JSON comes as the `ValueError` that says so. Raises `ValueError` where an array is broken.
-    """
-    if path.suffix.lower() in (".csv", ".tsv"):
-        import pandas as pd  # half a second, for CSV alone
-
-        separator = "," if path.suffix.lower() == ".csv" else "\t"
-        # As strings: an answer may read "42", "NA" or "null".
-        for frame in pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, chunksize=1000):
-            yield from frame.to_dict("records")
-        return
-    # What is not UTF-8 becomes a lone surrogate, which is then found in its row.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        start = file.read(1)
-        while start.isspace():
-            start = file.read(1)
-        if start == "[":
-            yield from _read_array(file, path.name)
-        else:
-            for line in itertools.chain([start + file.readline()], file):
-                if line.strip():
-                    yield _parse(line)
+def _read_message(message: Any, number: int) -> list[Any]:
+    """A message as ours; the_cauldron writes a question and its answer as one object."""
+    if isinstance(message, Mapping) and message.keys() >= {"user", "assistant"}:
+        return [_message({"role": role, "content": message[role]}, number) for role in ("user", "assistant")]
+    return [_message(message, number)]
 
 
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"the line is not JSON ({error}); fix or remove it")
-
-
-def _read_array(file: TextIO, name: str) -> Iterator[Any]:
-    """The array's elements, its opening bracket having been read."""
-    decoder, buffer, at, count = json.JSONDecoder(), "", 0, 0
-    while True:
-        at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]  # matches the empty string too
-        if buffer.startswith("]", at):
-            return
-        try:
-            element, at = decoder.raw_decode(buffer, at)
-        except ValueError as error:
-            if not (more := file.read(max(1 << 20, len(buffer)))):
-                raise ValueError(f"{name}: row {count} cannot be read, nor what follows: {error}; fix it") from None
-            buffer, at = buffer[at:] + more, 0
-        else:
-            yield element
-            count += 1
-
-
-def _message(message: Any) -> Any:
+def _message(message: Any, number: int) -> Any:
     if not isinstance(message, Mapping):
         return message
     fields = dict(message)
     if "from" in fields and "value" in fields:
-        sender = fields.pop("from")
-        fields = {"role": _ROLES.get(str(sender), sender), "content": fields.pop("value"), **fields}
-    content = fields.get("content")
-    if isinstance(content, str) and "<image>" in content and fields.get("role") != "assistant":
+        fields = {"role": fields.pop("from"), "content": fields.pop("value"), **fields}
+    role, content = fields.get("role"), fields.get("content")
+    if role == "function_call":  # ShareGPT's and LLaMA-Factory's: the call is the text
+        fields, role, content = (
+            {**fields, "role": "assistant", "tool_calls": [_parsed(content)], "content": ""},
+            "assistant",
+            "",
+        )
+    if fields.get("tool_calls") is not None:
+        fields["tool_calls"] = [_call(call) for call in _flat(fields["tool_calls"])]
+        fields["content"] = content = content or []  # a template may write a line for a blank text
+    if isinstance(role, str):
+        fields["role"] = role = _ROLES.get(role, role)
+    if isinstance(content, str) and role != "assistant" and _PLACEHOLDER.search(content):
         fields["content"] = _parts(content)
+    elif isinstance(content, list):
+        fields["content"] = [_part(part) for part in content]
+    fields = {name: value for name, value in fields.items() if name not in _WEIGHTS or value is not None}
+    weights = {name: fields.pop(name) for name in _WEIGHTS[1:] if name in fields}
+    for name, value in weights.items():
+        if value not in (0, 1):
+            raise ValueError(f"messages[{number}] has the {name} {value!r}; expected true or false, 1 or 0")
+        if value and role != "assistant":
+            raise ValueError(f"messages[{number}] ({role}) has the {name} {value!r}; only answers are trained: drop it")
+        if bool(value) != fields.setdefault("train", bool(value)):
+            raise ValueError(f"messages[{number}] says otherwise by {name} than by another of {', '.join(_WEIGHTS)}")
     return fields
+
+
+def _call(call: Any) -> Any:
+    """A call with its arguments as a dict, which OpenAI writes as JSON, in a dict of its own as templates expect it."""
+    if not isinstance(call, Mapping) or not isinstance(function := call.get("function", call), Mapping):
+        raise ValueError(f"a tool call is {call!r:.80}; expected a name and arguments")
+    if "name" not in function:
+        raise ValueError(f"a tool call is {call!r:.80}; expected a name and arguments")
+    return {"type": "function", "function": {**function, "arguments": _parsed(function.get("arguments") or {})}}
+
+
+def _part(part: Any) -> Any:
+    """A part of a message as ours: `{"type": "text", "text"}` or `{"type": "image", "image"}`."""
+    if not isinstance(part, Mapping):
+        return part
+    kind = part.get("type")
+    if kind in ("input_text", "output_text") or (kind is None and isinstance(part.get("text"), str)):
+        return {**part, "type": "text"}
+    held = {name: part[name] for name in _HELD if part.get(name) is not None}
+    if len(held) == 1 and kind in (None, "image", "image_url", "input_image"):
+        [(name, value)] = held.items()
+        rest = {key: field for key, field in part.items() if key not in (*_HELD, *_ABOUT, "type") and field is not None}
+        return {"type": "image", "image": value if name == "image" else {name: value}, **rest}
+    return part
 
 
 def _parts(text: str) -> list[dict[str, Any]]:
     """LLaVA sets the placeholder on a line of its own; the chat template brings its own line break."""
     parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(_PLACEHOLDER.split(text)):
-        parts += [{"type": "image"}] if number else []
+    pieces = _PLACEHOLDER.split(text)  # text, file name or None, text, ...
+    for piece, name in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
         parts += [{"type": "text", "text": piece}] if piece else []
+        parts += [] if name == "" else [{"type": "image"} | ({"image": name} if name else {})]
     return parts
 
 

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +26,9 @@ from accelerate import PartialState
 from PIL.Image import Image as PILImage
 
 from vlm_sft.chat.collator import IGNORE_INDEX, EncodedRow
-from vlm_sft.chat.images import MAX_DECODED_PIXELS, repairs_of, to_rgb
-from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, normalise, text_of
+from vlm_sft.chat.images import MAX_DECODED_PIXELS, repairs_of, source_of, to_rgb
+from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, normalise, one_answer, text_of
+from vlm_sft.chat.template import RenderedDifferently
 from vlm_sft.data.rows import ImageFolder, RowReader, named, open_at
 from vlm_sft.distributed import print_main
 
@@ -35,6 +37,10 @@ _PACKAGES = ("transformers", "tokenizers", "pillow", "torchvision")
 _NAME = re.compile(r"^(?:row (?:\d+|without a number)|example \d+ of the batch): ")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _DETAIL = 500  # characters of a fault; a template may put a whole row into its message
+
+
+ONE_ANSWER = "one answer a row"
+"""In the place of a fault: the chat template renders earlier answers differently, so each answer is to be a row."""
 
 
 class Record(NamedTuple):
@@ -47,12 +53,78 @@ class Record(NamedTuple):
     repairs: Sequence[str] = ()
 
 
+class Records:
+    """Records one after another, in some 40 bytes each: `keys` [N] (of 16 bytes; b"" for none), `counts` [N, 3], and
+    `notes` [N], which `texts` explains: a number for each (faults, repairs) that there is, 0 for none of both."""
+
+    def __init__(self) -> None:
+        self._keys, self._counts, self._notes = bytearray(), array("i"), array("i")
+        self._numbers: dict[str, int] = {"[[], []]": 0}
+
+    def add(self, key: bytes | None, record: Record) -> None:
+        self._keys += (key or b"").ljust(16, b"\0")
+        self._counts.extend(record[:3])
+        note = json.dumps([record.faults, record.repairs]) if record.faults or record.repairs else "[[], []]"
+        self._notes.append(self._numbers.setdefault(note, len(self._numbers)))
+
+    def __len__(self) -> int:
+        return len(self._notes)
+
+    @property
+    def keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
+        return np.frombuffer(bytes(self._keys), "S16")
+
+    @property
+    def counts(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        return np.array(self._counts, np.int32).reshape(-1, 3)
+
+    @property
+    def notes(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        return np.array(self._notes, np.int32)
+
+    @property
+    def texts(self) -> list[tuple[list[str], list[str]]]:
+        return [tuple(json.loads(note)) for note in self._numbers]
+
+    def extend(self, other: Records) -> None:
+        self._keys += other._keys
+        self._counts.extend(other._counts)
+        numbers = [self._numbers.setdefault(note, len(self._numbers)) for note in other._numbers]
+        self._notes.extend(numbers[note] for note in other._notes)
+
+    def table(self) -> pa.Table:
+        """Each key once, in their order."""
+        keys, first = np.unique(self.keys, return_index=True)
+        counts = {name: self.counts[first, n] for n, name in enumerate(Record._fields[:3])}
+        texts = pa.array([*self._numbers])
+        held = pa.array(np.ascontiguousarray(keys).view("V16").tolist(), pa.binary(16))
+        return pa.table({"key": held, **counts, "note": pa.DictionaryArray.from_arrays(self.notes[first], texts)})
+
+
+class Known:
+    """The records of a table that `Records` made, by key."""
+
+    def __init__(self, table: pa.Table | None = None) -> None:
+        table = Records().table() if table is None else table.combine_chunks()
+        self.keys = np.frombuffer(b"".join(table["key"].to_pylist()), "S16")
+        self.counts = np.stack([table[name].to_numpy() for name in Record._fields[:3]], 1)
+        notes = table["note"].combine_chunks()
+        notes = notes if isinstance(notes, pa.DictionaryArray) else notes.dictionary_encode()
+        self.notes, self.texts = notes.indices.to_numpy(), [json.loads(text) for text in notes.dictionary.to_pylist()]
+
+    def get(self, key: bytes) -> Record | None:
+        place = int(np.searchsorted(self.keys, key))
+        if place == len(self.keys) or self.keys[place] != key.rstrip(b"\0"):
+            return None
+        return Record(*self.counts[place].tolist(), *self.texts[self.notes[place]])
+
+
 class Look:
     """One row, as it is stored, or the exception that reading it raised: what it holds (`key`, for which nothing is
     decoded), and what the collator makes of it (`record`)."""
 
     def __init__(self, index: int, row: Any, reader: RowReader | None) -> None:
-        self.index, self.name, self.reader = index, f"row {index}", reader
+        self.index, self.number, self.name, self.reader = index, index, f"row {index}", reader
         self.folder = reader.folder if reader else None
         self.key: bytes | None = None
         self.looked_at = False
@@ -68,7 +140,8 @@ class Look:
     def _read(self, row: Any) -> None:
         if isinstance(row, Exception):
             raise row
-        self.name = f"row {row['row']}" if row.get("row") is not None else self.name
+        if isinstance(number := row.get("row"), int):
+            self.number, self.name = number, f"row {number}"
         self.converted = self.reader.convert(row) if self.reader else row
         messages, self.images = normalise(self.converted.get("messages"), self.converted.get("images"))
         check_turns(messages)
@@ -84,17 +157,26 @@ class Look:
         """Whether what was found will be found again: not so where a disk or the memory failed."""
         return self.key is not None and not any(map(_passes, self.errors))
 
-    def record(self, collator: Any) -> Record:
+    def record(self, collator: Any, answer: int | None = None) -> Record:
+        """What the collator makes of the row, or of the row that ends with the answer in this message."""
         self.decode()
-        if not self.errors and collator is not None:
+        errors = self.errors if answer is None else [*self.errors]
+        if not errors and collator is not None:
             try:
-                self.encoded = row = self.encoded or collator.encode([self.decoded._asdict()])[0][0]
+                if answer is None:
+                    self.encoded = row = self.encoded or collator.encode([self.decoded._asdict()])[0][0]
+                else:
+                    [row] = collator.encode([one_answer(self.decoded, answer)._asdict()])[0]
                 if trained := int((row.labels != IGNORE_INDEX).sum()):
                     return Record(len(row), int(row.image.sum()), trained, (), self.repairs)
-                self.errors.append(ValueError("no token is left to train on; give it an answer that is not blank"))
+                errors.append(ValueError("no token is left to train on; give it an answer that is not blank"))
+            except RenderedDifferently as error:
+                if answer is None:
+                    return Record(0, 0, 0, [ONE_ANSWER], self.repairs)
+                errors.append(error)
             except Exception as error:  # a chat template or a processor may raise anything; the pass continues
-                self.errors.append(error)
-        return Record(0, 0, 0, [*map(_words, self.errors)], self.repairs)
+                errors.append(error)
+        return Record(0, 0, 0, [*map(_words, errors)], self.repairs)
 
     def decode(self) -> None:
         """Decodes the images, once; keeps what is wrong with texts and images."""
@@ -130,8 +212,8 @@ def encode_together(looks: Sequence[Look], collator: Any) -> None:
 
 def _identity(image: Any, folder: ImageFolder | None) -> bytes:
     """Equal for equal images: by their encoded bytes, their file with its size and time, or their pixels."""
-    if isinstance(image, Mapping):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    with suppress(ValueError):  # such as a data URL that is none
+        image = source_of(image)
     data: bytes | bytearray = b""
     about = repr(image) if isinstance(image, str) else type(image).__name__
     if isinstance(image, (str, Path)) and folder:
@@ -168,7 +250,7 @@ def _text_faults(messages: Sequence[Message]) -> Iterator[str]:
         text = text_of(message)
         if control := _CONTROL.search(text):
             yield f"messages[{number}] holds the control character U+{ord(control[0]):04X}; remove it or drop the row"
-        if text.strip() or not message.get("train", True):
+        if text.strip() or not message.get("train", True) or message.get("tool_calls"):
             continue
         if message["role"] == "assistant":
             yield f"messages[{number}] is a blank answer; give it words, mark it 'train': false or drop the row"
@@ -211,27 +293,26 @@ def cache_file(made_by: str) -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE, "vlm_sft", f"{name}.parquet")
 
 
-def read_cache(file: Path) -> dict[bytes, Record]:
-    if not file.is_file():
-        return {}
+def read_cache(file: Path) -> Known:
+    """What an earlier pass found. Says so where the file cannot be read."""
     try:
-        found = pq.read_table(file).to_pydict()
-        return {key: Record(*json.loads(record)) for key, record in zip(found["key"], found["record"], strict=True)}
+        return Known(pq.read_table(file, read_dictionary=["note"]) if file.is_file() else None)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         print_main(f"{file} cannot be read ({error}); all rows are checked again")
-        return {}
+        return Known()
 
 
-def write_cache(file: Path, fresh: Mapping[bytes, Record]) -> None:
+def write_cache(file: Path, fresh: Records) -> None:
     """Adds to the file what is new, on the main process, by a rename; says so where that cannot be done."""
     if not PartialState().is_main_process:
         return
-    merged = {**read_cache(file), **fresh}  # another run may have written since
-    table = pa.table({"key": list(merged), "record": [*map(json.dumps, merged.values())]})
+    earlier = read_cache(file)  # another run may have written since
+    for n, key in enumerate(earlier.keys.tolist()):
+        fresh.add(key, Record(*earlier.counts[n].tolist(), *earlier.texts[earlier.notes[n]]))
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, part)
+        pq.write_table(fresh.table(), part)
         part.replace(file)
     except OSError as error:
         print_main(f"what was found of the rows cannot be kept ({error}); the next start checks all of them again")

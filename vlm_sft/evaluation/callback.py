@@ -47,6 +47,8 @@ def evaluate_answers(
     appended to `samples.jsonl` in the output folder; `samples.html` there shows the newest answers next to the oldest,
     those before training with `eval_on_start=True`. The trackers that the run reports to get some of the images.
 
+    Where nothing is held out, neither in `rows` nor in the trainer's evaluation, nothing is added.
+
     - `metrics`: name -> function of (predictions, references), of the metrics module or your own. The first one scores
       the rows of the page, where 1 is right.
     - `references`: the right answers, one entry per row (several for `vqa_accuracy`); default: each row's last answer.
@@ -56,6 +58,8 @@ def evaluate_answers(
     if not isinstance(trainer.data_collator, ChatCollator):
         kind = type(trainer.data_collator).__name__
         raise ValueError(f"data_collator is a {kind}; pass data_collator=collator, the ChatCollator")
+    if not len(rows) and not trainer.eval_dataset:  # nothing is held out
+        return
     if len(rows) == 0 or num_rows < 1 or not metrics:
         raise ValueError(f"{len(rows)} rows, num_rows={num_rows}, {len(metrics)} metrics; each must be at least 1")
     if references is not None and len(references) != len(rows):

@@ -22,9 +22,10 @@ from jinja2 import Environment
 from PIL import Image
 
 from vlm_sft.chat.audit import AuditReport, kinds_of
+from vlm_sft.chat.boxes import boxes_in, draw_boxes
 from vlm_sft.chat.collator import EncodedRow
 from vlm_sft.chat.images import to_rgb
-from vlm_sft.chat.messages import text_of
+from vlm_sft.chat.messages import count_images, text_of
 from vlm_sft.evaluation.generate import Rows, split_reference
 from vlm_sft.evaluation.metrics import Metric, Reference, row_score
 
@@ -91,8 +92,22 @@ def write_samples_html(
 
 def write_audit_html(report: AuditReport, path: str | Path) -> None:
     """Writes what `audit` found as one page: the images, and each token with its id, trained ones coloured."""
-    pieces = partial(_pieces, tokenizer=report.collator.processor.tokenizer)
-    _write("audit.html", path, report=report, pieces=pieces, image_px=400)
+    processor = report.collator.processor
+    pieces = partial(_pieces, tokenizer=processor.tokenizer)
+    _write("audit.html", path, report=report, pieces=pieces, seen=partial(_seen, processor=processor), image_px=400)
+
+
+def _seen(row: EncodedRow, processor: Any) -> list[tuple[Image.Image, str]]:
+    """The row's images, each with words for it; those that an answer writes boxes of, on the last one before it, as the
+    model sees them with the boxes."""
+    messages, images = row.conversation
+    seen = [(image, "") for image in images]
+    for number, message in enumerate(messages):
+        last = count_images(messages[:number]) - 1
+        if message["role"] == "assistant" and last >= 0 and (boxes := boxes_in(text_of(message))):
+            drawn, scale = draw_boxes(images[last], boxes, processor)
+            seen[last] = drawn, f"{len(boxes)} boxes, read as {scale}"
+    return seen
 
 
 def small_image(image: Any, image_px: int) -> Image.Image:

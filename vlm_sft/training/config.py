@@ -26,6 +26,45 @@ class Arguments:
         return super().__getattribute__(name)
 
 
+@dataclass
+class ReadingArguments(Arguments):
+    """The flags of whatever reads a dataset; `reading` are the keywords of `load_conversations` that they set."""
+
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Config of a Hub id; name in dataset_info.json."}
+    )
+    columns: list[str] | None = field(default=None, metadata={"help": "Your columns, as in prompt=ask response=say."})
+    prompt: str | None = field(default=None, metadata={"help": "The question of rows without one (image and caption)."})
+    system_prompt: str | None = field(default=None, metadata={"help": "The system message of rows without one."})
+    image_folder: str | None = field(default=None, metadata={"help": "What file names are relative to, if elsewhere."})
+    allow_outside: bool = field(default=False, metadata={"help": "Read image files outside that folder as well."})
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        names = ("columns", "prompt", "system_prompt", "image_folder", "allow_outside")
+        return {"config_name": self.dataset_config, **{name: getattr(self, name) for name in names}}
+
+
+@dataclass
+class DataArguments(ReadingArguments):
+    """The flags of a recipe for the rows that it trains on; `checking` are the keywords of `check_rows`."""
+
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs --max_steps."})
+    num_eval_rows: int | None = field(
+        default=None, metadata={"help": "Held-out rows (500, at most a fifth); 0 trains without evaluation."}
+    )
+    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
+    max_bad_fraction: float = field(default=0.1, metadata={"help": "How many rows --on_bad_rows drop may drop."})
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        return {**super().reading, "streaming": self.streaming, "max_eval_rows": self.num_eval_rows}
+
+    @property
+    def checking(self) -> dict[str, Any]:
+        return {"on_bad_rows": self.on_bad_rows, "max_bad_fraction": self.max_bad_fraction}
+
+
 def flags_of(args: Any) -> dict[str, Any]:
     """The values of a recipe's arguments, read without being noted."""
     return {f.name: vars(args)[f.name] for f in fields(args)}

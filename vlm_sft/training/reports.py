@@ -44,19 +44,22 @@ def write_reports(
     datasets: Mapping[str, Any],
     results: Mapping[str, Any],
     facts: Mapping[str, Any],
+    held_out: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `loss.png`, `run.json` and the model card into the output folder of a run that has come to its end.
 
-    `settings` are the recipe's own, among them `dataset_name`; `facts` are what was proven before the first step. Call
-    it after `trainer.save_model()`, where PEFT leaves a card of its own.
+    `settings` are the recipe's own, among them `dataset_name`; `facts` are what was proven before the first step;
+    `held_out` tells which rows were not trained on. Call it after `trainer.save_model()`, where PEFT leaves a card of
+    its own.
     """
     if not PartialState().is_main_process:
         return
     output, history = Path(trainer.args.output_dir), trainer.state.log_history
-    plot_loss(history, output / "loss.png", title=output.name)
+    if any({"loss", "eval_loss"} & entry.keys() for entry in history):  # not so in a run shorter than logging_steps
+        plot_loss(history, output / "loss.png", title=output.name)
     times = {name: value for entry in history for name, value in entry.items() if name in _TIMES}
     recorded = {"recipe": dict(settings), "training": trainer.args.to_dict()}
-    everything = {"settings": recorded, "proof": facts, "results": times | dict(results)}
+    everything = {"settings": recorded, "proof": facts, "results": times | dict(results), "held_out": held_out}
     write_run_json(output / "run.json", model=trainer.model, datasets=datasets, **everything)
     name = settings.get("dataset_name")
     write_model_card(trainer, dataset_name=name, datasets=datasets, results=results, facts=facts)
