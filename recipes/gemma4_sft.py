@@ -22,7 +22,7 @@ METRICS = {"anls": anls}  # of generated answers to held-out rows: similarity to
 
 @dataclass
 class RecipeArguments(vlm_sft.DataArguments):
-    model_name_or_path: str = "google/gemma-4-E4B-it"  # Gemma 3 trains by this recipe too
+    model_name_or_path: str = "google/gemma-4-E4B-it"
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     dataset_name: str = "HuggingFaceH4/llava-instruct-mix-vsft"
     image_tokens: int = field(default=280, metadata={"help": "Most an image takes: 70, 140, 280, 560 or 1120 (text)."})

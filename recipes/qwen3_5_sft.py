@@ -23,7 +23,7 @@ QUESTION = "Write this formula as LaTeX."
 
 @dataclass
 class RecipeArguments(vlm_sft.DataArguments):
-    model_name_or_path: str = "Qwen/Qwen3.5-4B"  # Qwen3-VL trains by this recipe too
+    model_name_or_path: str = "Qwen/Qwen3.5-4B"
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     dataset_name: str = "unsloth/LaTeX_OCR"
     max_pixels: int = field(default=1_048_576, metadata={"help": "Larger images shrink; a token is 32 x 32 pixels."})
