@@ -1,9 +1,10 @@
-"""Qwen3-VL-4B reads images of formulas as LaTeX: LoRA adapters on a 4-bit base.
+"""Gemma 4 E4B on instruction data: LoRA adapters on a 4-bit base.
 
-Trains LoRA adapters of rank 16 on every linear layer in the language model's blocks. Frozen: the NF4 base; vision
-tower, mergers and the head in 16 bit. The loss covers the formula and the <|im_end|> that ends it.
+Trains LoRA adapters of rank 16 on every linear layer in the language model's blocks. Frozen: the NF4 base; vision and
+audio tower, projectors, embeddings (a second one for each layer) and the lm_head tied to one in 16 bit. The loss covers
+each assistant turn and its <turn|>. Use a GPU with bfloat16 (Ampere or newer).
 
-    accelerate launch recipes/qwen3_vl_sft.py --dataset_name my_data.jsonl
+    accelerate launch recipes/gemma4_sft.py --dataset_name my_data.jsonl
 
 Not measured yet. Edit `to_conversation` and the defaults below; each default is a flag, or a line of --config run.yaml.
 """
@@ -13,19 +14,18 @@ from dataclasses import dataclass, field
 from trl import SFTTrainer, TrlParser
 
 import vlm_sft
-from vlm_sft.evaluation.metrics import cer
+from vlm_sft.evaluation.metrics import anls
 
 TRAINS = {"language": "lora"}  # part -> "lora", "full" or names of layers; vision, projector and head stay frozen
-METRICS = {"cer": cer}  # of generated answers to held-out rows: wrong characters for each right one
-QUESTION = "Write this formula as LaTeX."
+METRICS = {"anls": anls}  # of generated answers to held-out rows: similarity to the reference, 0 to 1
 
 
 @dataclass
 class RecipeArguments(vlm_sft.DataArguments):
-    model_name_or_path: str = "Qwen/Qwen3-VL-4B-Instruct"
+    model_name_or_path: str = "google/gemma-4-E4B-it"
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
-    dataset_name: str = "unsloth/LaTeX_OCR"
-    max_pixels: int = field(default=1_048_576, metadata={"help": "Larger images shrink; a token is 32 x 32 pixels."})
+    dataset_name: str = "HuggingFaceH4/llava-instruct-mix-vsft"
+    image_tokens: int = field(default=280, metadata={"help": "Most an image takes: 70, 140, 280, 560 or 1120 (text)."})
     load_in_4bit: bool = field(default=True, metadata={"help": "NF4 base; --no_load_in_4bit keeps 16 bit."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
@@ -35,12 +35,12 @@ class RecipeArguments(vlm_sft.DataArguments):
 
 @dataclass
 class RecipeConfig(vlm_sft.RecipeDefaults):
-    output_dir: str | None = "outputs/qwen3_vl_sft"
-    max_length: int | None = 2048  # an image takes up to 1,024 of it. A longer row is an error
-    num_train_epochs: float = 1  # there are many formulas
+    output_dir: str | None = "outputs/gemma4_sft"
+    max_length: int | None = 2048  # an image takes up to 280 of it. A longer row is an error
+    num_train_epochs: float = 1  # one pass over instruction data
     train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
-    per_device_train_batch_size: int = 8  # short rows: a formula is a small image
-    gradient_accumulation_steps: int = 2  # 16 rows a step on one GPU
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 4  # 16 rows a step on one GPU
     learning_rate: float = 2e-4  # QLoRA's rate for adapters
     lr_scheduler_type: str = "cosine"  # as LLaVA; TRL's is linear
     warmup_steps: float = 0.03  # below 1, a share of all steps; LLaVA's
@@ -51,14 +51,14 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
 
 
 def to_conversation(row: dict) -> dict:
-    """A row with `image` and its formula in `text`, as a conversation."""
-    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": row["text"]}]
-    return {"messages": messages, "images": [row["image"]]}
+    """A row of any format that the library knows (docs/data.md); of another, return its `messages` and `images`."""
+    return row
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
     name, revision = args.model_name_or_path, args.model_revision
-    processor = vlm_sft.load_processor(name, revision=revision, max_pixels=args.max_pixels)
+    processor = vlm_sft.load_processor(name, revision=revision)
+    processor.image_processor.max_soft_tokens = args.image_tokens  # saved with it, so inference does the same
     model = vlm_sft.load_model(name, revision=revision, load_in_4bit=args.load_in_4bit)
     peft_config = vlm_sft.lora_config(
         model, TRAINS, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
