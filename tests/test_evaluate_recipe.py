@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +17,7 @@ from recipe_runs import recipe
 from trl import TrlParser
 
 import vlm_sft
+from vlm_sft.data.rows import held_out_record
 from vlm_sft.evaluation import metrics
 
 evaluate = recipe("evaluate")
@@ -113,20 +115,34 @@ def test_page_holds_rows_from_first_to_last(monkeypatch):
     assert [sample.after for sample in shown] == ["0", "3", "6", "9"]
 
 
-def test_rows_are_those_that_training_holds_out(tiny_dir, tmp_path, monkeypatch):
-    """Without a test split, the same draw as the training recipes make of it."""
+def test_rows_are_those_that_the_run_held_out(tiny_dir, tmp_path, monkeypatch):
+    """Whatever the seed now is; a checkpoint finds the record of its run; other data is refused."""
     data = write(tmp_path / "data", [row(f"{n} cats.") for n in range(100)], split="train")
     held_out = vlm_sft.load_conversations(data, seed=7)["test"]
+    assert len(held_out) == 20
+    output = tmp_path / "run"
+    model = shutil.copytree(tiny_dir("llava15"), output / "checkpoint-2")
+    (output / "run.json").write_text(json.dumps({"held_out": held_out_record(held_out)}))
     seen = []
 
     def generate(model, template, rows, **options):
-        seen.extend(row["row"] for row in rows)
+        seen.append([row["row"] for row in rows])
         return ["A cat."] * len(rows)
 
     monkeypatch.setattr(vlm_sft, "generate", generate)
-    run(model_name_or_path=str(tiny_dir("llava15")), dataset_name=str(data), seed=7, output_dir=str(tmp_path / "out"))
-    assert seen == list(held_out["row"])
-    assert len(seen) == 2
+    settings = {"dataset_name": str(data), "output_dir": str(tmp_path / "out")}
+    run(model_name_or_path=str(model), **settings)
+    run(model_name_or_path=str(tiny_dir("llava15")), run=str(output), **settings)
+    assert seen == [list(held_out["row"])] * 2
+    with pytest.raises(ValueError, match=r"has no run\.json that tells which were held out: name the folder"):
+        run(model_name_or_path=str(tiny_dir("llava15")), **settings)
+    other = write(tmp_path / "other", [row(f"{n} dogs.") for n in range(100)], split="train")
+    with pytest.raises(
+        ValueError, match=r"run.json tells of no such rows: .*--split train, those that were trained on"
+    ):
+        run(model_name_or_path=str(model), **settings | {"dataset_name": str(other)})
+    run(model_name_or_path=str(model), **settings | {"dataset_name": str(other), "split": "train"})
+    assert len(seen[-1]) == 100
 
 
 @pytest.mark.parametrize(

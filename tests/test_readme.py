@@ -83,7 +83,7 @@ def parse(recipe: str, flags: list[str]) -> None:
     TrlParser(tuple(kinds)).parse_args_and_config([*flags])
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md", "docs/faults.md", "docs/scaling.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md", "docs/data.md", "docs/faults.md", "docs/scaling.md"])
 def test_paths_exist(document):
     text = (ROOT / document).read_text("utf-8")
     links = [(ROOT / document).parent / path for path in re.findall(r"\]\(([^)#:]+)\)", text)]

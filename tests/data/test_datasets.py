@@ -335,7 +335,10 @@ def test_a_test_split_is_made_where_there_is_none(folder: Path) -> None:
     assert numbers(eval_fraction=0) == {"train": list(range(100))}
     assert numbers(seed=1, eval_fraction=0.1) != loaded
     write(path, [{"prompt": "0", "response": "x"}])
-    assert numbers() == {"train": [0]}
+    assert numbers(eval_fraction=0) == {"train": [0]}
+    with pytest.raises(ValueError, match=r"one row, and none to hold out; .*--num_eval_rows 0"):
+        load_conversations(path)
+    assert [len(rows) for rows in load_conversations(path, max_eval_rows=0).values()] == [1, 0]
 
 
 def test_a_stream_holds_out_its_first_rows_in_memory(folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -316,3 +318,42 @@ def test_processes_share_the_rows(folder: Path, tmp_path: Path, tiny_dir: Callab
     found = together(share, str(folder), str(tmp_path / "shared"), str(tiny_dir("llava15")))
     assert found[0][0] == found[1][0]
     assert [counts for _, counts in found] == [[5, 5], [5, 5]]
+
+
+def other_rows(folders: list[str], cache: str, base: str) -> str:
+    from transformers import AutoProcessor
+
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    from accelerate import PartialState
+
+    rank = PartialState(cpu=True).process_index
+    collator = ChatCollator(AutoProcessor.from_pretrained(base))
+    data = load_conversations(f"{folders[rank]}/rows.jsonl", to_conversation=to_conversation, max_eval_rows=2)
+    try:
+        return str(len(check_rows(data, collator, num_proc=0)["train"]))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.loopback
+@pytest.mark.parametrize("what", ["same rows elsewhere", "one row less", "another answer"])
+def test_each_process_has_the_rows_of_the_main_one(
+    what: str, folder: Path, tmp_path: Path, tiny_dir: Callable[[str], Path]
+) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    lines = (other / "rows.jsonl").read_text().splitlines()
+    (other / "rows.jsonl").write_text("\n".join({"one row less": lines[1:]}.get(what, lines)))
+    if what == "another answer":
+        (other / "rows.jsonl").write_text("\n".join(lines).replace("It is 7.", "It is 8."))
+    found = together(other_rows, [str(folder), str(other)], str(tmp_path / "cache"), str(tiny_dir("llava15")))
+    if what == "same rows elsewhere":
+        assert found == ["8", "8"]
+    else:
+        count = {
+            "one row less": "(7 rows|2 rows with another content)",
+            "another answer": "[28] rows with another content",
+        }[what]
+        for told in found:  # no process goes on, or waits
+            assert re.search(
+                rf"process 1 reads other rows of '(test|train)' than the main one: {count}, the main one", told
+            )

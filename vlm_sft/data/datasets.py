@@ -71,8 +71,8 @@ def load_conversations(
     says so: `["prompt=question", "images=photo"]`. Columns that nothing reads are printed, those of images refused.
 
     - `to_conversation`: from a stored row to one of a known format, as `messages` and `images`; images come to it
-      opened. With `columns` it is not used, nor where it asks for a column that rows of a known format do not have,
-      and that is printed.
+      opened. It is not used with `columns` or `prompt`, nor where it asks for a column that rows of a known format do
+      not have; that is printed.
     - `prompt`: the question of rows that have none, such as images with captions; `system_prompt`: the system message
       of rows that have none.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
@@ -90,19 +90,25 @@ def load_conversations(
     if image_folder and not Path(image_folder).expanduser().is_dir():
         raise ValueError(f"--image_folder {str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
     name, root, sources, columns = _sources(name_or_path, config_name, revision, streaming, columns)
-    own = {split_of(Path(key)): key for key in sources if key != split}
+    own: dict[str, str] = {}
+    for key in [key for key in sources if key != split]:
+        with suppress(ValueError):  # nothing of an unclear name is trained on
+            own.setdefault(split_of(Path(key)), key)
     wanted = {"train": split}
     if found := eval_split or next((own[key] for key in EVAL_SPLITS if key in own), None):
         wanted["test"] = found
+    if others := sources.keys() - {*wanted.values()}:
+        print_main(f"{name}: splits that are not used: {', '.join(sorted(others))}")
+    by = "--columns" if columns else None if prompt is None else "--prompt"
     reader = RowReader(
         ImageFolder(Path(image_folder).expanduser() if image_folder else root, allow_outside),
-        None if columns else to_conversation,
+        to_conversation if by is None else None,
         tuple(columns or ()),
         prompt,
         system_prompt,
     )
-    if columns and to_conversation:
-        print_main(f"{name}: read by --columns; to_conversation is not used")
+    if by and to_conversation:
+        print_main(f"{name}: read by {by}; to_conversation is not used")
     stored: dict[str, Any] = {}
     faults, number = [], len(READERS)
     for key, wanted_split in wanted.items():
@@ -124,7 +130,8 @@ def load_conversations(
     count = max_eval_rows
     if "test" not in stored and (eval_fraction or count is not None):
         rows = stored["train"]
-        stored = _held_out(rows, count) if streaming else _drawn(rows, eval_fraction, count, seed)
+        with named_faults(name):
+            stored = _held_out(rows, count) if streaming else _drawn(rows, eval_fraction, count, seed)
         reader = replace(reader, seed=seed if "test" in stored and not streaming else None)
     if "test" in stored:
         test, count = stored["test"], EVAL_ROWS if count is None and eval_fraction else count
@@ -288,7 +295,7 @@ def _drawn(rows: Dataset, fraction: float, count: int | None, seed: int) -> dict
     """Training and test rows, both in the order of the source."""
     if count is None:
         if len(rows) < 2:
-            return {"train": rows}
+            raise ValueError("one row, and none to hold out; give more rows, a test split, or --num_eval_rows 0")
         count = max(1, min(EVAL_ROWS, round(fraction * len(rows))))
     if count >= len(rows):
         raise ValueError(f"--num_eval_rows {count} of {len(rows)} rows leaves none to train on; give fewer, or a split")

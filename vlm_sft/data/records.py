@@ -217,8 +217,8 @@ def _identity(image: Any, folder: ImageFolder | None) -> bytes:
     data: bytes | bytearray = b""
     about = repr(image) if isinstance(image, str) else type(image).__name__
     if isinstance(image, (str, Path)) and folder:
-        about = os.path.realpath(os.path.join(folder.path, image))
         with suppress(OSError, ValueError):  # such as no file
+            about = os.path.realpath(os.path.join(folder.path, image))
             found = os.stat(about)
             about = f"{about!r} {found.st_size} {found.st_mtime_ns}"
     elif isinstance(image, PILImage):

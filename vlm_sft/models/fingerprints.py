@@ -117,8 +117,6 @@ def data_settings(dataset: Any) -> dict[str, Any]:
     if isinstance(dataset, Dataset) and len(dataset):
         spread = sorted({len(dataset) * n // _SAMPLES for n in range(_SAMPLES)})
         table = dataset.with_format("arrow")[spread]
-        for name in table.column_names:
-            if name == "_reader":  # load_conversations numbers its readers through, in each process
-                continue
+        for name in [name for name in table.column_names if not name.startswith("_")]:  # which reader, in this process
             columns[name] = hashlib.sha256(repr(table[name].to_pylist()).encode()).hexdigest()[:12]
     return {"rows": len(dataset) if isinstance(dataset, Sized) else None, "columns": columns}
