@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils.generic import is_flash_attention_requested
 
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops, draw_mask
 from vlm_sft.chat.packing import check_padding_free
-from vlm_sft.checks import check_captions, check_flags, check_pass, check_pieces, row_facts
+from vlm_sft.checks import check_captions, check_flags, check_pass, check_pieces, check_storage, row_facts
 from vlm_sft.common import base_of, listed, restore_rng, rng_state
 from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import AnswerEvaluation
@@ -174,8 +175,9 @@ def prove(
     if narrow:
         changes.append(f"{len(narrow)} trainable tensors cast to float32")
     parts = check_trains(model, trains)
-    if getattr(base_of(model).config, "quantization_config", None) is not None:
+    if (packing := getattr(base_of(model).config, "quantization_config", None)) is not None:
         quantized = str(check_quantized(model))
+        check_storage(trainer, packing)
     else:
         quantized = "nothing"
     if require_answers and not _callbacks(trainer, AnswerEvaluation):
@@ -264,6 +266,8 @@ def _library_changes(trainer: Any, model: Any) -> list[str]:
         changes.append("the frozen tower stays out of autograd")
     if trainer.args.train_sampling_strategy == "group_by_length":
         changes.append("batches of rows of one length, in an order drawn from --seed and the epoch")
+    if is_flash_attention_requested(base.config):
+        changes.append(f"attention is {base.config._attn_implementation}")
     if trainer.data_collator.settings.padding_free:
         changes.append("rows come without padding")
     return [

@@ -27,15 +27,52 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
 TWO_WAY_IMAGES = ("deepseek_ocr2", "gemma3", "gemma4", "molmo2", "paligemma")
 """Families in which the tokens of an image see each other in both directions. FlashAttention takes no such mask, and
 transformers 5.23 drops it without a word (masking_utils.flash_attention_mask)."""
 
 
+def flash_attentions(model: PreTrainedModel) -> list[str]:
+    """The FlashAttentions that may run on this GPU (Ampere or newer; the third on Hopper), best first: a build that is
+    installed, or one that `kernels` fetches.
+
+    transformers 5.23 asks no model whether it takes a kernel that is named, and for "flash_attention_3" fetches vLLM's
+    build, made to serve. TRL 1.16 trains with the one named here.
+    """
+    if not (model._supports_flash_attn and torch.cuda.is_available()):
+        return []
+    generation, _ = torch.cuda.get_device_capability()
+    kernels, third = is_kernels_available(), is_flash_attn_3_available()
+    found = {
+        "flash_attention_3" if third else "kernels-community/flash-attn3": generation == 9 and (third or kernels),
+        "flash_attention_2": generation >= 8 and (is_flash_attn_2_available() or kernels),
+    }
+    return [name for name, runs in found.items() if runs]
+
+
 def is_sharded() -> bool:
     """Whether this process was launched with FSDP: by accelerate 1.15's own variable, which no function reads."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def is_bitsandbytes_optimizer(name: str) -> bool:
+    """Whether an `--optim` is made by bitsandbytes: by transformers 5.23's own list, which no function reads."""
+    return name in _BITSANDBYTES_OPTIMIZERS
+
+
+def use_one_gpu(args: TrainingArguments) -> bool:
+    """Leaves the Trainer the first of several GPUs where no launcher started a process for each; whether it did.
+
+    It would wrap the model in nn.DataParallel, which TRL 1.16 refuses. CUDA_VISIBLE_DEVICES comes too late for a
+    process that has imported peft: that imports bitsandbytes, which starts CUDA. The Trainer itself sets this number
+    for a model that it does not place (transformers 5.23).
+    """
+    several = bool(args.n_gpu > 1)
+    args._n_gpu = min(1, args.n_gpu)
+    return several
 
 
 def shard_on_cpu(args: TrainingArguments) -> None:
