@@ -408,6 +408,28 @@ def test_a_plan_changes_no_number(make, tmp_path, tiny_dir):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_forward_is_that_of_training(make):
+    """On the device, in the precision, and by the model that the Trainer has prepared; once."""
+    run = make(
+        bf16=True, load={"dtype": torch.bfloat16}, eval_strategy="no", load_best_model_at_end=False, eval_on_start=False
+    )
+    run.prove()
+    model, seen = run.trainer.model, []
+    core = model.get_base_model().get_decoder()
+    core.register_forward_pre_hook(lambda *_: seen.append((model.training, torch.is_autocast_enabled("cpu"))))
+    run.trainer.train()
+    steps = run.trainer.state.global_step
+    assert seen[: steps + 1] == [(False, True), *[(True, True)] * steps]
+    assert model.device == run.trainer.args.device
+
+
+def test_an_attention_that_the_recipe_does_not_pass_on(make):
+    make(attn_implementation="sdpa").prove()
+    with pytest.raises(ValueError, match=r"--attn_implementation eager has no effect, the model runs sdpa: pass"):
+        make(attn_implementation="eager").prove()
+    make(attn_implementation="eager", load={"attn_implementation": "eager"}).prove()
+
+
 def test_the_way_of_a_row_to_the_first_step(make, tmp_path, monkeypatch):
     """The pass encodes each row once; after it only the audited ones, that of the forward, and the first batches."""
     encoded = []

@@ -34,6 +34,7 @@ from vlm_sft.models.quantization import check_quantized
 from vlm_sft.training.batches import GroupByLength
 from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
 from vlm_sft.training.checkpoints import SafeCheckpoints
+from vlm_sft.training.neftune import noise_by_conversation
 from vlm_sft.training.plan import Plan, plan_of
 from vlm_sft.training.reports import write_reports
 
@@ -95,6 +96,7 @@ class Gate(TrainerCallback):
         random = rng_state()  # nothing below may change a trained number
         _refuse_exchanged(trainer, proof, state)
         _check_optimizer(kwargs["optimizer"], trainer.model)
+        noise_by_conversation(trainer)
         proof.facts["forward"] = _forward(trainer, proof)
         print_main(f"{'forward':<11}{proof.facts['forward']}")
         write_audit_html(proof.report, Path(str(args.output_dir), "audit.html"))
@@ -266,6 +268,8 @@ def _library_changes(trainer: Any, model: Any) -> list[str]:
         changes.append("the frozen tower stays out of autograd")
     if trainer.args.train_sampling_strategy == "group_by_length":
         changes.append("batches of rows of one length, in an order drawn from --seed and the epoch")
+    if trainer.args.neftune_noise_alpha is not None:
+        changes.append("NEFTune's noise is scaled by each conversation's own length")
     if is_flash_attention_requested(base.config):
         changes.append(f"attention is {base.config._attn_implementation}")
     if trainer.data_collator.settings.padding_free:

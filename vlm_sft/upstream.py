@@ -9,6 +9,7 @@ holds what these modules rely on in place:
 - training/optim.py: `optimizer_cls_and_kwargs` may hold a callable that makes the optimizer of a model, and
   `get_decay_parameter_names` reads nothing of its Trainer (transformers 5.23): for rates by part.
 - training/callbacks.py: `log_probs` [B, T - 1] of TRL 1.16's fused head, to name the row of a NaN.
+- training/neftune.py: `neftune_hook_handle` of the Trainer (transformers 5.23), whose noise counts padding.
 - data/check_rows.py, proof.py: `Dataset._fingerprint` (datasets 5.2), to know rows again.
 - evaluation/callback.py, training/callbacks.py: callbacks run in the order of `callback_handler.callbacks`, and an
   evaluation before the save of its step (transformers 5.23): answers are scored, then the random state is put back.
