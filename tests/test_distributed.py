@@ -26,9 +26,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from trl import SFTConfig
 
-from vlm_sft import ChatCollator, RecipeDefaults, load_processor, proof
+from vlm_sft import ChatCollator, RecipeDefaults, load_processor, proof, upstream
 from vlm_sft.models import hardware, loading, quantization
 from vlm_sft.models.adapters import lora_config
+from vlm_sft.models.freezing import cast_trainable_to_fp32
 from vlm_sft.models.hardware import set_hardware_defaults
 from vlm_sft.models.loading import load_model
 from vlm_sft.models.parts import part_of, parts_of
@@ -178,17 +179,34 @@ def fp16_over_bf16(flags: list[object]) -> None:
     shares(QLORA[0], [*flags, "--bf16", "True"], torch.bfloat16)
 
 
-def weight_at_load(base: Path, output: Path) -> float:
+def grown(base: Path, output: Path) -> list[int]:
+    """By how many bytes memory of this process's own, no file's, grows: as a model is read, and as what trains is
+    widened."""
+
+    def own() -> int:
+        [line] = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "Anonymous:" in line]
+        return int(line.split()[1]) * 1024
+
     RecipeDefaults(str(output), eval_strategy="no")  # starts the group of processes
-    return float(load_model(base).get_input_embeddings().weight.abs().sum())
+    start = own()
+    model = load_model(base, dtype=torch.bfloat16)
+    model.requires_grad_(True)
+    read = own()
+    upstream.widen_once(model)
+    cast_trainable_to_fp32(model)
+    return [read - start, own() - read]
 
 
-def test_under_fsdp_one_process_reads_the_weights_for_all(tiny_dir: Any, tmp_path: Path) -> None:
-    """That they then train the same, the other tests of cpu_2proc_fsdp2 show."""
-    base = tiny_dir("llava15")
-    found = together(weight_at_load, base, tmp_path, config="cpu_2proc_fsdp2")
-    expected = float(load_model(base).get_input_embeddings().weight.abs().sum())
-    assert found[0] == expected != found[1]
+def test_under_fsdp_one_process_widens_what_trains_for_all(tmp_path: Path) -> None:
+    """That they train the same from there, the other tests of cpu_2proc_fsdp2 show."""
+    model, processor = tiny.build("llava15", hidden_size=768, num_layers=4)
+    for made in (model.to(torch.bfloat16), processor):
+        made.save_pretrained(tmp_path / "base")
+    size = sum(weight.numel() for weight in model.parameters())
+    first, second = together(grown, tmp_path / "base", tmp_path, config="cpu_2proc_fsdp2")
+    assert max(first[0], second[0]) < 0.3 * 2 * size  # mapped from the file
+    assert first[1] > 0.9 * 4 * size
+    assert second[1] < 0.1 * 4 * size
 
 
 # Interrupted, and taken up again by another number of processes.

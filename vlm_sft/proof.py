@@ -37,6 +37,7 @@ from vlm_sft.training.checkpoints import SafeCheckpoints
 from vlm_sft.training.neftune import noise_by_conversation
 from vlm_sft.training.plan import Plan, plan_of
 from vlm_sft.training.reports import write_reports
+from vlm_sft.upstream import widen_once
 
 Trains = Mapping[str, str | Sequence[str]]
 
@@ -173,6 +174,7 @@ def prove(
     changes = list(getattr(trainer.args, "hardware_changes", ()))
     model = trainer.model
     narrow = [weight for weight in model.parameters() if weight.requires_grad and weight.dtype != torch.float32]
+    widen_once(model)
     cast_trainable_to_fp32(model)
     if narrow:
         changes.append(f"{len(narrow)} trainable tensors cast to float32")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -270,9 +269,7 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
             f"The adapter in {name!r} was trained on {adapter.base_model_name_or_path!r}, which did not load from "
             f"{named!r}: {error} Pass base_model= the folder or Hub name of that base."
         ) from error
-    # Under FSDP the other processes may get their weights from this one later (cpu_ram_efficient_loading).
-    mine = PartialState().is_local_main_process or not is_sharded()
-    if mine and (other := weight_differences(trained_on.get("weights", {}), training_base(base)["weights"])):
+    if other := weight_differences(trained_on.get("weights", {}), training_base(base)["weights"]):
         raise ValueError(
             f"{base.name_or_path!r} is not the base that the adapter in {folder!r} was trained on; {len(other)} of "
             f"{len(trained_on['weights'])} weights differ: {'; '.join(other[:3])}. Pass base_model= the right one."
