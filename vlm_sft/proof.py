@@ -23,7 +23,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops, draw_mask
 from vlm_sft.chat.packing import check_padding_free
-from vlm_sft.checks import check_captions, check_flags, check_pass, check_pieces, check_storage, row_facts
+from vlm_sft.checks import check_captions, check_flags, check_pass, check_pieces, check_storage, costs, row_facts
 from vlm_sft.common import base_of, listed, restore_rng, rng_state
 from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import AnswerEvaluation
@@ -204,6 +204,7 @@ def prove(
     facts = {
         "trains": "\n".join(parts.lines()),
         "quantized": quantized,
+        **costs(model),
         **row_facts(trainer, checked, report),
         **plan.facts,
         "changed": "; ".join(changes) or "nothing",

@@ -52,6 +52,8 @@ class RecipeDefaults(SFTConfig):
     attn_implementation: str | None = None
     # None: as many rows as in training
     per_device_eval_batch_size: int | None = None  # type: ignore[assignment]
+    # Rows answered at a time; None: as many as are evaluated, at most 8, so that their cache takes less than a step
+    generation_batch_size: int | None = None
     activation_checkpointing: bool | None = True  # less memory for some 20% of time
     eval_on_start: bool = True  # the answers before training, for samples.html
     eval_strategy: str = "steps"
@@ -67,6 +69,8 @@ class RecipeDefaults(SFTConfig):
     def __post_init__(self) -> None:
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
+        if self.generation_batch_size is None:
+            self.generation_batch_size = min(8, self.per_device_eval_batch_size)
         if self.save_steps is None:
             self.save_steps = self.eval_steps or 500
         self.hardware_changes = set_hardware_defaults(self)
