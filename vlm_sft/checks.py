@@ -14,6 +14,7 @@ from vlm_sft.data.check_rows import Checked, rows_checked
 from vlm_sft.data.rows import drawn_seed, unpacked
 from vlm_sft.distributed import print_main
 from vlm_sft.models.loading import loaded_from
+from vlm_sft.tools.memory import of_run
 from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
 from vlm_sft.upstream import is_sharded
 
@@ -56,6 +57,17 @@ def costs(model: Any) -> dict[str, str]:
         "costs": f"DoRA with dropout multiplies each adapted matrix twice: a step of some 1.7 times LoRA's; with "
         f"lora_dropout 0 (here {max(dropouts):g}) it costs about as much as LoRA"
     }
+
+
+def memory_of(trainer: Any) -> str:
+    """A line on what the run takes of its GPU; for a model whose config reads like no other, why there is none."""
+    rows = trainer.train_dataset
+    known = "length" in (rows.column_names or ())
+    longest = max(rows.with_format(None)["length"][:]) if known else trainer.args.max_length or 2048
+    try:
+        return of_run(trainer, longest)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return f"not estimated for this model: {error}"
 
 
 def check_storage(trainer: Any, packing: Any) -> None:

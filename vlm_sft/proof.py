@@ -23,7 +23,16 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops, draw_mask
 from vlm_sft.chat.packing import check_padding_free
-from vlm_sft.checks import check_captions, check_flags, check_pass, check_pieces, check_storage, costs, row_facts
+from vlm_sft.checks import (
+    check_captions,
+    check_flags,
+    check_pass,
+    check_pieces,
+    check_storage,
+    costs,
+    memory_of,
+    row_facts,
+)
 from vlm_sft.common import base_of, listed, restore_rng, rng_state
 from vlm_sft.distributed import print_main
 from vlm_sft.evaluation.callback import AnswerEvaluation
@@ -209,6 +218,8 @@ def prove(
         **plan.facts,
         "changed": "; ".join(changes) or "nothing",
     }
+    if torch.accelerator.is_available() and not trainer.args.use_cpu:
+        facts["memory"] = memory_of(trainer)
     shortest = report.shortest
     proof = Proof(facts, report, flags, _held(trainer, collator, plan))
     gate.trainer, gate.proof = trainer, proof

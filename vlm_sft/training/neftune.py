@@ -25,7 +25,7 @@ def noise_by_conversation(trainer: Any) -> None:
     def measure(core: Any, args: Any, kwargs: dict[str, Any]) -> None:
         lengths[0] = _lengths(**kwargs)
 
-    def add_noise(embedding: Any, args: Any, output: Tensor) -> Tensor:
+    def add_noise(embedding: Any, args: Any, output: Tensor) -> Any:
         if not embedding.training:
             return output
         within = alpha / (lengths[0].to(output.device) * output.shape[-1]).sqrt()
