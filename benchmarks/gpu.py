@@ -3,13 +3,13 @@
     make gpu                                    # or: python benchmarks/gpu.py [--minutes 9] [--tiny]
 
 Random weights of the real sizes of LLaVA-1.5-7B and Qwen2.5-VL-3B, nothing is downloaded. First each path of the
-recipes takes three steps on a tiny twin, a line each: it works, or how it failed. Then training at full size, QLoRA,
-LoRA and DoRA: TRL's own path with the default collator, with data workers and without; the recipe's with padding,
-without, and packed. All through SFTTrainer, on the same rows, with the recipe's own optimizer, precision, dropout and
-checkpointing. An epoch is thrown away, the next one counts, and the paths take turns in another order each round. Last,
-beside the peaks, what `python -m vlm_sft memory` says. No failure ends the others; what is found is written to
-outputs/gpu.md and outputs/gpu.jsonl as it comes, and the program ends after --minutes. `--tiny` tries the program
-itself, on twins, also without a GPU.
+recipes takes three steps on a tiny twin, a line each: it works, or how it failed. Then training at full size, by QLoRA,
+LoRA, and DoRA on a 4-bit base: TRL's own path with the default collator, with data workers and without; the recipe's
+with padding, without, and packed. All through SFTTrainer, on the same rows, with the recipe's own optimizer, precision,
+dropout and checkpointing. An epoch is thrown away, the next one counts, and the paths take turns in another order each
+round. Beside the peaks stands what `vlm_sft.tools.memory` estimates. No failure ends the others; what is found is
+written to outputs/gpu.md and outputs/gpu.jsonl as it comes, and the program ends after --minutes. `--tiny` tries the
+program itself, on twins, also without a GPU.
 
 Where no package index can be reached and torch is there already (2.11 or newer): on a machine with an index,
 `grep -v '^torch==' requirements.txt > r.txt && pip download -r r.txt kernels --no-deps -d wheels`; copy the project
@@ -63,8 +63,13 @@ ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available()
 BATCH = 4  # the recipes'
 PATHS = ("TRL", "TRL, workers", "recipe, padded", "recipe, no padding", "recipe, packed")
-METHODS: dict[str, dict[str, Any]] = {"QLoRA": {"load_in_4bit": True}, "LoRA": {}, "DoRA": {"use_dora": True}}
-METHODS |= {"DoRA, no dropout": {"use_dora": True, "lora_dropout": 0.0}}
+FOUR_BIT = {"load_in_4bit": True}
+METHODS: dict[str, dict[str, Any]] = {
+    "QLoRA": FOUR_BIT,
+    "QDoRA": {**FOUR_BIT, "use_dora": True},  # llava15_sft's own
+    "LoRA": {},
+    "QDoRA, no dropout": {**FOUR_BIT, "use_dora": True, "lora_dropout": 0.0},
+}
 # config.json of llava-hf/llava-1.5-7b-hf and Qwen/Qwen2.5-VL-3B-Instruct; the token ids are those of the twins.
 LLAVA = {
     "vision_config": {
@@ -383,8 +388,8 @@ def try_paths(report: Report, until: Callable[[], float], folder: Path) -> None:
 def try_speed(report: Report, until: Callable[[], float], folder: Path, small: bool, rows: int) -> None:
     mix.rows(rows).save_to_disk(folder / "rows")
     flags = ["--tiny"] if small else []
-    for name in MODELS:
-        for method in METHODS:
+    for method in METHODS:
+        for name in MODELS:
             if time.monotonic() > until():
                 report.line(f"\n{name}, {method}: no time left")
                 continue
