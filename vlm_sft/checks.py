@@ -50,13 +50,11 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
 
 def costs(model: Any) -> dict[str, str]:
     """A line on adapters that cost more than they need to, where the model has such."""
-    dropouts = [config.lora_dropout for config in getattr(model, "peft_config", {}).values() if config.use_dora]
-    if not any(dropouts):
-        return {}
-    return {
-        "costs": f"DoRA with dropout multiplies each adapted matrix twice: a step of some 1.7 times LoRA's; with "
-        f"lora_dropout 0 (here {max(dropouts):g}) it costs about as much as LoRA"
-    }
+    dropout = max((c.lora_dropout for c in getattr(model, "peft_config", {}).values() if c.use_dora), default=0)
+    said = (
+        "DoRA with dropout multiplies each adapted matrix twice: a step of some 1.7 times LoRA's; with lora_dropout 0"
+    )
+    return {"costs": f"{said} (here {dropout:g}) it costs about as much as LoRA"} if dropout else {}
 
 
 def memory_of(trainer: Any) -> str:

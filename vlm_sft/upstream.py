@@ -44,7 +44,7 @@ def flash_attentions(model: PreTrainedModel) -> list[str]:
     transformers 5.23 asks no model whether it takes a kernel that is named, and for "flash_attention_3" fetches vLLM's
     build, made to serve. TRL 1.16 trains with the one named here.
     """
-    if not (model._supports_flash_attn and torch.cuda.is_available()):
+    if not model._supports_flash_attn or PartialState().device.type != "cuda":
         return []
     generation, _ = torch.cuda.get_device_capability()
     kernels, third = is_kernels_available(), is_flash_attn_3_available()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,7 +266,7 @@ def test_flash_attention_where_gpu_dtype_and_model_take_it(
     monkeypatch.setattr(upstream, "is_kernels_available", lambda: any(name.startswith("kernels") for name in installed))
     load_model(tiny_dir(family), dtype=dtype)
     assert not set_to  # no GPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(upstream, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     load_model(tiny_dir(family), dtype=dtype)
     assert set_to == ([chosen] if chosen else [])

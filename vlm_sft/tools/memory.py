@@ -28,6 +28,7 @@ GIB = 2**30
 # arXiv 2305.14314). A bfloat16 weight takes 2 bytes, a trained one 4: `cast_trainable_to_fp32`.
 _NF4, _BF16, _TRAINED = (4 + 8 / 64 + 32 / (64 * 256)) / 8, 2, 4
 _ADAM = {"adamw": 8, "adamw_8bit": 2}
+_ADAPTERS = ("lora_r", "lora_dropout", "use_dora")
 # What the driver, CUDA's context and its libraries take, and NCCL's buffers: usual sizes, not of any measurement here.
 _CONTEXT, _NCCL = 0.5 * GIB, 0.4 * GIB
 _TILE = 4096, 32768  # tokens and words that TRL 1.16's head scores at a time (trainer/utils.py, kernels)
@@ -66,19 +67,15 @@ def estimate(
     parts, sizes = parts_of(model), _sizes(model)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     language = [m for name, m in linears.items() if part_of(name, parts) == "language"]
-    adapters = None
-    packed = sum(m.weight.numel() for m in language) if method == "qlora" else 0
-    if method == "full":
-        taught = sizes.total() - sizes["vision"]
-    elif method == "projector":
-        taught = sizes["projector"]
-    else:
+    adapted, packed = method in ("qlora", "lora"), sum(m.weight.numel() for m in language) * (method == "qlora")
+    taught = sizes.total() - sizes["vision"] if method == "full" else sizes["projector"]
+    if adapted:
         taught = sum(lora_r * (m.in_features + m.out_features) + use_dora * m.out_features for m in language)
-        # PEFT widens the input of a 16-bit layer, and so keeps another copy of it, as dropout does.
-        apart = lora_dropout or (1e-9 if method == "lora" else 0.0)
-        adapters = LoraConfig(r=lora_r, lora_dropout=apart, use_dora=use_dora) if lora_r else None
     taught = taught if trained is None else trained
-    frozen = sizes.total() - packed - (taught if method in ("full", "projector") else 0)
+    # PEFT widens the input of a 16-bit layer, and so keeps another copy of it, as dropout does.
+    apart = lora_dropout or (1e-9 if method == "lora" else 0.0)
+    adapters = LoraConfig(r=lora_r, lora_dropout=apart, use_dora=use_dora) if adapted and lora_r else None
+    frozen = sizes.total() - packed - (0 if adapted else taught)
     held: float = frozen * _BF16 + packed * _NF4 + taught * _TRAINED
     gradients, states = float(taught * _TRAINED), float(taught * _ADAM[optimizer])
     lists = [m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and part_of(n, parts) == "language"]
@@ -99,7 +96,7 @@ def estimate(
         gathered = 2 * layer + sum(p.numel() for p in ends) * _BF16 if gpus > 1 else 0.0
     elif gpus > 1:
         gathered = gradients  # the buckets in which DDP sums gradients up
-    if strategy == "ddp" and not adapters:
+    if strategy == "ddp" and not adapted:
         gathered += taught * _BF16  # autocast keeps its 16-bit copies of what trains until a forward has ended
     text = model.config.get_text_config()
     whole = rows * tokens * text.hidden_size
@@ -115,20 +112,12 @@ def estimate(
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache = 2 * len(layers) * text.num_key_value_heads * width * _BF16 * (tokens + max_new_tokens)
     answers = asked * (cache + tokens * (2 * widest + 6 * text.hidden_size) * _BF16)
-    found = {
-        "context": _CONTEXT + (_NCCL if gpus > 1 else 0),
-        "weights": held,
-        "gradients": gradients,
-        "optimizer": states,
-        "activations": kept + at_work,
-        "head": head,
-        "tower": _tower(model, rows, tokens),
-        "gathered": gathered,
-        "answers": answers,
-        "load": load,
-    }
-    step = gradients + kept + max(at_work, head, found["tower"]) + gathered
-    return found | {"host": host, "peak": found["context"] + max(load, held + states + max(step, answers))}
+    context, tower = _CONTEXT + (_NCCL if gpus > 1 else 0), _tower(model, rows, tokens)
+    step = gradients + kept + max(at_work, head, tower) + gathered
+    found = {"context": context, "weights": held, "gradients": gradients, "optimizer": states}
+    found |= {"activations": kept + at_work, "head": head, "tower": tower, "gathered": gathered}
+    found |= {"answers": answers, "load": load, "host": host}
+    return found | {"peak": context + max(load, held + states + max(step, answers))}
 
 
 def _sizes(model: nn.Module) -> Counter[str]:
@@ -189,35 +178,33 @@ def _tower(model: Any, rows: int, tokens: int) -> float:
 
 def of_run(trainer: Any, tokens: int) -> str:
     """The estimate for this trainer's own run, of rows of at most so many tokens, beside what its GPU has free."""
-    model, args = base_of(trainer.model), trainer.args
-    adapters = next(iter(getattr(trainer.model, "peft_config", {}).values()), None)
+    model, args, plugin = base_of(trainer.model), trainer.args, trainer.accelerator.state.deepspeed_plugin
     config = copy.deepcopy(model.config)
     quantized = config.__dict__.pop("quantization_config", None) is not None
-    taught = {part_of(n, parts_of(model)) for n, weight in model.named_parameters() if weight.requires_grad}
-    plugin = trainer.accelerator.state.deepspeed_plugin
+    trained = {name: weight.numel() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    whole = "full" if any(part_of(name, parts_of(model)) == "language" for name in trained) else "projector"
+    adapters = next(iter(getattr(trainer.model, "peft_config", {}).values()), None)
+    how = {name: getattr(adapters, name if name != "lora_r" else "r") for name in _ADAPTERS} if adapters else {}
+    strategy: Any = "fsdp2" if trainer.is_fsdp_enabled else f"zero{plugin.zero_stage}" if plugin else "ddp"
     found = estimate(
         on_meta(config),
-        method="qlora" if quantized else "lora" if adapters else "full" if "language" in taught else "projector",
+        method="qlora" if quantized else "lora" if adapters else whole,  # type: ignore[arg-type]
         gpus=args.world_size,
-        strategy="fsdp2" if trainer.is_fsdp_enabled else f"zero{plugin.zero_stage}" if plugin else "ddp",  # type: ignore[arg-type]
+        strategy=strategy,
         rows=args.per_device_train_batch_size,
         tokens=tokens,
-        lora_r=getattr(adapters, "r", 0),
-        lora_dropout=getattr(adapters, "lora_dropout", 0.0),
-        use_dora=getattr(adapters, "use_dora", False),
-        optimizer="adamw_8bit" if "8bit" in str(args.optim.value) else "adamw",
+        optimizer="adamw_8bit" if "8bit" in args.optim.value else "adamw",
         checkpointing=args.activation_checkpointing,
         generation_batch_size=getattr(args, "generation_batch_size", None),
-        trained=sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
+        trained=sum(trained.values()),
+        **how,
     )
     free, total = torch.accelerator.get_memory_info()
     free += torch.accelerator.memory_reserved()  # this process's own, such as the weights
     verdict = "" if found["peak"] <= free else "; it may not fit: halve the batch, or python -m vlm_sft memory"
     kinds = ", ".join(f"{name} {found[name] / GIB:.1f}" for name in ("weights", "optimizer", "activations", "answers"))
-    return (
-        f"{found['peak'] / GIB:.1f} GiB at the peak, estimated ({kinds}); {free / GIB:.1f} GiB of {total / GIB:.1f} "
-        f"are free{verdict}"
-    )
+    beside = f"{free / GIB:.1f} GiB of {total / GIB:.1f} are free{verdict}"
+    return f"{found['peak'] / GIB:.1f} GiB at the peak, estimated ({kinds}); {beside}"
 
 
 def report(model_name_or_path: str, *, gpu_memory: float | None, gpus: int, **options: Any) -> tuple[str, bool]:
