@@ -5,6 +5,7 @@
 # make test-browser the page, the trackers and the server, in a headless Chromium (Debian: apt-get install chromium)
 # make test-latest  the test suite on the newest releases of our dependencies: what would break?
 # make check        lint, format and types
+# make gpu          on a machine with a GPU, first of all: what works there, how fast, in how much memory; nine minutes
 # make bench        training, collation and single switches beside TRL's own path, into benchmarks/README.md
 #
 # Each verb makes .venv if it is missing and installs what it needs, once. Another interpreter:
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-faults test-sweep test-browser test-latest check bench
+.PHONY: help quickstart test test-faults test-sweep test-browser test-latest check bench gpu
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -61,6 +62,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# torch as it is in .venv, or as requirements.txt has it: a CUDA build where there is a GPU.
+gpu: $(VENV)/.installed
+	$(PIP) install --quiet --constraint requirements.txt --editable ".[kernels,torchvision]"
+	$(BIN)/python benchmarks/gpu.py
 
 # Some ten minutes; whatever else runs on the machine shows in the figures.
 bench: $(VENV)/.dev $(VENV)/test-only/.installed

@@ -350,7 +350,7 @@ FAMILIES: dict[str, Family] = {
         roles("<|image|>", HEADER, "<|eot_id|>", start="<|begin_of_text|>"),
         *(L3, "PerceptionLM PerceptionLM PerceptionLM -", {"image_token": "<|image|>", "video_token": "<|video|>"}),
         HEADER_TOKENS,
-        image={"tile_size": 32, "max_num_tiles": 4},
+        image={"tile_size": 32, "max_num_tiles": 1},
         settings={"patch_size": 8, "pooling_ratio": 2},
         config={
             "projector_pooling_ratio": 2,

@@ -80,7 +80,8 @@ def flags_of(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Callable[[str],
     pairs = captions(tmp_path_factory.mktemp("captions") / "data")
 
     def flags(name: str) -> list[str]:
-        model = ["--model_name_or_path", tiny_dir(FAMILY[name])] if name in FAMILY else []
+        loaded = ["--model_name_or_path", tiny_dir(FAMILY.get(name, "llava15")), "--attn_implementation", "eager"]
+        model = loaded if name in FAMILY else []
         revision = ["--model_revision", "a-revision"]
         match name:
             case "quickstart":

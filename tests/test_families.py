@@ -1,4 +1,4 @@
-"""Every family through the whole trip: labels, adapters, 4-bit, a frozen tower, training, a fresh process, answers, merge.
+"""Every family whole: labels, adapters, 4-bit, a frozen tower, training, a fresh process, answers, merge.
 
 `make test-families` runs all; the default suite a few.
 """
@@ -191,7 +191,7 @@ def test_attention_in_both_directions_is_told_from_the_code(twin: Twin) -> None:
     layers[0].register_forward_pre_hook(disturb, with_kwargs=True)
     layers[-1].register_forward_hook(keep)
     with torch.no_grad():
-        for amount in (0.0, 10.0):
+        for amount in (0.0, 10.0):  # noqa: B007
             model(**batch, use_cache=False)
     looks_ahead = first != last and not torch.equal(*seen)  # one token that attends to its image elsewhere
     assert sees_both_ways(model) >= looks_ahead
@@ -334,6 +334,14 @@ def test_what_cannot_be_proven_is_refused_by_name(name: str, twins: Callable[[st
 
     with pytest.raises(ValueError, match=REFUSED[name]):
         start()
+
+
+@pytest.mark.families
+def test_tiles_that_do_not_go_together_are_refused(twins: Callable[[str], Twin]) -> None:
+    processor = load_processor(twins("perception_lm").folder)
+    processor.image_processor.max_num_tiles = 4
+    with pytest.raises(ValueError, match=r"PerceptionLMProcessor cannot encode images of different shapes together"):
+        ChatCollator(processor)
 
 
 @pytest.mark.families

@@ -64,10 +64,7 @@ def memory(options: argparse.Namespace) -> int:
     """Does a run fit? Estimated from the model's config; 1 if it does not."""
     from vlm_sft.tools import memory
 
-    model, table = (vars(options).pop(name) for name in ("model", "table"))
-    if not (model or table):
-        raise ValueError("--model or --table")
-    text, fits = (memory.table(), True) if table else memory.report(model, **vars(options))
+    text, fits = memory.report(vars(options).pop("model"), **vars(options))
     print(text)
     return 0 if fits else 1
 
@@ -126,14 +123,17 @@ def _parser() -> argparse.ArgumentParser:
     flag("--dtype", choices=["float32", "float16", "bfloat16"], help="of the result; by default the base's in training")
     flag("--trust_remote_code", action="store_true", help="run code from the base's repository")
     flag = flags["memory"]
-    flag("--model", help="Hub id or folder; only its config is read")
-    flag("--table", action="store_true", help="the table of docs/scaling.md")
-    flag("--method", choices=["qlora", "lora", "full"], default="qlora")
+    flag("--model", required=True, help="Hub id or folder; only its config is read")
+    flag("--method", choices=["qlora", "lora", "full", "projector"], default="qlora")
     flag("--gpus", type=int, default=1, help="on all machines together")
     flag("--strategy", choices=["ddp", "fsdp2", "zero2", "zero3"], default="ddp")
     flag("--rows", type=int, default=4, help="per_device_train_batch_size")
     flag("--tokens", type=int, default=2048, help="of the longest row, images included")
     flag("--lora_r", type=int, default=16)
+    flag("--lora_dropout", type=float, default=0.05)
+    flag("--use_dora", action="store_true")
+    flag("--generation_batch_size", type=int, help="rows answered at a time (default: --rows, at most 8)")
+    flag("--max_new_tokens", type=int, default=64, help="of an answer")
     flag("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw")
     flag("--no_checkpointing", dest="checkpointing", action="store_false", help="without activation checkpointing")
     flag("--gpu_memory", type=float, help="GiB of each GPU (default: this machine's, or 80)")

@@ -9,6 +9,7 @@ holds what these modules rely on in place:
 - training/optim.py: `optimizer_cls_and_kwargs` may hold a callable that makes the optimizer of a model, and
   `get_decay_parameter_names` reads nothing of its Trainer (transformers 5.23): for rates by part.
 - training/callbacks.py: `log_probs` [B, T - 1] of TRL 1.16's fused head, to name the row of a NaN.
+- training/neftune.py: `neftune_hook_handle` of the Trainer (transformers 5.23), whose noise counts padding.
 - data/check_rows.py, proof.py: `Dataset._fingerprint` (datasets 5.2), to know rows again.
 - evaluation/callback.py, training/callbacks.py: callbacks run in the order of `callback_handler.callbacks`, and an
   evaluation before the save of its step (transformers 5.23): answers are scored, then the random state is put back.
@@ -35,6 +36,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
 
 def sees_both_ways(model: PreTrainedModel) -> bool:
@@ -57,9 +61,44 @@ BOX_SCALES = {
 sees it, after the processor's resize. Nothing in transformers 5.23 says so."""
 
 
+def flash_attentions(model: PreTrainedModel) -> list[str]:
+    """The FlashAttentions that may run on this GPU (Ampere or newer; the third on Hopper), best first: a build that is
+    installed, or one that `kernels` fetches.
+
+    transformers 5.23 asks no model whether it takes a kernel that is named, and for "flash_attention_3" fetches vLLM's
+    build, made to serve. TRL 1.16 trains with the one named here.
+    """
+    if not model._supports_flash_attn or PartialState().device.type != "cuda":
+        return []
+    generation, _ = torch.cuda.get_device_capability()
+    kernels, third = is_kernels_available(), is_flash_attn_3_available()
+    found = {
+        "flash_attention_3" if third else "kernels-community/flash-attn3": generation == 9 and (third or kernels),
+        "flash_attention_2": generation >= 8 and (is_flash_attn_2_available() or kernels),
+    }
+    return [name for name, runs in found.items() if runs]
+
+
 def is_sharded() -> bool:
     """Whether this process was launched with FSDP: by accelerate 1.15's own variable, which no function reads."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def is_bitsandbytes_optimizer(name: str) -> bool:
+    """Whether an `--optim` is made by bitsandbytes: by transformers 5.23's own list, which no function reads."""
+    return name in _BITSANDBYTES_OPTIMIZERS
+
+
+def use_one_gpu(args: TrainingArguments) -> bool:
+    """Leaves the Trainer the first of several GPUs where no launcher started a process for each; whether it did.
+
+    It would wrap the model in nn.DataParallel, which TRL 1.16 refuses. CUDA_VISIBLE_DEVICES comes too late for a
+    process that has imported peft: that imports bitsandbytes, which starts CUDA. The Trainer itself sets this number
+    for a model that it does not place (transformers 5.23).
+    """
+    several = bool(args.n_gpu > 1)
+    args._n_gpu = min(1, args.n_gpu)
+    return several
 
 
 def shard_on_cpu(args: TrainingArguments) -> None:
@@ -71,6 +110,23 @@ def shard_on_cpu(args: TrainingArguments) -> None:
     if args.use_cpu and is_sharded():
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
         args.accelerator_config = {"use_configured_state": True}
+
+
+def widen_once(model: PreTrainedModel) -> None:
+    """Leaves the trainable weights of other processes than the main one empty, in float32, where FSDP gives them the
+    main process's (`cpu_ram_efficient_loading`; accelerate 1.15 does not for 4-bit models).
+
+    accelerate widens them on the CPU in each process: 28 GB for 7 billion, eight times on eight GPUs. What is empty
+    takes no memory until it is written to. Frozen weights are mapped from the file, one copy for all processes.
+    """
+    if (
+        is_fsdp_enabled()
+        and not PartialState().is_main_process
+        and not getattr(model.config, "quantization_config", None)
+    ):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.empty_like(parameter, dtype=torch.float32)
 
 
 def name_own_layers(model: PreTrainedModel) -> None:

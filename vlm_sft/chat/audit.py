@@ -127,8 +127,7 @@ def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
     batch = collator([row.conversation._asdict()])
     inputs = BatchFeature(batch).to(model.device)
     try:
-        autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
-        with evaluating(model), torch.no_grad(), autocast:
+        with evaluating(model), torch.no_grad():  # the precision is the Trainer's, who has prepared the model
             loss = float(model(**inputs, use_cache=False).loss)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{row.name}: the model refuses it: {error}") from error

@@ -262,20 +262,28 @@ class ChatTemplate:
         """Ids of added tokens that only an image brings (the template may write some of them itself), found by
         encoding one question with and without an image.
 
-        Raises `ValueError` where the processor cannot encode it."""
+        Raises `ValueError` where the processor cannot encode it, or no two images of different shapes together."""
 
-        def encode(image: Image.Image | None) -> Any:
-            content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": "x"}]
+        def encode(*images: Image.Image) -> Any:
+            content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "x"}]
             text = self.render([{"role": "user", "content": content}], True)
-            images = image and [[image]]
-            return self.processor(text=[text], images=images, images_kwargs={"return_tensors": "pt"})
+            return self.processor(text=[text], images=[[*images]] if images else None, images_kwargs=pixels)
 
+        pixels, small, wide = {"return_tensors": "pt"}, Image.new("RGB", (64, 48)), Image.new("RGB", (256, 48))
         try:
-            with_image, without = encode(Image.new("RGB", (64, 48))), encode(None)
+            with_image, without = encode(small), encode()
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{type(self.processor).__name__} cannot encode a question as a chat has it: {error}; choose a chat "
                 "model, or write a collator of your own"
+            ) from error
+        try:
+            encode(small, wide)
+        except Exception as error:  # each processor has its own
+            raise ValueError(
+                f"{type(self.processor).__name__} cannot encode images of different shapes together: "
+                f"{str(error).partition(chr(10))[0]}; let it make one tile of each image, as by "
+                "processor.image_processor.max_num_tiles = 1, or choose another model"
             ) from error
         brought = {int(i) for i in with_image["input_ids"][0]} - {int(i) for i in without["input_ids"][0]}
         return frozenset(brought & self.processor.tokenizer.added_tokens_decoder.keys())

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -25,18 +24,20 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.hub import resolve_revision
-from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlm_sft.common import base_of, listed
 from vlm_sft.models.fingerprints import read_training_base, training_base, weight_differences
 from vlm_sft.models.freezing import detach_frozen_tower
-from vlm_sft.models.hardware import best_dtype
+from vlm_sft.models.hardware import best_dtype, own_device
 from vlm_sft.models.parts import parts_of, root_of
 from vlm_sft.models.quantization import nf4_config
 from vlm_sft.upstream import (
     fit_to_shards,
+    flash_attentions,
+    is_sharded,
     keep_packing,
     limit_pixels,
     number_images_by_row,
@@ -117,9 +118,10 @@ def load_model(
     - `dtype="auto"` is `best_dtype()`, and `quantization_config="auto"` none; for an adapter both are those of its base
       in training (where nothing records them, the base's own dtype and none).
     - `load_in_4bit=True` quantizes the language model alone, by `nf4_config`, which also explains `experts_in_16bit`.
-    - `attn_implementation` is by default FlashAttention 2 where it is installed and the GPU (Ampere or newer) and the
-      model take it; else what transformers chooses, PyTorch's SDPA.
-    - A quantized model goes to the GPU of this process (LOCAL_RANK); any other stays on the CPU for the Trainer.
+    - `attn_implementation=None` is FlashAttention where GPU and model take it: a build that is installed, or that of
+      kernels-community by `pip install kernels`; else what transformers chooses, PyTorch's SDPA.
+    - It is read onto the GPU of this process, and takes no room of the CPU; under FSDP and DeepSpeed ZeRO-3, which
+      shard it from there, onto the CPU.
     - `revision` is resolved to its commit once, and recorded in the model's config.
     - For an adapter, `base_model` takes the place of the base that it names; `is_trainable` leaves it trainable.
     - Only safetensors are read. A weight that is missing, left over or of another shape is an error.
@@ -224,9 +226,15 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
                 f"attn_implementation={attn_implementation!r}: in {config.model_type} the tokens of an image see each "
                 "other in both directions, and FlashAttention would hide half of them; use 'sdpa'."
             )
-    quantized = options["quantization_config"] or getattr(config, "quantization_config", None)
-    if quantized and options["device_map"] is None and torch.cuda.is_available():
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}  # it must not move later
+    zero3 = bool(is_deepspeed_zero3_enabled())  # type: ignore[no-untyped-call]
+    if zero3 and (options["quantization_config"] or getattr(config, "quantization_config", None)):
+        raise ValueError(
+            f"{place(name, revision)} in 4 or 8 bit under DeepSpeed ZeRO-3, which shards no such weights: launch with "
+            "accelerate_configs/fsdp2_qlora.yaml, or load in 16 bit (--no_load_in_4bit)"
+        )
+    if options["device_map"] is None and not zero3:
+        # Without a map, transformers would put a quantized model onto the GPU, whole, also where it is to be sharded.
+        options["device_map"] = {"": torch.device("cpu") if is_sharded() else own_device()}
     from_pretrained: Any = AutoModelForImageTextToText.from_pretrained
     try:
         model, info = from_pretrained(
@@ -245,8 +253,10 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
         ) from error
     check_weights(model, info, place(name, revision))
     if attn_implementation is None and _flash_attention_runs(model):
-        with contextlib.suppress(ValueError):  # this model has no FlashAttention
-            model.set_attn_implementation("flash_attention_2")
+        for name in flash_attentions(model):
+            with contextlib.suppress(ValueError, ImportError):  # a part without FlashAttention, or nothing to fetch it
+                model.set_attn_implementation(name)
+                break
     set_commit(model.config, revision)
     keep_packing(model)
     number_images_by_row(model)
@@ -298,9 +308,4 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
 
 
 def _flash_attention_runs(model: Any) -> bool:
-    return (
-        is_flash_attn_2_available()
-        and torch.cuda.get_device_capability() >= (8, 0)
-        and model.dtype in (torch.float16, torch.bfloat16)
-        and not sees_both_ways(model)
-    )
+    return model.dtype in (torch.float16, torch.bfloat16) and not sees_both_ways(model)
