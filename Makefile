@@ -5,6 +5,7 @@
 # make test-browser the page, the trackers and the server, in a headless Chromium (Debian: apt-get install chromium)
 # make test-latest  the test suite on the newest releases of our dependencies: what would break?
 # make check        lint, format and types
+# make gpu          on a machine with a GPU, first of all: what works there, how fast, in how much memory; nine minutes
 # make bench        training, collation and single switches beside TRL's own path, into benchmarks/README.md
 #
 # Each verb makes .venv if it is missing and installs what it needs, once. Another interpreter:
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-faults test-sweep test-browser test-latest check bench
+.PHONY: help quickstart test test-faults test-sweep test-browser test-latest check bench gpu
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -25,7 +26,8 @@ quickstart: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/quickstart.py
 
 # The processors of half the model families need torchvision. Its wheel stays out of site-packages, since
-# beside a torch without CUDA it breaks `import trl`; tests/torchvision_cpu shows the tests where it is.
+# beside a torch without CUDA it breaks `import trl`; tests/torchvision_cpu shows the tests where it is. timm is for the
+# families whose tower it brings.
 # Two workers are faster than two threads.
 test: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not sweep"
@@ -61,6 +63,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# torch as it is in .venv, or as requirements.txt has it: a CUDA build where there is a GPU.
+gpu: $(VENV)/.installed
+	$(PIP) install --quiet --constraint requirements.txt --editable ".[kernels,torchvision]"
+	$(BIN)/python benchmarks/gpu.py
+
 # Some ten minutes; whatever else runs on the machine shows in the figures.
 bench: $(VENV)/.dev $(VENV)/test-only/.installed
 	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/cpu.py --write
@@ -84,7 +91,7 @@ $(VENV)/.dev: $(VENV)/.installed
 # --no-deps, or pip would pull a second torch in beside it.
 $(VENV)/test-only/.installed: Makefile $(VENV)/.dev
 	rm -rf $(@D)
-	$(PIP) install --quiet --no-deps --target $(@D) torchvision==0.28.0
+	$(PIP) install --quiet --no-deps --target $(@D) torchvision==0.28.0 timm==1.0.31
 	@touch $@
 
 # A fresh environment that finds the packages of .venv after its own.

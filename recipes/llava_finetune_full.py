@@ -52,10 +52,10 @@ def to_conversation(row: dict) -> dict:
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
-    name, revision = args.model_name_or_path, args.model_revision
+    name, revision, attention = args.model_name_or_path, args.model_revision, training_args.attn_implementation
     check_tower(name, args.vision_tower, revision=revision)
     processor = vlm_sft.load_processor(name, revision=revision)
-    model = vlm_sft.load_model(name, revision=revision)
+    model = vlm_sft.load_model(name, revision=revision, attn_implementation=attention)
     peft_config = vlm_sft.lora_config(model, TRAINS)  # None: no part takes adapters
     padding_free = vlm_sft.enable_padding_free(model)  # with FlashAttention, rows need no padding
     collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length, padding_free=padding_free)

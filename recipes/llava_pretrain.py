@@ -36,8 +36,8 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     max_length: int | None = 2048  # LLaVA-1.5's own limit; an image takes 576 of it. A longer row is an error
     num_train_epochs: float = 1  # this and the rates: LLaVA-1.5's scripts/v1_5/pretrain.sh
     train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
-    per_device_train_batch_size: int = 32
-    gradient_accumulation_steps: int = 8  # 256 rows a step on one GPU; with eight GPUs set 1
+    per_device_train_batch_size: int = 16
+    gradient_accumulation_steps: int = 16  # 256 rows a step on one GPU; with eight GPUs set 2
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03  # below 1, a share of all steps

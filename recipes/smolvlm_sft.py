@@ -55,11 +55,11 @@ def to_conversation(row: dict) -> dict:  # columns `image`, `question`, `answer`
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
-    name, revision = args.model_name_or_path, args.model_revision
+    name, revision, attention = args.model_name_or_path, args.model_revision, training_args.attn_implementation
     processor = vlm_sft.load_processor(name, revision=revision)
     tiles = processor.image_processor  # its sizes are saved with it, so inference does the same
     tiles.size["longest_edge"] = args.max_tiles_per_side * tiles.max_image_size["longest_edge"]
-    model = vlm_sft.load_model(name, revision=revision, load_in_4bit=args.load_in_4bit)
+    model = vlm_sft.load_model(name, revision=revision, load_in_4bit=args.load_in_4bit, attn_implementation=attention)
     peft_config = vlm_sft.lora_config(
         model, TRAINS, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
     )

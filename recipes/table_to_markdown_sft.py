@@ -75,7 +75,7 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
         if not (args.dataset_name or Path(drawn).exists()):
             write_tables(drawn, count=args.num_tables, seed=training_args.seed)
     processor = vlm_sft.load_processor(args.model_name_or_path)
-    model = vlm_sft.load_model(args.model_name_or_path)
+    model = vlm_sft.load_model(args.model_name_or_path, attn_implementation=training_args.attn_implementation)
     collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length)
     source, seed = args.dataset_name or drawn, training_args.seed
     data = vlm_sft.load_conversations(source, to_conversation=to_conversation, eval_fraction=0.02, seed=seed)

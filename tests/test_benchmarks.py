@@ -7,13 +7,15 @@ import importlib
 import logging
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from trl import SFTConfig
+
+from vlm_sft import RecipeDefaults
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 NAMES = ("mix", "training", "parts", "collation", "cpu", "gpu", "first_step")
@@ -74,7 +76,7 @@ def test_parts_and_collation_have_figures(benchmarks: dict[str, Any], monkeypatc
     held = [float(row[3]) for row in tower[1:]]
     assert held[1] < held[0]
     assert held[3] < held[2]
-    assert len(parts.dora()) == 3
+    assert [row[0] for row in parts.dora(width=64)[1:]][-1] == "DoRA, dropout 0.05"
     monkeypatch.setattr(collation, "ROWS", 8)
     assert set(collation.beside_image_work(repeats=1)) == {"image work alone", "TRL", "note", "recipe"}
     assert min(collation.text_side("llava15", repeats=1)) > 0
@@ -94,28 +96,59 @@ def test_a_first_and_a_second_start_are_timed(
 
 @pytest.mark.slow
 def test_the_gpu_program_runs_tiny_without_one(
-    benchmarks: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    benchmarks: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    gpu, process = benchmarks["gpu"], benchmarks["gpu"].in_a_process
+    """One path that works, one that fails, and the figures of a model and method, here instead of in a process."""
+    gpu, every = benchmarks["gpu"], benchmarks["gpu"].checks
+    plain, asked = gpu.lines_of, []
 
-    def here(name: str, path: str, folder: str, *flags: str) -> Any:
-        return process(name, path, folder, *flags) if path == "qlora" else gpu.one(name, path, Path(folder), True)
+    def few(*given: Any) -> dict[str, list[str]]:
+        commands = every(*given)
+        assert len(commands) > 8
+        fails = [sys.executable, "-c", "print('Step 1'); raise ValueError('no such kernel')"]
+        return {"LoRA in 16 bit": commands["LoRA in 16 bit"], "a path that fails": fails}
 
-    monkeypatch.setattr(gpu, "in_a_process", here)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--rows", "8", "--runs", "1"])
+    def lines_of(command: list[str], *given: Any) -> Any:
+        if "--one" not in command:
+            return plain(command, *given)
+        name, method, rows = command[command.index("--one") + 1 :][:3]
+        asked.append((name, method))
+        if len(asked) > 1:
+            raise TimeoutError("not ended in time")
+        gpu.measure(name, method, Path(rows), True)
+        return iter(capsys.readouterr().out.splitlines())
+
+    monkeypatch.setattr(gpu, "checks", few)
+    monkeypatch.setattr(gpu, "lines_of", lines_of)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--rows", "8", "--output", str(tmp_path)])
     gpu.main()
-    printed = capsys.readouterr().out
-    assert len(re.findall(r"^\| (llava-1.5-7b|Qwen2.5-VL-7B), (trl|note|recipe) \| [\d,]+ \|", printed, re.M)) == 6
-    assert "QLoRA of llava-1.5-7b, one row of 1" in printed
+    printed = (tmp_path / "gpu.md").read_text("utf-8")
+    assert re.search(r"^\| LoRA in 16 bit \| works, \d+ s: loss \d", printed, re.M)
+    assert "| a path that fails | FAILED: ValueError: no such kernel |" in printed
+    assert "LLaVA-1.5-7B, QLoRA, attention sdpa; estimated peak " in printed
+    for path in gpu.PATHS:
+        assert re.search(rf"^\| {path} \| [\d,]+ \| \d+\.\d\d \|", printed, re.M)
+    assert printed.count("not ended in time") == len(gpu.MODELS) * len(gpu.METHODS) - 1
+    assert len((tmp_path / "gpu.jsonl").read_text("utf-8").splitlines()) == 2 + 2 + 2 * len(gpu.PATHS)
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     with pytest.raises(SystemExit):
         gpu.main()
     assert "no GPU is visible" in capsys.readouterr().err
 
 
+def test_what_runs_longer_than_the_time_left_is_ended(benchmarks: dict[str, Any]) -> None:
+    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    lines = benchmarks["gpu"].lines_of(command, time.monotonic() + 5)
+    began = time.monotonic()
+    assert next(lines) == "begun\n"
+    with pytest.raises(TimeoutError):
+        next(lines)
+    assert time.monotonic() - began < 20
+
+
 def test_the_switches_of_the_readme_exist() -> None:
     text = (FOLDER / "README.md").read_text("utf-8")
-    fields = {field.name for field in dataclasses.fields(SFTConfig)} | {"no_use_dora"}
+    fields = {field.name for field in dataclasses.fields(RecipeDefaults)} | {"no_use_dora", "lora_dropout"}
     flags = set(re.findall(r"`--(\w+)", text))
     assert len(flags) > 6
     assert flags <= fields

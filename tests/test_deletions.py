@@ -32,9 +32,9 @@ FAMILY = {
     "llava15_sft": "llava15",
     "llava_next_sft": "llava_next",
     "qwen2_5_vl_sft": "qwen2_5_vl",
-    "qwen3_vl_sft": "qwen3_vl",
+    "qwen3_5_sft": "qwen3_5",
     "smolvlm_sft": "smolvlm",
-    "gemma3_sft": "gemma3",
+    "gemma4_sft": "gemma4",
     "internvl_sft": "internvl",
     "table_to_markdown_sft": "qwen2_5_vl",
     "llava_finetune_full": "llava15",
@@ -80,7 +80,8 @@ def flags_of(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Callable[[str],
     pairs = captions(tmp_path_factory.mktemp("captions") / "data")
 
     def flags(name: str) -> list[str]:
-        model = ["--model_name_or_path", tiny_dir(FAMILY[name])] if name in FAMILY else []
+        loaded = ["--model_name_or_path", tiny_dir(FAMILY.get(name, "llava15")), "--attn_implementation", "eager"]
+        model = loaded if name in FAMILY else []
         revision = ["--model_revision", "a-revision"]
         match name:
             case "quickstart":
@@ -95,12 +96,14 @@ def flags_of(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Callable[[str],
                 given = [*model, "--num_tables", 100, "--max_new_tokens", 3, "--on_bad_rows", "drop"]
             case "smolvlm_sft":
                 given = [*model, *revision, *data, *lora, "--load_in_4bit", "--use_dora", "--max_tiles_per_side", 1]
+            case "qwen3_5_sft":
+                given = [*model, *revision, *data, *lora, "--load_in_4bit", "--use_dora", "--enable_thinking"]
             case "llava15_sft":
                 given = [*model, *revision, *data, *lora, "--no_load_in_4bit", "--no_use_dora"]
             case _:
                 given = [*model, *revision, *data, *lora, "--no_load_in_4bit", "--use_dora"]
-        pixels = {"qwen2_5_vl_sft": ["--max_pixels", 1600], "qwen3_vl_sft": ["--max_pixels", 1600]}
-        tiles = {"internvl_sft": ["--max_tiles", 2]}
+        pixels = {"qwen2_5_vl_sft": ["--max_pixels", 1600], "qwen3_5_sft": ["--max_pixels", 1600]}
+        tiles = {"internvl_sft": ["--max_tiles", 2], "gemma4_sft": ["--image_tokens", 140]}
         return [*map(str, [*given, *pixels.get(name, []), *tiles.get(name, [])]), *STEPS, *EVALUATED]
 
     return flags

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,14 @@ from recipe_data import chats
 from recipe_runs import ROOT, run
 from safetensors.torch import load_file
 from together import free_port, together
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from trl import SFTConfig
 
-from vlm_sft import ChatCollator, load_processor
+from vlm_sft import ChatCollator, RecipeDefaults, load_processor, proof, upstream
+from vlm_sft.models import hardware, loading, quantization
 from vlm_sft.models.adapters import lora_config
+from vlm_sft.models.freezing import cast_trainable_to_fp32
 from vlm_sft.models.hardware import set_hardware_defaults
 from vlm_sft.models.loading import load_model
 from vlm_sft.models.parts import part_of, parts_of
@@ -120,11 +124,18 @@ def test_two_machines_train_one_model_and_save_once(flags_of: Any, alone: Any, t
     assert [text.count(" audited\n") for text in said] == [1, 0]
 
 
-def shares(recipe: str, flags: list[object]) -> dict[str, Any]:
-    """What this process holds of each parameter once the run is over."""
+def shares(recipe: str, flags: list[object], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What this process holds of each parameter once the run is over, on a machine that computes in this dtype, and
+    whether the model was sharded when the proof ran its forward."""
+    for module in (hardware, loading, quantization):
+        module.best_dtype = lambda: dtype  # type: ignore[attr-defined]
+    forwards, check = [], proof.check_forward
+    proof.check_forward = lambda *given: (forwards.append(isinstance(given[2], FSDPModule)), check(*given))[1]  # type: ignore[func-returns-value]
     finished = run(recipe, flags)
     parameters = dict(finished.trainer.model.named_parameters())
     return {
+        "forwards": forwards,
+        "dtypes": {str(value.dtype) for value in parameters.values()},
         "whole": sorted(name for name, value in parameters.items() if not isinstance(value, DTensor)),
         "held": sum(value.to_local().numel() for value in parameters.values() if isinstance(value, DTensor)),
         "all": sum(value.numel() for value in parameters.values() if isinstance(value, DTensor)),
@@ -134,6 +145,7 @@ def shares(recipe: str, flags: list[object]) -> dict[str, Any]:
 def test_four_bit_weights_are_shared_out_and_train_as_in_one_process(flags_of: Any, alone: Any, tmp_path: Path) -> None:
     found = together(shares, QLORA[0], flags_of(QLORA, tmp_path, *TWO), config="fsdp2_qlora")
     assert [share["whole"] for share in found] == [[], []]
+    assert [share["forwards"] for share in found] == [[True], [True]]
     assert sum(share["held"] for share in found) == found[0]["all"]
     assert found[0]["held"] == pytest.approx(found[1]["held"], rel=0.05)
     assert losses_in(tmp_path) == pytest.approx(losses_in(alone(QLORA)), abs=1e-4)
@@ -141,6 +153,60 @@ def test_four_bit_weights_are_shared_out_and_train_as_in_one_process(flags_of: A
     assert saved.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(saved[name], weight, atol=2e-3, rtol=0, msg=name)
+
+
+def test_in_bfloat16_as_on_a_gpu_packed_weights_train_as_in_one_process(flags_of: Any, tmp_path: Path) -> None:
+    """Weights, packed weights and the forward in bfloat16, what trains in float32: FSDP casts, DDP has autocast."""
+    bf16, where = ("--bf16", "True"), {1: tmp_path / "1", 2: tmp_path / "2"}
+    for processes, config, split in ((1, "cpu_2proc", ONE), (2, "fsdp2_qlora", TWO)):
+        flags = flags_of(QLORA, where[processes], *split, *bf16)
+        found = together(shares, QLORA[0], flags, torch.bfloat16, processes=processes, config=config)
+        assert {"torch.bfloat16", "torch.float32"} <= found[0]["dtypes"] <= {*found[0]["dtypes"], "torch.uint8"}
+    assert ("torch.uint8" in found[0]["dtypes"]) is False
+    assert losses_in(where[2]) == pytest.approx(losses_in(where[1]), abs=0.02)
+    flags = flags_of(QLORA, tmp_path / "3", *TWO)
+    with pytest.raises(
+        RuntimeError, match=r"stored as torch\.bfloat16, and would be cast to torch\.float16 bit by bit"
+    ):
+        together(fp16_over_bf16, flags, config="fsdp2_qlora")
+
+
+def fp16_over_bf16(flags: list[object]) -> None:
+    """A CPU's autocast knows no float16: it is said, as a GPU's would say it."""
+    check = proof.check_storage
+    said = SimpleNamespace(accelerator=SimpleNamespace(mixed_precision="fp16"))
+    proof.check_storage = lambda trainer, packing: check(said, packing)
+    shares(QLORA[0], [*flags, "--bf16", "True"], torch.bfloat16)
+
+
+def grown(base: Path, output: Path) -> list[int]:
+    """By how many bytes memory of this process's own, no file's, grows: as a model is read, and as what trains is
+    widened."""
+
+    def own() -> int:
+        [line] = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "Anonymous:" in line]
+        return int(line.split()[1]) * 1024
+
+    RecipeDefaults(str(output), eval_strategy="no")  # starts the group of processes
+    start = own()
+    model = load_model(base, dtype=torch.bfloat16)
+    model.requires_grad_(True)
+    read = own()
+    upstream.widen_once(model)
+    cast_trainable_to_fp32(model)
+    return [read - start, own() - read]
+
+
+def test_under_fsdp_one_process_widens_what_trains_for_all(tmp_path: Path) -> None:
+    """That they train the same from there, the other tests of cpu_2proc_fsdp2 show."""
+    model, processor = tiny.build("llava15", hidden_size=768, num_layers=4)
+    for made in (model.to(torch.bfloat16), processor):
+        made.save_pretrained(tmp_path / "base")
+    size = sum(weight.numel() for weight in model.parameters())
+    first, second = together(grown, tmp_path / "base", tmp_path, config="cpu_2proc_fsdp2")
+    assert max(first[0], second[0]) < 0.3 * 2 * size  # mapped from the file
+    assert first[1] > 0.9 * 4 * size
+    assert second[1] < 0.1 * 4 * size
 
 
 # Interrupted, and taken up again by another number of processes.

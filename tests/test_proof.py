@@ -408,6 +408,54 @@ def test_a_plan_changes_no_number(make, tmp_path, tiny_dir):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_forward_is_that_of_training(make):
+    """On the device, in the precision, and by the model that the Trainer has prepared; once."""
+    run = make(
+        bf16=True, load={"dtype": torch.bfloat16}, eval_strategy="no", load_best_model_at_end=False, eval_on_start=False
+    )
+    run.prove()
+    model, seen = run.trainer.model, []
+    core = model.get_base_model().get_decoder()
+    core.register_forward_pre_hook(lambda *_: seen.append((model.training, torch.is_autocast_enabled("cpu"))))
+    run.trainer.train()
+    steps = run.trainer.state.global_step
+    assert seen[: steps + 1] == [(False, True), *[(True, True)] * steps]
+    assert model.device == run.trainer.args.device
+
+
+@pytest.mark.parametrize(("dora", "dropout", "costs"), [(True, 0.1, True), (True, 0.0, False), (False, 0.1, False)])
+def test_what_dropout_costs_with_dora_is_said(dora, dropout, costs, make):
+    said = make(lora={"use_dora": dora, "lora_dropout": dropout}).prove().facts
+    assert ("costs" in said) is costs
+    assert not costs or "lora_dropout 0 (here 0.1)" in said["costs"]
+
+
+@pytest.mark.parametrize(("given", "size"), [({}, 2), ({"generation_batch_size": 6}, 6)])
+def test_out_of_memory_in_answering_advises_its_own_batch_size(given, size, make, monkeypatch):
+    asked = []
+
+    def full(*_, batch_size, **options):
+        asked.append(batch_size)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("vlm_sft.evaluation.callback.generate", full)
+    run = make(**given)
+    run.prove()
+    with pytest.raises(torch.OutOfMemoryError) as stopped:
+        run.trainer.train()
+    [note] = stopped.value.__notes__
+    assert asked == [size]
+    assert note.startswith(f"evaluation after step 0: out of memory in answering {size} rows")
+    assert f"--generation_batch_size {size // 2}" in note
+
+
+def test_an_attention_that_the_recipe_does_not_pass_on(make):
+    make(attn_implementation="sdpa").prove()
+    with pytest.raises(ValueError, match=r"--attn_implementation eager has no effect, the model runs sdpa: pass"):
+        make(attn_implementation="eager").prove()
+    make(attn_implementation="eager", load={"attn_implementation": "eager"}).prove()
+
+
 def test_the_way_of_a_row_to_the_first_step(make, tmp_path, monkeypatch):
     """The pass encodes each row once; after it only the audited ones, that of the forward, and the first batches."""
     encoded = []

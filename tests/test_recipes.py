@@ -29,9 +29,9 @@ ADAPTERS = {  # recipe -> family of its twin, data
     "llava15_sft": ("llava15", "chats"),
     "llava_next_sft": ("llava_next", "chats"),
     "qwen2_5_vl_sft": ("qwen2_5_vl", "charts"),
-    "qwen3_vl_sft": ("qwen3_vl", "formulas"),
+    "qwen3_5_sft": ("qwen3_5", "formulas"),
     "smolvlm_sft": ("smolvlm", "questions"),
-    "gemma3_sft": ("gemma3", "chats"),
+    "gemma4_sft": ("gemma4", "chats"),
     "internvl_sft": ("internvl", "chats"),
     "table_to_markdown_sft": ("qwen2_5_vl", None),
 }
@@ -40,7 +40,7 @@ WHOLE = {  # recipe -> the parts that it trains
     "llava_finetune_full": {"projector", "language", "head"},
 }
 RECIPES = (*ADAPTERS, *WHOLE)
-NOT_IN_4_BIT = {"smolvlm_sft", "table_to_markdown_sft", *WHOLE}
+NOT_IN_4_BIT = {"qwen3_5_sft", "smolvlm_sft", "table_to_markdown_sft", *WHOLE}
 SMALL = (
     *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--warmup_steps", "0"),
     *("--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2", "--learning_rate", "0.01"),
@@ -180,11 +180,12 @@ def test_drawn_tables_differ_in_look_and_repeat_with_the_seed(tmp_path: Path) ->
         assert set(lines[1]) == set("| -")
 
 
-def test_the_pictures_of_qwen_smolvlm_and_internvl_are_bounded(trained: Callable[[str], Run]) -> None:
+def test_the_pictures_of_qwen_gemma_smolvlm_and_internvl_are_bounded(trained: Callable[[str], Run]) -> None:
     """The limit is the processor's own, so the folder carries it to inference."""
     sizes = {name: load_processor(trained(name).output).image_processor for name in ADAPTERS}
     assert sizes["qwen2_5_vl_sft"].size["longest_edge"] == 1280 * 28 * 28
-    assert sizes["qwen3_vl_sft"].size["longest_edge"] == 1024 * 32 * 32
+    assert sizes["qwen3_5_sft"].size["longest_edge"] == 1024 * 32 * 32
+    assert sizes["gemma4_sft"].max_soft_tokens == 280
     assert sizes["smolvlm_sft"].size["longest_edge"] == 2 * sizes["smolvlm_sft"].max_image_size["longest_edge"]
     assert sizes["internvl_sft"].max_patches == 6
 
@@ -250,7 +251,7 @@ def test_bfloat16_as_on_a_gpu(
 
 
 def test_bodies_are_one_body() -> None:
-    """What a recipe's `main` does differently from llava15_sft.py's: the size of images, and nothing else."""
+    """What a recipe's `main` does differently from llava15_sft.py's: image sizes, and thinking."""
 
     def statements(name: str) -> list[str]:
         tree = ast.parse((ROOT / "recipes" / f"{name}.py").read_text("utf-8"))
@@ -261,7 +262,8 @@ def test_bodies_are_one_body() -> None:
     for name in ADAPTERS.keys() - {"table_to_markdown_sft"}:
         own = [statement for statement in statements(name) if statement not in shared]
         assert [statement for statement in statements(name) if statement in shared] == shared
-        assert all("image_processor" in statement or statement.startswith("tiles.size") for statement in own), name
+        differ = ("processor.image_processor", "tiles", "processor.chat_template")
+        assert all(statement.startswith(differ) for statement in own), name
 
 
 # What a user gets wrong. Each is told before anything is written.

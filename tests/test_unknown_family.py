@@ -59,16 +59,16 @@ def test_where_its_parts_cannot_be_told_it_is_refused_until_they_are_registered(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PARTS_OVERRIDES", {})
-    monkeypatch.setattr(Mistral3ForConditionalGeneration, "get_encoder", lambda self, modality=None: self)
     model, config = load_model(folder), AutoConfig.from_pretrained(folder)
-    refused = r"cannot be told: it has no vision tower\..*register_parts\('mistral3', .*"
+    monkeypatch.setattr(Mistral3ForConditionalGeneration, "get_decoder", lambda self: self)
+    refused = r"cannot be told: it has no language model\..*register_parts\('mistral3', .*"
     listed = r"model\.vision_tower, model\.multi_modal_projector, model\.language_model, lm_head\.$"
     asked: list[tuple[Any, Any]] = [
         (lora_config, model),
         (partial(check_trains, trains=IN_FULL), model),
         (nf4_config, model),
         (nf4_config, config),
-        (partial(load_model, load_in_4bit=True), folder),
+        (load_model, folder),
     ]
     for ask, subject in asked:
         with pytest.raises(ValueError, match=refused + listed):

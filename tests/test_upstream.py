@@ -5,6 +5,7 @@ Red when the name is gone, or the fault.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
@@ -22,11 +23,23 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from runs import Collate, rows, trainer
 from safetensors import safe_open
 from together import together
-from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments
+from torch.distributed.fsdp._fully_shard import _fsdp_init, _fsdp_param_group
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, FLASH_ATTN_KERNEL_VERSIONS
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+from transformers.training_args import OptimizerNames
+from trl import SFTTrainer
 from trl.trainer import utils as trl_utils
 
-from vlm_sft import upstream
+from vlm_sft import RecipeDefaults, load_model, upstream
+from vlm_sft.models import hardware
 from vlm_sft.models.quantization import nf4_config
 from vlm_sft.tools import tiny
 from vlm_sft.training.batches import _sampler_of
@@ -92,6 +105,76 @@ def test_accelerate_refuses_layers_that_a_model_names_and_has_not(tiny_model: Ca
         fsdp2_prepare_auto_wrap_policy(plugin, model)
     upstream.name_own_layers(model)
     assert fsdp2_prepare_auto_wrap_policy(plugin, model)(model.model.language_model.layers[0])
+
+
+def train_two_steps(base: Path, output: Path, **settings: Any) -> None:
+    still = {"eval_strategy": "no", "save_strategy": "no", "eval_on_start": False, "disable_tqdm": True}
+    args = RecipeDefaults(str(output), max_length=None, max_steps=2, **still, **settings)
+    processor = AutoProcessor.from_pretrained(base)
+    given = {"train_dataset": rows(8), "processing_class": processor, "data_collator": Collate(processor)}
+    SFTTrainer(load_model(base), args, **given).train()
+
+
+def gathered(base: Path, output: Path, checkpointing: bool) -> int:
+    """How often a layer or the rest of the model is gathered in two steps."""
+    calls: list[int] = []
+    plain = _fsdp_param_group.foreach_all_gather
+    _fsdp_param_group.foreach_all_gather = lambda *given: (calls.append(1), plain(*given))[1]
+    train_two_steps(base, output, activation_checkpointing=checkpointing)
+    return len(calls)
+
+
+@pytest.mark.slow
+@pytest.mark.loopback
+def test_fsdp2_gathers_no_layer_twice_for_checkpointing(tiny_dir: Any, tmp_path: Path) -> None:
+    """Of FSDP's first version transformers 5.23 still warns that `activation_checkpointing` gathers once more than
+    FSDP's own; under the second, which the configs take, it does not, so recipes have one flag for all launches."""
+    with_it, without = (
+        together(gathered, tiny_dir("llava15"), tmp_path, on, config="cpu_2proc_fsdp2") for on in (True, False)
+    )
+    assert with_it == without
+    assert with_it[0] > 10
+
+
+def step_with(base: Path, output: Path, optim: str) -> None:
+    hardware.is_bitsandbytes_optimizer = lambda name: False
+    train_two_steps(base, output, optim=optim)
+
+
+@pytest.mark.slow
+@pytest.mark.loopback
+def test_an_optimizer_of_bitsandbytes_cannot_step_sharded_weights(tiny_dir: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"bitsandbytes\.\w+.*sharding strategy"):
+        together(step_with, tiny_dir("llava15"), tmp_path, "lion_32bit", config="cpu_2proc_fsdp2")
+
+
+def test_optimizers_of_bitsandbytes_are_known_by_name(tmp_path: Path) -> None:
+    found = set()
+    for name in OptimizerNames:
+        with contextlib.suppress(ValueError, ImportError):  # not installed, or of a model
+            args = TrainingArguments(str(tmp_path), optim=name, use_cpu=True, report_to="none")
+            if Trainer.get_optimizer_cls_and_kwargs(args)[0].__module__.startswith("bitsandbytes"):
+                found.add(name.value)
+    assert found == {name.value for name in OptimizerNames if upstream.is_bitsandbytes_optimizer(name.value)}
+    assert {"lion_32bit", "paged_adamw_32bit", "adamw_8bit"} <= found
+
+
+def test_the_scales_of_packed_weights_move_with_them(tiny_model: Callable[..., Any]) -> None:
+    """A 4-bit model is read onto the CPU for FSDP2, which moves each weight by `weight.data = weight.to(device)` to the
+    GPU before it is split."""
+    assert "tensor.data = tensor.to(device)" in inspect.getsource(_fsdp_init._move_states_to_device)
+    layer = nf4(tiny_model).model.language_model.layers[0].mlp.up_proj
+    state = layer.weight.quant_state
+    moved = layer.weight.to("meta")
+    assert moved.quant_state is state is layer.quant_state
+    assert {t.device.type for t in (state.absmax, state.code, state.offset, state.state2.absmax)} == {"meta"}
+
+
+def test_transformers_fetches_a_third_flash_attention_that_is_made_to_serve() -> None:
+    third = FLASH_ATTN_KERNEL_FALLBACK["flash_attention_3"]
+    assert third == "kernels-community/vllm-flash-attn3"
+    assert FLASH_ATTN_KERNEL_VERSIONS.keys() >= {third, "kernels-community/flash-attn3"}
+    assert LlavaForConditionalGeneration._supports_flash_attn
 
 
 def test_trl_reads_the_head_past_fsdp() -> None:

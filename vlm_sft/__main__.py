@@ -13,7 +13,10 @@ def audit(options: argparse.Namespace) -> None:
     """What would be trained: each token of some rows, as the model's processor has them."""
     from vlm_sft.chat.audit import audit
     from vlm_sft.evaluation.pages import write_audit_html
+    from vlm_sft.models.loading import read_config
+    from vlm_sft.models.parts import parts_of
 
+    print(f"{'parts':<9}{parts_of(read_config(options.model))}")
     report = audit(_collator(options.model, train_on=options.train_on), _rows(options), num_rows=options.num_rows)
     print(report)
     if options.html:
@@ -61,19 +64,18 @@ def memory(options: argparse.Namespace) -> int:
     """Does a run fit? Estimated from the model's config; 1 if it does not."""
     from vlm_sft.tools import memory
 
-    model, table = (vars(options).pop(name) for name in ("model", "table"))
-    if not (model or table):
-        raise ValueError("--model or --table")
-    text, fits = (memory.table(), True) if table else memory.report(model, **vars(options))
+    text, fits = memory.report(vars(options).pop("model"), **vars(options))
     print(text)
     return 0 if fits else 1
 
 
 def tiny(options: argparse.Namespace) -> None:
-    """A small random twin of a model family, to try a recipe on."""
-    from vlm_sft.tools.tiny import save
+    """A small random twin of a model family, or of any model, to try a recipe on."""
+    from vlm_sft.tools.tiny import save, save_like
 
-    print(save(options.family, options.folder))
+    if (options.family is None) == (options.like is None):
+        raise ValueError("give FAMILY DIR, or --like MODEL DIR")
+    print(save(options.family, options.folder) if options.family else save_like(options.like, options.folder))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,19 +123,23 @@ def _parser() -> argparse.ArgumentParser:
     flag("--dtype", choices=["float32", "float16", "bfloat16"], help="of the result; by default the base's in training")
     flag("--trust_remote_code", action="store_true", help="run code from the base's repository")
     flag = flags["memory"]
-    flag("--model", help="Hub id or folder; only its config is read")
-    flag("--table", action="store_true", help="the table of docs/scaling.md")
-    flag("--method", choices=["qlora", "lora", "full"], default="qlora")
+    flag("--model", required=True, help="Hub id or folder; only its config is read")
+    flag("--method", choices=["qlora", "lora", "full", "projector"], default="qlora")
     flag("--gpus", type=int, default=1, help="on all machines together")
     flag("--strategy", choices=["ddp", "fsdp2", "zero2", "zero3"], default="ddp")
     flag("--rows", type=int, default=4, help="per_device_train_batch_size")
     flag("--tokens", type=int, default=2048, help="of the longest row, images included")
     flag("--lora_r", type=int, default=16)
+    flag("--lora_dropout", type=float, default=0.05)
+    flag("--use_dora", action="store_true")
+    flag("--generation_batch_size", type=int, help="rows answered at a time (default: --rows, at most 8)")
+    flag("--max_new_tokens", type=int, default=64, help="of an answer")
     flag("--optimizer", choices=["adamw", "adamw_8bit"], default="adamw")
     flag("--no_checkpointing", dest="checkpointing", action="store_false", help="without activation checkpointing")
     flag("--gpu_memory", type=float, help="GiB of each GPU (default: this machine's, or 80)")
     flag = flags["tiny"]
-    flag("family", metavar="FAMILY", help="such as llava15 or qwen2_5_vl; a wrong name lists them all")
+    flag("--like", metavar="MODEL", help="Hub id or folder of the model to be like; its weights are not read")
+    flag("family", metavar="FAMILY", nargs="?", help="such as llava15 or qwen2_5_vl; a wrong name lists them all")
     flag("folder", metavar="DIR", help="a new or empty folder")
     return parser
 

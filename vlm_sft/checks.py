@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from vlm_sft.chat.audit import AuditReport
 from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.chat.messages import text_of
+from vlm_sft.common import base_of
 from vlm_sft.data.check_rows import Checked, rows_checked
 from vlm_sft.data.rows import drawn_seed, unpacked
 from vlm_sft.distributed import print_main
 from vlm_sft.models.loading import loaded_from
+from vlm_sft.tools.memory import of_run
 from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
+from vlm_sft.upstream import is_sharded
 
 
 def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
     """The recipe's flags. Raises for one that nothing has read, and for settings without effect."""
     refuse_inert_settings(trainer.args)
+    asked, runs = getattr(trainer.args, "attn_implementation", None), base_of(trainer.model).config._attn_implementation
+    if asked and asked != runs and not {asked, runs} == {"flash_attention_2", "kernels-community/flash-attn2"}:
+        raise ValueError(
+            f"--attn_implementation {asked} has no effect, the model runs {runs}: pass attn_implementation="
+            "training_args.attn_implementation to load_model"
+        )
     if args is None:
         return {}
     if not isinstance(args, Arguments):
@@ -35,6 +46,40 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
             f"belongs ({', '.join(f'args.{name}' for name in unread)}), or remove the field from RecipeArguments"
         )
     return flags_of(args)
+
+
+def costs(model: Any) -> dict[str, str]:
+    """A line on adapters that cost more than they need to, where the model has such."""
+    dropout = max((c.lora_dropout for c in getattr(model, "peft_config", {}).values() if c.use_dora), default=0)
+    said = (
+        "DoRA with dropout multiplies each adapted matrix twice: a step of some 1.7 times LoRA's; with lora_dropout 0"
+    )
+    return {"costs": f"{said} (here {dropout:g}) it costs about as much as LoRA"} if dropout else {}
+
+
+def memory_of(trainer: Any) -> str:
+    """A line on what the run takes of its GPU; for a model whose config reads like no other, why there is none."""
+    rows = trainer.train_dataset
+    known = "length" in (rows.column_names or ())
+    longest = max(rows.with_format(None)["length"][:]) if known else trainer.args.max_length or 2048
+    try:
+        return of_run(trainer, longest)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return f"not estimated for this model: {error}"
+
+
+def check_storage(trainer: Any, packing: Any) -> None:
+    """Raises where FSDP would cast packed 4-bit weights, as it casts all floats to the run's precision: of other bits
+    than they are stored in, they would be other weights."""
+    if not is_sharded():
+        return
+    stored = getattr(packing, "bnb_4bit_quant_storage", None)
+    computed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision, stored)
+    if stored != computed:
+        raise ValueError(
+            f"under FSDP the 4-bit weights are stored as {stored}, and would be cast to {computed} bit by bit: pass "
+            f"the flag of what they are stored in (--bf16, --fp16), or nf4_config(..., compute_dtype={computed})"
+        )
 
 
 def check_pieces(trainer: Any, collator: Any) -> None:
@@ -59,6 +104,16 @@ def check_pieces(trainer: Any, collator: Any) -> None:
         raise ValueError(
             f"{name}: the processor is of revision {processor_revision}, the model of {revision}; pass "
             "revision=args.model_revision to load_processor and load_model alike"
+        )
+
+
+def check_router_loss(trainer: Any) -> None:
+    """Raises where TRL 1.16 would fail at the first step: it knows the number of experts by one name alone."""
+    texts = base_of(trainer.model).config.get_text_config()
+    if getattr(trainer, "aux_loss_enabled", False) and not hasattr(texts, "num_experts"):
+        raise ValueError(
+            f"TRL cannot weigh the routers of {texts.model_type!r}, whose config has no num_experts; set "
+            "--router_aux_loss_coef 0"
         )
 
 

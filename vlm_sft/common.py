@@ -57,8 +57,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def rng_state() -> tuple[Any, ...]:
     """The state of each random number generator that training draws from; `restore_rng` puts it back."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+    device = torch.get_device_module().get_rng_state() if torch.accelerator.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), device
 
 
 def restore_rng(state: tuple[Any, ...]) -> None:
@@ -66,5 +66,5 @@ def restore_rng(state: tuple[Any, ...]) -> None:
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
-    if state[3]:
-        torch.cuda.set_rng_state_all(state[3])
+    if state[3] is not None:
+        torch.get_device_module().set_rng_state(state[3])

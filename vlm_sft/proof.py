@@ -20,10 +20,21 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils.generic import is_flash_attention_requested
 
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops, draw_mask
 from vlm_sft.chat.packing import check_padding_free
-from vlm_sft.checks import check_captions, check_flags, check_pass, check_pieces, row_facts
+from vlm_sft.checks import (
+    check_captions,
+    check_flags,
+    check_pass,
+    check_pieces,
+    check_router_loss,
+    check_storage,
+    costs,
+    memory_of,
+    row_facts,
+)
 from vlm_sft.common import base_of, listed, restore_rng, rng_state
 from vlm_sft.data.rows import held_out_record
 from vlm_sft.distributed import print_main
@@ -31,12 +42,15 @@ from vlm_sft.evaluation.callback import AnswerEvaluation
 from vlm_sft.evaluation.pages import write_audit_html
 from vlm_sft.models.adapters import check_trains
 from vlm_sft.models.freezing import cast_trainable_to_fp32
+from vlm_sft.models.parts import parts_of
 from vlm_sft.models.quantization import check_quantized
 from vlm_sft.training.batches import GroupByLength
 from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
 from vlm_sft.training.checkpoints import SafeCheckpoints
+from vlm_sft.training.neftune import noise_by_conversation
 from vlm_sft.training.plan import Plan, plan_of
 from vlm_sft.training.reports import write_reports
+from vlm_sft.upstream import widen_once
 
 Trains = Mapping[str, str | Sequence[str]]
 
@@ -96,6 +110,7 @@ class Gate(TrainerCallback):
         random = rng_state()  # nothing below may change a trained number
         _refuse_exchanged(trainer, proof, state)
         _check_optimizer(kwargs["optimizer"], trainer.model)
+        noise_by_conversation(trainer)
         proof.facts["forward"] = _forward(trainer, proof)
         print_main(f"{'forward':<11}{proof.facts['forward']}")
         write_audit_html(proof.report, Path(str(args.output_dir), "audit.html"))
@@ -170,6 +185,7 @@ def prove(
     nothing_held_out = isinstance(trainer.eval_dataset, Sized) and not len(trainer.eval_dataset)
     flags = check_flags(trainer, args)
     check_pieces(trainer, collator)
+    check_router_loss(trainer)
     checked = check_pass(trainer, collator, rows)
     changes = list(getattr(trainer.args, "hardware_changes", ()))
     if nothing_held_out:
@@ -178,12 +194,14 @@ def prove(
         changes.append("no row is held out (--num_eval_rows 0), so nothing is evaluated")
     model = trainer.model
     narrow = [weight for weight in model.parameters() if weight.requires_grad and weight.dtype != torch.float32]
+    widen_once(model)
     cast_trainable_to_fp32(model)
     if narrow:
         changes.append(f"{len(narrow)} trainable tensors cast to float32")
     parts = check_trains(model, trains)
-    if getattr(base_of(model).config, "quantization_config", None) is not None:
+    if (packing := getattr(base_of(model).config, "quantization_config", None)) is not None:
         quantized = str(check_quantized(model))
+        check_storage(trainer, packing)
     else:
         quantized = "nothing"
     if require_answers and not nothing_held_out and not _callbacks(trainer, AnswerEvaluation):
@@ -205,11 +223,15 @@ def prove(
     explain_out_of_memory(trainer)
     facts = {
         "trains": "\n".join(parts.lines()),
+        "parts": str(parts_of(model)),
         "quantized": quantized,
+        **costs(model),
         **row_facts(trainer, checked, report),
         **plan.facts,
         "changed": "; ".join(changes) or "nothing",
     }
+    if torch.accelerator.is_available() and not trainer.args.use_cpu:
+        facts["memory"] = memory_of(trainer)
     shortest = report.shortest
     proof = Proof(facts, report, flags, _held(trainer, collator, plan))
     gate.trainer, gate.proof = trainer, proof
@@ -272,6 +294,10 @@ def _library_changes(trainer: Any, model: Any) -> list[str]:
         changes.append("the frozen tower stays out of autograd")
     if trainer.args.train_sampling_strategy == "group_by_length":
         changes.append("batches of rows of one length, in an order drawn from --seed and the epoch")
+    if trainer.args.neftune_noise_alpha is not None:
+        changes.append("NEFTune's noise is scaled by each conversation's own length")
+    if is_flash_attention_requested(base.config):
+        changes.append(f"attention is {base.config._attn_implementation}")
     if trainer.data_collator.settings.padding_free:
         changes.append("rows come without padding")
     return [
@@ -359,6 +385,6 @@ def _forward(trainer: Any, proof: Proof) -> str:
     sentence = check_forward(trainer.data_collator, proof.report.shortest, trainer.model)
     if not trainer.data_collator.settings.padding_free:
         return sentence
-    conversations = [row.conversation._asdict() for row in proof.report.rows[:2]]
+    conversations = [row.conversation._asdict() for row in sorted(proof.report.rows, key=len)]
     difference = check_padding_free(trainer.model, trainer.data_collator, conversations)
     return f"{sentence}; without padding the loss of a token changes by {difference:.1g}"

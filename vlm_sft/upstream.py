@@ -9,6 +9,7 @@ holds what these modules rely on in place:
 - training/optim.py: `optimizer_cls_and_kwargs` may hold a callable that makes the optimizer of a model, and
   `get_decay_parameter_names` reads nothing of its Trainer (transformers 5.23): for rates by part.
 - training/callbacks.py: `log_probs` [B, T - 1] of TRL 1.16's fused head, to name the row of a NaN.
+- training/neftune.py: `neftune_hook_handle` of the Trainer (transformers 5.23), whose noise counts padding.
 - data/check_rows.py, proof.py: `Dataset._fingerprint` (datasets 5.2), to know rows again.
 - evaluation/callback.py, training/callbacks.py: callbacks run in the order of `callback_handler.callbacks`, and an
   evaluation before the save of its step (transformers 5.23): answers are scored, then the random state is put back.
@@ -16,21 +17,38 @@ holds what these modules rely on in place:
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
+import sys
 from functools import partial
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
-TWO_WAY_IMAGES = ("deepseek_ocr2", "gemma3", "gemma4", "molmo2", "paligemma")
-"""Families in which the tokens of an image see each other in both directions. FlashAttention takes no such mask, and
-transformers 5.23 drops it without a word (masking_utils.flash_attention_mask)."""
+
+def sees_both_ways(model: PreTrainedModel) -> bool:
+    """Whether the tokens of an image may see each other in both directions: told by the masks that the model's own code
+    asks for.
+
+    FlashAttention takes no such mask, and transformers 5.23 drops it without a word (masking_utils).
+    """
+    source = inspect.getsource(sys.modules[type(model).__module__])
+    return "block_sequence_ids" in source or "or_mask_function" in source
 
 
 BOX_SCALES = {
@@ -43,9 +61,44 @@ BOX_SCALES = {
 sees it, after the processor's resize. Nothing in transformers 5.23 says so."""
 
 
+def flash_attentions(model: PreTrainedModel) -> list[str]:
+    """The FlashAttentions that may run on this GPU (Ampere or newer; the third on Hopper), best first: a build that is
+    installed, or one that `kernels` fetches.
+
+    transformers 5.23 asks no model whether it takes a kernel that is named, and for "flash_attention_3" fetches vLLM's
+    build, made to serve. TRL 1.16 trains with the one named here.
+    """
+    if not model._supports_flash_attn or PartialState().device.type != "cuda":
+        return []
+    generation, _ = torch.cuda.get_device_capability()
+    kernels, third = is_kernels_available(), is_flash_attn_3_available()
+    found = {
+        "flash_attention_3" if third else "kernels-community/flash-attn3": generation == 9 and (third or kernels),
+        "flash_attention_2": generation >= 8 and (is_flash_attn_2_available() or kernels),
+    }
+    return [name for name, runs in found.items() if runs]
+
+
 def is_sharded() -> bool:
     """Whether this process was launched with FSDP: by accelerate 1.15's own variable, which no function reads."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def is_bitsandbytes_optimizer(name: str) -> bool:
+    """Whether an `--optim` is made by bitsandbytes: by transformers 5.23's own list, which no function reads."""
+    return name in _BITSANDBYTES_OPTIMIZERS
+
+
+def use_one_gpu(args: TrainingArguments) -> bool:
+    """Leaves the Trainer the first of several GPUs where no launcher started a process for each; whether it did.
+
+    It would wrap the model in nn.DataParallel, which TRL 1.16 refuses. CUDA_VISIBLE_DEVICES comes too late for a
+    process that has imported peft: that imports bitsandbytes, which starts CUDA. The Trainer itself sets this number
+    for a model that it does not place (transformers 5.23).
+    """
+    several = bool(args.n_gpu > 1)
+    args._n_gpu = min(1, args.n_gpu)
+    return several
 
 
 def shard_on_cpu(args: TrainingArguments) -> None:
@@ -57,6 +110,23 @@ def shard_on_cpu(args: TrainingArguments) -> None:
     if args.use_cpu and is_sharded():
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
         args.accelerator_config = {"use_configured_state": True}
+
+
+def widen_once(model: PreTrainedModel) -> None:
+    """Leaves the trainable weights of other processes than the main one empty, in float32, where FSDP gives them the
+    main process's (`cpu_ram_efficient_loading`; accelerate 1.15 does not for 4-bit models).
+
+    accelerate widens them on the CPU in each process: 28 GB for 7 billion, eight times on eight GPUs. What is empty
+    takes no memory until it is written to. Frozen weights are mapped from the file, one copy for all processes.
+    """
+    if (
+        is_fsdp_enabled()
+        and not PartialState().is_main_process
+        and not getattr(model.config, "quantization_config", None)
+    ):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.empty_like(parameter, dtype=torch.float32)
 
 
 def name_own_layers(model: PreTrainedModel) -> None:
@@ -119,6 +189,31 @@ def keep_packing(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+def number_images_by_row(model: Any) -> None:
+    """Makes the positions of a row the same in every batch.
+
+    HunYuan-VL numbers the images of a batch through, so that those of the second row begin where the first row's end
+    (transformers 5.23, get_rope_index): it would train on other positions than it answers with.
+    """
+    if model.config.model_type == "hunyuan_vl":
+        model.model.get_rope_index = MethodType(_index_by_row, model.model)
+
+
+def _index_by_row(
+    core: Any, input_ids: Any, mm_token_type_ids: Any, image_grid_thw: Any = None, attention_mask: Any = None, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found, taken = [], 0
+    for row, types in enumerate(mm_token_type_ids):
+        count = int((torch.diff(types == 1, prepend=types.new_zeros(1).bool()) & (types == 1)).sum())
+        grid = None if image_grid_thw is None else image_grid_thw[taken : taken + count]
+        mask = None if attention_mask is None else attention_mask[row : row + 1]
+        this = slice(row, row + 1)
+        found.append(type(core).get_rope_index(core, input_ids[this], mm_token_type_ids[this], grid, mask))
+        taken += count
+    positions, deltas = zip(*found, strict=True)
+    return torch.cat(positions, dim=1), torch.cat(deltas)
+
+
 def set_commit(config: PreTrainedConfig, revision: str | None) -> None:
     """Keeps the commit that a model was read at in its config, which never writes it to config.json.
 
@@ -174,3 +269,32 @@ def lacks_dora(module: Any) -> bool:
     if type(module).__name__ == "Linear8bitLt":
         return bool(module.weight.device.type == "cpu")
     return not isinstance(module, nn.Linear) and type(module).__name__ != "HQQLinear"
+
+
+def targets_of(config: LoraConfig, model: nn.Module) -> set[str]:
+    """The modules and parameters that PEFT would adapt by this config.
+
+    PEFT 0.21.2 takes some mixtures (GLM-4.5V) for an older checkpoint whose experts were layers of their own: a pattern
+    of full paths becomes a set of last names, which match in the tower too, and dense layers get no adapters.
+    """
+    config = copy.deepcopy(config)
+    convert_peft_config_for_transformers(config, model, None)
+    modules = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
+    stacked = [f".{name}" for name in config.target_parameters or ()]
+    return modules | {name for name, _ in model.named_parameters() if f".{name}".endswith(tuple(stacked))}
+
+
+def restore_adapter(model: PeftModel, file: Path) -> tuple[set[str], set[str]]:
+    """Puts every tensor of an adapter's file into the model. Returns the names that it lacks, and those left over.
+
+    PEFT 0.21.2 renames the keys of a file by the table with which transformers reads old checkpoints: for some families
+    (DeepSeek-OCR-2) they then fit nothing, and the adapter stays as it was made, with a warning at most. So does the
+    Trainer, which loads checkpoints and the best one by PEFT.
+    """
+    held = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with safe_open(file, framework="pt") as tensors:
+        saved = set(tensors.keys())
+        with torch.no_grad():
+            for name in saved & held.keys():
+                held[name].copy_(tensors.get_tensor(name))
+    return held.keys() - saved, saved - held.keys()

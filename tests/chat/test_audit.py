@@ -18,6 +18,7 @@ import pytest
 import torch
 from conversations import LEARNED, answer, ask, picture
 from datasets import Dataset
+from families import TEN
 from markupsafe import escape
 from PIL import Image
 
@@ -76,7 +77,7 @@ class TrainsNothingAfterTheWords(Broken):
         return replace(row, labels=labels)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", TEN)
 def test_every_family_passes(family, tiny_model, tiny_processor):
     rows = [one(), two(), {"messages": [ask("2 + 2?"), answer("4")]}]
     collator, model = ChatCollator(tiny_processor(family)), tiny_model(family)
@@ -356,7 +357,7 @@ def test_mask_in_the_terminal(tiny_processor):
 
 
 def test_shared_characters_are_drawn_once(tiny_processor):
-    for family in tiny.FAMILIES:
+    for family in TEN:
         processor = tiny_processor(family)
         [row], _ = ChatCollator(processor).encode([two()])
         drawn = draw_mask(row, processor.tokenizer, width=10_000, colour=False)

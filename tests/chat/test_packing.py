@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from conversations import answer, ask, picture
 from datasets import Dataset
+from families import TEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import SFTConfig, SFTTrainer
 
 from vlm_sft import IGNORE_INDEX, ChatCollator
 from vlm_sft.chat.packing import check_padding_free, enable_padding_free, pack
-from vlm_sft.tools import tiny
 
 REFUSED = {"gemma3"}
 ROWS = [
@@ -29,7 +29,7 @@ def batches(processor):
     return [ChatCollator(processor, padding_free=free, name_rows=False)(ROWS) for free in (False, True)]
 
 
-@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family not in REFUSED])
+@pytest.mark.parametrize("family", [family for family in TEN if family not in REFUSED])
 def test_losses_and_gradients_are_those_of_padded_rows(family, tiny_model, tiny_processor):
     model = tiny_model(family)
     enable_padding_free(model)

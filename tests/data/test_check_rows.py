@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from families import TEN
 from PIL import Image
 
 from vlm_sft import ChatCollator, check_rows, load_conversations
 from vlm_sft.data.check_rows import CheckReport, check_report
-from vlm_sft.tools import tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -324,7 +324,7 @@ def conversation(seed: int) -> dict[str, Any]:
     return {"messages": messages, "images": images}
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", TEN)
 def test_the_columns_are_the_collators_own(family: str, tiny_processor: Callable[..., Any]) -> None:
     collator = ChatCollator(tiny_processor(family))
     rows = [conversation(seed) for seed in range(20)]

@@ -662,3 +662,18 @@ def test_splits_that_nothing_uses_are_said(folder: Path, capsys: pytest.CaptureF
         write(folder / f"{name}.jsonl", json.loads(line(0)))
     load_conversations(folder)
     assert "splits that are not used: test\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["videos", "video", "audios", "audio"])
+@pytest.mark.parametrize("layout", ["messages", "conversations", "prompt"])
+def test_columns_of_video_and_sound_are_refused_by_name(name: str, layout: str) -> None:
+    turns = {"messages": ("role", "content", "user", "assistant"), "conversations": ("from", "value", "human", "gpt")}
+    if layout == "prompt":
+        row: dict[str, Any] = {"prompt": "What?", "response": "A cat."}
+    else:
+        who, what, user, assistant = turns[layout]
+        row = {layout: [{who: user, what: "What?"}, {who: assistant, what: "A cat."}]}
+    data = load_conversations(Dataset.from_list([{**row, name: []}, {**row, name: ["a.mp4"]}]), eval_fraction=0)
+    with pytest.raises(ValueError, match=rf"row 1: the column '{name}' is not empty: video and sound are not trained"):
+        data["train"][1]
+    assert data["train"][0]["messages"]

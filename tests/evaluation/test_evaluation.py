@@ -16,6 +16,7 @@ import conversations
 import pytest
 import runs
 import torch
+from families import TEN
 from hypothesis import given, settings
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -27,7 +28,6 @@ from vlm_sft.evaluation.callback import evaluate_answers
 from vlm_sft.evaluation.generate import generate, split_reference
 from vlm_sft.evaluation.metrics import exact_match
 from vlm_sft.models.loading import load_processor
-from vlm_sft.tools import tiny
 
 
 def picture(shade: int, width: int = 40) -> Image.Image:
@@ -70,7 +70,7 @@ class Scripted(torch.nn.Module):
         return torch.cat([ids, self.said.expand(len(ids), -1)], dim=1)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", TEN)
 @pytest.mark.parametrize("row", ROWS, ids=["one turn", "two turns", "text only"])
 def test_prompt_is_what_training_reads_before_the_answer(family, row, tiny_processor):
     processor = tiny_processor(family)
@@ -81,7 +81,7 @@ def test_prompt_is_what_training_reads_before_the_answer(family, row, tiny_proce
     assert model.asked[0]["input_ids"][0].tolist() == trained.tokens["input_ids"][:answer_starts].tolist()
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", TEN)
 def test_a_model_in_training_says_what_it_was_taught_and_stays_in_training(family, tiny_model, tiny_processor):
     model, processor = tiny_model(family), tiny_processor(family)
     batch = ChatCollator(processor)(ROWS)
@@ -387,7 +387,7 @@ def test_torn_and_foreign_lines_of_samples_are_left_out(tiny_dir, tmp_path, caps
     assert capsys.readouterr().err.count("4 lines are not samples of an evaluation") == 1
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", TEN)
 def test_inputs_are_those_of_the_processor_itself(family, tiny_processor):
     """What generation is given equals `apply_chat_template(..., add_generation_prompt=True)` on the same question."""
     processor = tiny_processor(family)
@@ -411,7 +411,7 @@ def test_inputs_are_those_of_the_processor_itself(family, tiny_processor):
                 assert torch.equal(given[name], value), name
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", TEN)
 def test_prompts_of_random_conversations_are_those_of_training(family, tiny_processor):
     """The text before the last answer, of up to five exchanges, escaped tokens and all."""
     collator = ChatCollator(tiny_processor(family), reserved_tokens="escape")

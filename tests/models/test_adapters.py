@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import TEN
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from runs import Collate, rows
@@ -23,9 +24,8 @@ from vlm_sft.common import on_meta
 from vlm_sft.models.adapters import check_trains, lora_config
 from vlm_sft.models.parts import PARTS, part_of, parts_of, root_of
 from vlm_sft.models.quantization import nf4_config
-from vlm_sft.tools import tiny
 
-FAMILIES = pytest.mark.parametrize("family", tiny.FAMILIES)
+FAMILIES = pytest.mark.parametrize("family", TEN)
 LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 LORA: Any = {"language": "lora"}
 LORA_AND_PROJECTOR: Any = {"language": "lora", "projector": "full"}
@@ -450,9 +450,13 @@ def test_dora_on_some_layers_only(tiny_model: Callable[..., Any]) -> None:
 def test_experts_that_adapters_do_not_reach_show_in_the_share(tiny_model: Callable[..., Any]) -> None:
     """transformers 5.23 holds them as one parameter of three dimensions, which is not a linear layer."""
     model = tiny_model("llava15")
+    wrapped = adapted(model)
     mlp = model.model.language_model.layers[1].mlp
-    mlp.experts = nn.Parameter(torch.zeros(4, 64, 64))
-    report = check_trains(adapted(model), LORA)
+    mlp.experts = nn.Parameter(torch.zeros(4, 64, 64), requires_grad=False)
+    with pytest.raises(ValueError, match=r"1 layers asked for are not adapted: .*layers\.1\.mlp\.experts\."):
+        check_trains(wrapped, LORA)
+    names = sorted({name.rpartition(".")[2] for name in held(model)})
+    report = check_trains(wrapped, {"language": names})
     sizes = {n: w.numel() for n, w in tiny_model("llava15").named_parameters()}
     reached = sum(sizes[f"{name}.weight"] for name in held(model))
     assert report.parts["language"].share == pytest.approx(reached / (reached + mlp.experts.numel()))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 from runs import Collate, rows
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
@@ -25,10 +27,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from vlm_sft import upstream
 from vlm_sft.models import loading
 from vlm_sft.models.adapters import check_trains, lora_config
 from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, training_base
-from vlm_sft.models.hardware import best_dtype
 from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, loaded_from
 from vlm_sft.models.quantization import check_quantized, nf4_config
 from vlm_sft.tools import tiny
@@ -58,18 +60,6 @@ def text_only(tiny_processor: Callable[..., Any], tmp_path_factory: pytest.TempP
 
 def test_the_old_name_is_the_class_that_serves_it() -> None:
     assert AutoModelForVision2Seq is AutoModelForImageTextToText
-
-
-@pytest.mark.parametrize(
-    ("cuda", "bf16", "dtype"),
-    [(False, False, torch.float32), (True, True, torch.bfloat16), (True, False, torch.float16)],
-)
-def test_the_dtype_is_what_the_hardware_computes_in(
-    cuda: bool, bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 and not including_emulation)
-    assert best_dtype() == dtype
 
 
 # -- processor
@@ -194,12 +184,22 @@ def test_settings_reach_the_model(tiny_dir: Callable[[str], Path]) -> None:
     assert model.config._attn_implementation == model.config.text_config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize(
-    ("quantized", "cuda", "expected"),
-    [(True, True, {"": 3}), (False, True, None), (True, False, None)],
+    ("device", "launch", "expected"),
+    [
+        ("cuda:3", {}, {"": torch.device("cuda:3")}),
+        ("cpu", {}, {"": torch.device("cpu")}),
+        ("cuda:3", {"ACCELERATE_USE_FSDP": "true"}, {"": torch.device("cpu")}),  # it is sharded from there
+    ],
 )
-def test_a_quantized_model_goes_to_the_gpu_of_its_process(
-    quantized: bool, cuda: bool, expected: Any, tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+def test_a_model_goes_to_the_device_of_its_process(
+    quantized: bool,
+    device: str,
+    launch: dict[str, str],
+    expected: Any,
+    tiny_dir: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: dict[str, Any] = {}
     plain = AutoModelForImageTextToText.from_pretrained
@@ -208,44 +208,71 @@ def test_a_quantized_model_goes_to_the_gpu_of_its_process(
         asked.update(options)
         return plain(name, output_loading_info=True)
 
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setenv("LOCAL_RANK", "3")
     config = nf4_config(tiny.build("llava15")[0], compute_dtype=torch.float32) if quantized else None
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loading, "own_device", lambda: torch.device(device))
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
     load_model(tiny_dir("llava15"), quantization_config=config, dtype="float32")
     assert asked["device_map"] == expected
     assert asked["use_safetensors"] is True
     assert asked["trust_remote_code"] is False
+    monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: True)
+    if quantized:
+        with pytest.raises(ValueError, match=r"ZeRO-3, which shards no such weights: .*fsdp2_qlora.yaml"):
+            load_model(tiny_dir("llava15"), quantization_config=config, dtype="float32")
+    else:
+        load_model(tiny_dir("llava15"), dtype="float32")
+        assert asked["device_map"] is None
+
+
+HUB2, HUB3 = "flash_attention_2", "kernels-community/flash-attn3"  # transformers fetches the first by itself
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "capability", "chosen"),
+    ("family", "dtype", "capability", "installed", "chosen"),
     [
-        ("llava15", "bfloat16", (8, 0), ["flash_attention_2"]),
-        ("llava15", "float32", (8, 0), []),
-        ("llava15", "float16", (7, 5), []),
-        ("gemma3", "bfloat16", (9, 0), []),  # image tokens look both ways
+        ("llava15", "bfloat16", (8, 0), {"2"}, "flash_attention_2"),
+        ("llava15", "bfloat16", (8, 0), {"kernels"}, HUB2),
+        ("llava15", "bfloat16", (12, 0), {"kernels"}, HUB2),
+        ("llava15", "bfloat16", (9, 0), {"2"}, "flash_attention_2"),
+        ("llava15", "bfloat16", (9, 0), {"2", "3"}, "flash_attention_3"),
+        ("llava15", "bfloat16", (9, 0), {"2", "kernels"}, HUB3),
+        ("llava15", "bfloat16", (9, 0), {"2", "kernels, which do not load"}, "flash_attention_2"),
+        ("llava15", "bfloat16", (9, 0), set(), None),
+        ("llava15", "float32", (8, 0), {"2", "kernels"}, None),
+        ("llava15", "float16", (7, 5), {"2", "kernels"}, None),
+        ("gemma3", "bfloat16", (9, 0), {"2", "kernels"}, None),  # image tokens look both ways
     ],
 )
 def test_flash_attention_where_gpu_dtype_and_model_take_it(
     family: str,
     dtype: str,
     capability: tuple[int, int],
-    chosen: list[str],
+    installed: set[str],
+    chosen: str | None,
     tiny_dir: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model_class = type(tiny.build(family)[0])
     set_to: list[str] = []
-    monkeypatch.setattr(model_class, "set_attn_implementation", lambda self, name: set_to.append(name))
+
+    def set_attention(self: Any, name: str) -> None:
+        if name == HUB3 and "kernels" not in installed:
+            raise ValueError("An error occurred while trying to load")
+        set_to.append(name)
+
+    monkeypatch.setattr(type(tiny.build(family)[0]), "set_attn_implementation", set_attention)
+    monkeypatch.setattr(upstream, "is_flash_attn_2_available", lambda: "2" in installed)
+    monkeypatch.setattr(upstream, "is_flash_attn_3_available", lambda: "3" in installed)
+    monkeypatch.setattr(upstream, "is_kernels_available", lambda: any(name.startswith("kernels") for name in installed))
+    load_model(tiny_dir(family), dtype=dtype)
+    assert not set_to  # no GPU
+    monkeypatch.setattr(upstream, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     load_model(tiny_dir(family), dtype=dtype)
-    assert not set_to
-    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
-    load_model(tiny_dir(family), dtype=dtype)
-    assert set_to == chosen
+    assert set_to == ([chosen] if chosen else [])
     load_model(tiny_dir(family), dtype=dtype, attn_implementation="sdpa")
-    assert set_to == chosen
+    assert len(set_to) == bool(chosen)
 
 
 def test_flash_attention_would_hide_half_of_gemmas_image_tokens(tiny_dir: Callable[[str], Path]) -> None:
@@ -304,16 +331,19 @@ def test_a_text_only_model(text_only: Path) -> None:
         load_model(text_only)
 
 
-def test_a_model_whose_parts_cannot_be_told_loads_and_says_what_it_costs(
-    tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_model_whose_parts_cannot_be_told_is_refused_before_its_weights_are_read(
+    twin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(tiny.build("llava15")[0]), "get_encoder", lambda self, modality=None: None)
-    model = load_model(tiny_dir("llava15"))
-    said = capsys.readouterr().err
-    assert "a frozen vision tower stays in autograd, which costs time and memory. The parts of LlavaFor" in said
-    assert "enable_input_require_grads" not in vars(model)
-    with pytest.raises(ValueError, match="it has no vision tower"):
-        lora_config(model)
+    monkeypatch.setattr(type(tiny.build("llava15")[0]), "get_decoder", lambda self: None)
+    (twin / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot be told: it has no language model\..*register_parts\('llava', vis"):
+        load_model(twin)
+
+
+def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
+    AutoConfig.for_model("t5gemma2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a 't5gemma2' model, an encoder-decoder: .*answers.*such as Qwen-VL"):
+        load_model(tmp_path)
 
 
 def test_only_safetensors(twin: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
 import torch
+from peft import LoraConfig, get_peft_model
+from proven import pieces
 from together import together
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, TrainerCallback
+from transformers import AutoConfig, AutoModel, TrainerCallback
 
 from vlm_sft.common import on_meta
 from vlm_sft.models.adapters import lora_config
@@ -113,7 +118,100 @@ def test_four_bit_weights_are_not_shared_out_by_deepspeed(tiny_dir: Any) -> None
         memory.estimate(model, method="qlora", gpus=2, strategy="zero3")
 
 
+def test_bitsandbytes_does_not_step_what_fsdp_shards(tiny_dir: Any) -> None:
+    model = on_meta(AutoConfig.from_pretrained(tiny_dir("llava15")))
+    with pytest.raises(ValueError, match="bitsandbytes steps no sharded weights"):
+        memory.estimate(model, method="lora", gpus=2, strategy="fsdp2", optimizer="adamw_8bit")
+
+
+SETTINGS = [(None, 0.0, False), (4, 0.0, False), (4, 0.05, False), (4, 0.0, True), (4, 0.05, True)]
+
+
+@pytest.mark.parametrize(("lora_r", "dropout", "dora"), SETTINGS)
+def test_a_layer_keeps_what_autograd_keeps_of_a_real_one(
+    lora_r: int | None, dropout: float, dora: bool, tiny_model: Any
+) -> None:
+    """In bfloat16 by autocast on a CPU, all of whose weights count as they come: of a model of two layers, of one."""
+    rows, tokens, found = 2, 96, []
+    adapters = LoraConfig(r=lora_r, lora_dropout=dropout, use_dora=dora) if lora_r else None
+    model = tiny_model("llava15")
+    for count in (1, 2):
+        config = copy.deepcopy(model.get_decoder().config)
+        config.num_hidden_layers = count
+        decoder: Any = AutoModel.from_config(config, dtype=torch.bfloat16).requires_grad_(False).train()
+        if adapters is not None:
+            adapters.target_modules = [n for n, m in decoder.named_modules() if isinstance(m, torch.nn.Linear)]
+            decoder = get_peft_model(decoder, adapters, autocast_adapter_dtype=False).to(torch.bfloat16)
+        own = {weight.data_ptr() for weight in decoder.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, own: set[int] = own, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
+            if tensor.data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            given = torch.rand(rows, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            decoder(inputs_embeds=given, use_cache=False)
+        found.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    expected = memory._kept(model, rows, tokens, adapters, trains=False)
+    assert expected == pytest.approx(found[1] - found[0], rel=0.1)
+
+
+def test_what_costs_more_is_said_to_cost_more(tiny_dir: Any) -> None:
+    model = on_meta(AutoConfig.from_pretrained(tiny_dir("llava15")))
+
+    def peak(**changed: Any) -> float:
+        return memory.estimate(model, **{"method": "qlora", "rows": 4, "tokens": 2048} | changed)["peak"]
+
+    plain = peak()
+    for dearer in (
+        {"lora_dropout": 0.05},
+        {"use_dora": True},
+        {"rows": 8},
+        {"tokens": 4096},
+        {"method": "lora"},
+        {"method": "full"},
+        {"checkpointing": False},
+        {"gpus": 2},
+        {"generation_batch_size": 64, "tokens": 4096, "rows": 1},
+    ):
+        assert peak(**dearer) > plain, dearer
+    assert peak(use_dora=True, lora_dropout=0.05) > peak(use_dora=True) > peak(lora_dropout=0.05)
+    assert peak(rows=1, generation_batch_size=64) > peak(rows=1, generation_batch_size=32)
+    four_bit, full = (
+        memory.estimate(model, method=method, gpus=8, strategy="fsdp2")["host"] for method in ("qlora", "full")
+    )
+    sizes = memory._sizes(model)
+    assert full == 4 * (sizes.total() - sizes["vision"])
+    assert four_bit > 8 * 0.5 * sizes["language"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "smolvlm", "internvl"])
+def test_every_kind_of_model_is_estimated(family: str, tiny_dir: Any) -> None:
+    found = memory.estimate(on_meta(AutoConfig.from_pretrained(tiny_dir(family))), method="lora", rows=2, tokens=64)
+    assert found["peak"] > found["context"] + found["weights"]
+    assert min(found["activations"], found["tower"], found["answers"]) > 0
+
+
+@pytest.mark.parametrize(("settings", "lora"), [({"load_in_4bit": True}, {"use_dora": True}), ({}, {})])
+def test_a_run_on_a_gpu_is_estimated_beside_what_is_free(
+    settings: Any, lora: Any, tiny_dir: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = pieces(tiny_dir("llava15"), tmp_path, load=settings, lora=lora)
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (2 * memory.GIB, 24 * memory.GIB))
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda: memory.GIB)
+    said = memory.of_run(run.trainer, 64)
+    assert re.fullmatch(r"0\.\d GiB at the peak, estimated \(weights .*\); 3\.0 GiB of 24\.0 are free", said)
+    monkeypatch.setattr(memory, "_CONTEXT", 4 * memory.GIB)
+    assert "it may not fit: halve the batch" in memory.of_run(run.trainer, 64)
+
+
 @pytest.mark.slow
-def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
-    text = (Path(__file__).parents[2] / "docs/scaling.md").read_text("utf-8")
-    assert memory.table() in text
+def test_the_tables_of_the_documents_are_what_the_program_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    spec: Any = importlib.util.spec_from_file_location("memory_tables", root / "benchmarks/memory.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.methods() in (root / "docs/scaling.md").read_text("utf-8")
+    assert tables.cards() in (root / "README.md").read_text("utf-8")

@@ -21,6 +21,7 @@ from vlm_sft.tools import tiny
 # Tokens that end generation, that pad, and that begin: as the Hub's generation settings have them.
 ENDS = {
     "gemma3": ("<eos> <end_of_turn>", "<pad>", "<bos>"),
+    "gemma4": ("<eos> <turn|>", "<pad>", "<bos>"),
     "idefics3": ("<|end_of_text|> <end_of_utterance>", "<|pad|>", "<|begin_of_text|>"),
     "internvl": ("<|im_end|>", "<|endoftext|>", "<|endoftext|>"),
     "llava15": ("</s>", "<pad>", "<s>"),
@@ -28,6 +29,7 @@ ENDS = {
     "llava_onevision": ("<|im_end|> <|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
     "qwen2_5_vl": ("<|im_end|> <|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
     "qwen2_vl": ("<|im_end|> <|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
+    "qwen3_5": ("<|im_end|> <|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
     "qwen3_vl": ("<|im_end|> <|endoftext|>", "<|endoftext|>", "<|endoftext|>"),
     "smolvlm": ("<end_of_utterance>", "<|im_end|>", "<|im_start|>"),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from vlm_sft.models.adapters import lora_config
-from vlm_sft.models.hardware import set_hardware_defaults
 from vlm_sft.models.parts import part_of, parts_of
 from vlm_sft.training.optim import lr_by_part
 
@@ -44,22 +42,6 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
 def groups_of(model: Any, args: TrainingArguments, rates: dict[str, float]) -> Any:
     trainer = Trainer(model, args, optimizer_cls_and_kwargs=lr_by_part(args, rates))
     return trainer.create_optimizer()
-
-
-@pytest.mark.parametrize(
-    ("gpu", "asked", "chosen"),
-    [
-        (False, "paged_adamw_32bit", "adamw_torch"),
-        (False, "paged_lion_8bit", "adamw_torch"),
-        (False, "adamw_8bit", "adamw_8bit"),
-        (True, "paged_adamw_32bit", "paged_adamw_32bit"),
-    ],
-)
-def test_a_paged_optimizer_needs_a_gpu(gpu: bool, asked: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    args = SimpleNamespace(optim=asked, bf16=False, fp16=False, use_cpu=True, dataloader_pin_memory=False)
-    set_hardware_defaults(args)
-    assert args.optim == chosen
 
 
 def test_each_part_has_its_rate_and_the_rest_is_the_trainers_choice(

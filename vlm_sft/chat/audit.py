@@ -18,12 +18,13 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from transformers import BatchFeature
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator, EncodedRow
 from vlm_sft.chat.messages import count_images, text_of
 from vlm_sft.chat.template import without_tools
-from vlm_sft.common import eos_ids, evaluating
+from vlm_sft.common import base_of, eos_ids, evaluating
 
 _BATCH_SIZE = 8  # of the calls of the processor
 
@@ -104,12 +105,18 @@ def check_stops(collator: ChatCollator, rows: Sequence[EncodedRow], generation_c
 
 
 def check_embedding(rows: Sequence[EncodedRow], model: Any) -> None:
-    """Raises `ValueError` naming a row with a token that the model's embedding does not have."""
+    """Raises `ValueError` naming a row with a token that the model's embedding does not have, or an image that is not
+    written in the model's own image token."""
     size = model.get_input_embeddings().num_embeddings
     largest, name = max((int(row.tokens["input_ids"].max()), row.name) for row in rows)
     if largest >= size:
         found = f"{name}: token {largest} is beyond the {size} tokens of the embedding"
         raise ValueError(f"{found}; use the model's own processor")
+    own = getattr(base_of(model).config, "image_token_id", getattr(base_of(model).config, "image_token_index", None))
+    for row in rows:
+        if row.image.any() and own is not None and not (row.tokens["input_ids"][row.image] == own).any():
+            found = f"{row.name}: no token of its image is {own}, the model's image token"
+            raise ValueError(f"{found}; use the model's own processor")
 
 
 def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
@@ -118,17 +125,15 @@ def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
     if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "not run: the model is sharded (DeepSpeed ZeRO-3)"
     batch = collator([row.conversation._asdict()])
-    inputs = {key: value.to(model.device) for key, value in batch.items()}
+    inputs = BatchFeature(batch).to(model.device)
     try:
-        autocast = torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
-        with evaluating(model), torch.no_grad(), autocast:
+        with evaluating(model), torch.no_grad():  # the precision is the Trainer's, who has prepared the model
             loss = float(model(**inputs, use_cache=False).loss)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{row.name}: the model refuses it: {error}") from error
     if not math.isfinite(loss):
         raise ValueError(f"{row.name}: the loss is {loss}; look whether all weights were loaded, and at their dtype")
-    count = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    return f"loss {loss:.3f} on {row.name}, its {count} image tokens match the features"
+    return f"loss {loss:.3f} on {row.name}, its {int(row.image.sum())} image tokens match the features"
 
 
 def draw_mask(row: EncodedRow, tokenizer: Any, width: int = 400, colour: bool | None = None) -> str:
@@ -236,12 +241,9 @@ def _template_ids(
         for message in row.conversation.messages[:end]
     ]
     given, tools = without_tools(row.rendered.style(filled))
-    settings = {
-        "add_generation_prompt": add_generation_prompt,
-        **(collator.settings.chat_template_kwargs or {}),
-        **tools,
-    }
-    output = collator.processor.apply_chat_template(given, tokenize=True, return_dict=True, **settings)
+    settings = {"add_generation_prompt": add_generation_prompt, **(collator.settings.chat_template_kwargs or {})}
+    settings |= {**tools, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    output = collator.processor.apply_chat_template(given, **settings)
     return [int(i) for i in output["input_ids"][0]]
 
 

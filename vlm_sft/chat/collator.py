@@ -20,15 +20,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import BatchFeature
 
+from vlm_sft.chat.expansions import Replacements, expand, find_images, tokens_in
 from vlm_sft.chat.images import to_rgb
-from vlm_sft.chat.messages import Conversation, Message, check_turns, guard_reserved, normalise, split_turns
-from vlm_sft.chat.template import ChatTemplate, Rendered, Turn
+from vlm_sft.chat.messages import (
+    Conversation,
+    Message,
+    answers_of,
+    check_turns,
+    count_images,
+    guard_reserved,
+    normalise,
+    one_answer,
+    split_turns,
+)
+from vlm_sft.chat.template import ChatTemplate, Rendered, RenderedDifferently, Turn
 
 IGNORE_INDEX = -100
-
-Replacements = Sequence[Mapping[str, Any]]
-"""What a processor put in the place of each image placeholder (`return_text_replacement_offsets`): `span` in the
-rendered text, `new_span` and `replacement` in the expanded one."""
 
 _EMPTY = torch.empty(0)
 _BLANK = {
@@ -96,7 +103,7 @@ class EncodedRow:
 
     def tokens_of(self, *turns: Turn) -> Tensor:
         """Which tokens lie in one of the turns: bool [T]."""
-        return _tokens_in(self.offsets, [(turn.start, turn.end) for turn in turns])
+        return tokens_in(self.offsets, [(turn.start, turn.end) for turn in turns])
 
     def cut(self, length: int) -> EncodedRow:
         """The row with its first `length` tokens."""
@@ -134,6 +141,8 @@ class ChatCollator:
         if not processor.tokenizer.is_fast:
             raise ValueError(f"{type(processor.tokenizer).__name__} gives no character offsets; use a fast tokenizer")
         self._image_ids = torch.tensor(sorted(self._template.image_ids), dtype=torch.long)
+        self._added = {i: token.content for i, token in processor.tokenizer.added_tokens_decoder.items()}
+        self._added_ids = torch.tensor([i for i in self._added if i not in self._template.image_ids])
         _ = self._template.stops  # raises where they cannot be had
 
     @property
@@ -151,6 +160,17 @@ class ChatCollator:
     def with_settings(self, **changes: Any) -> ChatCollator:
         """A collator of the same processor with some settings changed."""
         return type(self)(self.processor, **(vars(self.settings) | changes))
+
+    def split(self, example: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The row; or one for each of its trained answers, where the template renders earlier answers differently from
+        how the model is asked for them. Raises as `encode` does."""
+        try:
+            self._read(example, 0)
+        except RenderedDifferently:
+            conversation = normalise(example["messages"], example.get("images"))
+            pieces = [one_answer(conversation, answer) for answer in answers_of(conversation.messages)]
+            return [{**example, **piece._asdict()} for piece in pieces]
+        return [dict(example)]
 
     def fingerprint(self) -> str:
         """A sha256 of all that decides a row's tokens and labels, the same in every process; padding, naming and
@@ -204,10 +224,16 @@ class ChatCollator:
         try:
             messages, images = normalise(example["messages"], example.get("images"))
             check_turns(messages)
+            first = [message["role"] for message in messages].index("assistant")
+            if not count_images(messages[:first]) and self.template.needs_images:
+                raise ValueError(
+                    f"messages[{first}] is answered before there is an image, which {type(self.processor).__name__} "
+                    "encodes differently beside other rows; leave such rows out (--on_bad_rows drop)"
+                )
             conversation = Conversation(self._guard(messages), [to_rgb(image) for image in images])
             return EncodedRow(name, number, conversation, self._render(conversation))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise type(error)(f"{name}: {error}") from error
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """`ChatTemplate.prompt` of the messages, without control tokens typed as text."""
@@ -221,9 +247,9 @@ class ChatCollator:
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         chosen = answers[-1:] if self.settings.train_on == "last_assistant" else answers
         rendered = self.template.locate(messages, {n for n in chosen if messages[n].get("train", True)})
-        if (found := rendered.text.count(self.processor.image_token)) != len(images):
+        if (found := rendered.text.count(self.template.placeholder)) != len(images):
             raise ValueError(
-                f"the chat template wrote {found} {self.processor.image_token} for {len(images)} images; use a "
+                f"the chat template wrote {found} {self.template.placeholder} for {len(images)} images; use a "
                 "template that writes one for each image part"
             )
         return rendered
@@ -246,16 +272,28 @@ class ChatCollator:
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
         )
-        replacements = output.pop("text_replacement_offsets", None) or [[] for _ in texts]
+        reported = output.pop("text_replacement_offsets", None)
         for name in {*self.processor.tokenizer.model_input_names, "offset_mapping"} & output.keys():
-            output[name] = torch.from_numpy(np.array(output[name]))  # 4 times as fast as torch.tensor from lists
-        inputs = dict(BatchFeature(dict(output), tensor_type="pt"))
+            if not isinstance(output[name], Tensor):
+                output[name] = torch.from_numpy(np.array(output[name]))  # 4 times as fast as torch.tensor from lists
+        kept = getattr(self.processor, "skip_tensor_conversion", None)
+        inputs = dict(BatchFeature(dict(output), tensor_type="pt", skip_tensor_conversion=kept))
+        # Some image processors round to bfloat16 (Llama 4), which a model in float32 does not take.
+        inputs = {key: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for key, v in inputs.items()}
         offsets, mask = inputs.pop("offset_mapping"), inputs.pop("attention_mask").bool()
-        per_token = {key: inputs.pop(key) for key in list(inputs) if inputs[key].shape == mask.shape}
-        encoded = [
-            self._label(row, {key: value[b][real] for key, value in per_token.items()}, offsets[b][real], replaced)
-            for b, (row, real, replaced) in enumerate(zip(rows, mask, replacements, strict=True))
-        ]
+        per_token = {
+            key: inputs.pop(key) for key in list(inputs) if getattr(inputs[key], "shape", ())[:2] == mask.shape
+        }
+        encoded = []
+        for b, (row, real) in enumerate(zip(rows, mask, strict=True)):
+            tokens, spans = {key: value[b][real] for key, value in per_token.items()}, offsets[b][real]
+            if row.conversation.images and not (reported and reported[b]):
+                replaced, spans = find_images(
+                    self.template, row.rendered, tokens["input_ids"], add_special_tokens, name=row.name
+                )
+            else:
+                replaced = reported[b] if reported else []
+            encoded.append(self._label(row, tokens, spans, replaced))
         return encoded, inputs
 
     def _label(
@@ -263,12 +301,26 @@ class ChatCollator:
     ) -> EncodedRow:
         """The row with its labels; tokens that hold the start of a trained answer inside are cut there. Raises unless
         each trained answer ends with its stop token: offsets and ids then speak of the same text."""
-        text, turns = _expand(row.rendered, replacements)
+        text, turns = expand(row.rendered, replacements)
+        added = (torch.isin(tokens["input_ids"], self._added_ids) & (offsets[:, 1] > 0)).nonzero().flatten().tolist()
+        read = [(self._added[int(tokens["input_ids"][i])], text[slice(*offsets[i])]) for i in added]
+        if any(token.strip() != there.strip() for token, there in read) or text[int(offsets.max()) :].strip():
+            raise ValueError(
+                f"{row.name}: {type(self.processor).__name__} adds text that it does not report, so that tokens and "
+                "text do not belong together and labels cannot be placed; use a model whose processor reports it"
+            )
         row = replace(row, text=text, tokens=tokens, offsets=offsets, turns=turns)
         start, end = offsets.unbind(-1)
-        if cuts := [turn.start for turn in row.trained if ((start < turn.start) & (end > turn.start)).any()]:
+        if cuts := [
+            turn.start
+            for turn in row.trained
+            # GPT-2's pattern takes two line breaks apart where a word follows, and together at the end of a prompt.
+            if ((start < turn.start) & (end > turn.start)).any() or text[: turn.start][-2:].isspace()
+        ]:
             row = self._cut_tokens(row, cuts)
         input_ids = row.tokens["input_ids"]
+        image = tokens_in(row.offsets, [tuple(replaced["new_span"]) for replaced in replacements])
+        image |= torch.isin(input_ids, self._image_ids)
         for turn in row.trained:
             last = input_ids[row.tokens_of(turn)][-1:].tolist()
             if turn.stop and last != self.processor.tokenizer.convert_tokens_to_ids([turn.stop]):
@@ -277,8 +329,6 @@ class ChatCollator:
                     f"tokenized: {type(self.processor).__name__} changes the text without reporting it, so labels "
                     "cannot be placed; use another processor"
                 )
-        image = _tokens_in(row.offsets, [tuple(replaced["new_span"]) for replaced in replacements])
-        image |= torch.isin(input_ids, self._image_ids)
         learned = torch.ones_like(image) if self.settings.train_on == "all" else row.tokens_of(*row.trained)
         return replace(row, labels=input_ids.where(learned & ~image, IGNORE_INDEX), image=image)
 
@@ -326,10 +376,11 @@ class ChatCollator:
         length = -(-max(map(len, rows)) // multiple) * multiple
         fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
         columns = [{**row.tokens, "labels": row.labels, "attention_mask": torch.ones_like(row.labels)} for row in rows]
-        return {
-            key: torch.stack([pad(c[key], (0, length - len(c[key])), value=fill.get(key, 0)) for c in columns])
-            for key in columns[0]
-        }
+
+        def padded(value: Tensor, key: str) -> Tensor:  # [T], or [T, ...]
+            return pad(value, (0, 0) * (value.ndim - 1) + (0, length - len(value)), value=fill.get(key, 0))
+
+        return {key: torch.stack([padded(c[key], key) for c in columns]) for key in columns[0]}
 
     def _join(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """All rows in one. The first token of each is not trained: the last one of the row before would predict it."""
@@ -337,27 +388,3 @@ class ChatCollator:
         joined = {key: torch.cat([row.tokens[key] for row in rows])[None] for key in rows[0].tokens}
         positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
         return {**joined, "position_ids": positions, "labels": torch.cat(labels)[None]}
-
-
-def _tokens_in(offsets: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """Which tokens overlap one of the character spans: bool [T], from offsets [T, 2]. Tokens without characters
-    (those that the tokenizer adds) overlap none."""
-    start, end = offsets.unbind(-1)
-    inside = torch.zeros(len(offsets), dtype=torch.bool)
-    for span_start, span_end in spans:
-        inside |= (start < span_end) & (end > span_start)
-    return inside & (start < end)
-
-
-def _expand(rendered: Rendered, replacements: Replacements) -> tuple[str, list[Turn]]:
-    """The text that the tokenizer saw, each placeholder replaced by what its image brings, and the turns in it."""
-    text = rendered.text
-    for replaced in reversed(replacements):
-        start, end = replaced["span"]
-        text = text[:start] + replaced["replacement"] + text[end:]
-
-    def shift(position: int) -> int:
-        before = [replaced for replaced in replacements if replaced["span"][1] <= position]
-        return position + int(before[-1]["new_span"][1] - before[-1]["span"][1]) if before else position
-
-    return text, [turn._replace(start=shift(turn.start), end=shift(turn.end)) for turn in rendered.turns]

@@ -15,6 +15,8 @@ ROLES = ("system", "user", "assistant", "tool")
 _FOLLOWS = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 _FIELDS = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}  # beside role, content and train
 Message = dict[str, Any]
+OTHER_MEDIA = re.compile("^(input_)?(video|audio)s?(_url)?$")
+NO_MEDIA = "video and sound are not trained on; give some frames as images, in their order, or drop the row"
 
 # `sanitize_control_tokens` of transformers 5.23 writes them; typed in front of an image part, they undo it in silence.
 _PROCESSOR_MARKS = re.compile("[\U000f0000\U000f0001]")
@@ -104,6 +106,11 @@ def guard_reserved(messages: Sequence[Message], reserved: re.Pattern[str], *, es
     for number, message in enumerate(guarded):
         called = json.dumps([message.get("tools"), message.get("tool_calls")], ensure_ascii=False)
         if found := sorted({*reserved.findall(text_of(message)), *reserved.findall(called)}):
+            if other := [token for token in found if OTHER_MEDIA.match(token.strip("<|>"))]:
+                raise ValueError(
+                    f"messages[{number}] ({message['role']}) holds {other[0]!r}: {NO_MEDIA} (as plain text, by "
+                    "reserved_tokens='escape')"
+                )
             raise ValueError(
                 f"messages[{number}] ({message['role']}) holds {', '.join(map(repr, found))} as text, which the "
                 "tokenizer would read as control tokens; remove them, write an image as {'type': 'image'}, or set "
@@ -127,13 +134,24 @@ def text_of(message: Message) -> str:
 
 
 def split_turns(conversation: Conversation) -> list[Conversation]:
-    """One conversation per assistant message, each ending with it and holding the images up to there.
-
-    For templates that render an earlier answer differently from the last one (thinking models): train each piece with
-    `train_on="last_assistant"`."""
+    """One conversation per assistant message, each ending with it and holding the images up to there."""
     messages, images = conversation
     ends = [number for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
     return [Conversation(messages[:end], images[: count_images(messages[:end])]) for end in ends]
+
+
+def answers_of(messages: Sequence[Message]) -> list[int]:
+    """The numbers of the messages that are answers to train on."""
+    return [n for n, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)]
+
+
+def one_answer(conversation: Conversation, answer: int) -> Conversation:
+    """The conversation up to the answer in this message, the answers before it not trained.
+
+    For templates that render an earlier answer differently from the last one (thinking models)."""
+    *history, last = conversation.messages[: answer + 1]
+    history = [{**message, "train": False} if message["role"] == "assistant" else message for message in history]
+    return Conversation([*history, last], conversation.images[: count_images([*history, last])])
 
 
 def count_images(messages: Sequence[Message]) -> int:
@@ -143,6 +161,10 @@ def count_images(messages: Sequence[Message]) -> int:
 
 def _part(part: Any, where: str, role: str, pool: list[Any], used: set[int], ordered: list[Any]) -> Message:
     """The part in its uniform shape; an image part also moves its image from `pool` to `ordered`."""
+    if isinstance(part, Mapping):
+        named = [part.get("type"), *(key for key, value in part.items() if value is not None)]
+        if other := [name for name in named if isinstance(name, str) and OTHER_MEDIA.match(name)]:
+            raise ValueError(f"{where} is a part of the kind {other[0]!r}: {NO_MEDIA}")
     fields = _fields(part, where, allowed=("type", "text", "image", "index"))
     match fields.get("type"):
         case "text":

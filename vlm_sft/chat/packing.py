@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.generic import is_flash_attention_requested
 
 from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
+from vlm_sft.chat.messages import normalise
 from vlm_sft.common import base_of, evaluating
 
 
@@ -64,13 +65,16 @@ def enable_padding_free(model: nn.Module) -> bool:
 
 
 def check_padding_free(model: Any, collator: ChatCollator, rows: Sequence[Mapping[str, Any]]) -> float:
-    """The largest difference of a trained token's loss between the first two rows (of packs, the rows in them) in a
-    padded batch and in one row. The model should be on its device and in its precision.
+    """The largest difference of a trained token's loss between a padded batch and one row, both of one row of each kind
+    there is (of packs, of the rows in them): text alone, an image, several, an image after text. The model should be on
+    its device and in its precision.
 
     Raises `ValueError` where it is more than the rounding of this precision: the model then mixes the conversations of
     a row, or attends to images in both directions (Gemma).
     """
-    rows = [row for example in rows for row in example.get("packed", [example])][:2]
+    every = [row for example in rows for row in example.get("packed", [example])]
+    kinds = {_kind_of(row): row for row in reversed(every)}  # the first of each
+    rows = [*kinds.values(), *every[: max(0, 2 - len(kinds))]]
     padded, flat = (
         collator.with_settings(padding_free=free, pad_to_multiple_of=None, name_rows=False) for free in (False, True)
     )
@@ -85,6 +89,13 @@ def check_padding_free(model: Any, collator: ChatCollator, rows: Sequence[Mappin
             "padding_free=False and group by length"
         )
     return difference
+
+
+def _kind_of(row: Mapping[str, Any]) -> tuple[int, bool]:
+    """No image, one or several, and whether text stands before the first."""
+    messages = normalise(row["messages"], row.get("images")).messages
+    types = [part["type"] for message in messages if message["role"] == "user" for part in message["content"]]
+    return min(2, types.count("image")), "image" in types and types[0] == "text"
 
 
 def _read_packs(batch: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:

@@ -22,9 +22,16 @@ from vlm_sft.common import eos_ids
 Render = Callable[[Sequence[Message]], str]
 Style = Callable[[Sequence[Message]], list[Message]]
 """How the same messages are handed to a template."""
+
+
+class RenderedDifferently(ValueError):
+    """The template writes an answer within a conversation differently from how the model is asked for it."""
+
+
 Spans = dict[tuple[int, int], tuple[int | None, int]]
 """Where text parts (number of the message, number of the part in it) stand in a text."""
 
+_OTHER_MEDIA = ("<video>", "<audio>")  # as datasets write them, whatever the model knows
 # One private-use character before and one after each text; plane 16 holds no assigned character.
 _FIRST_MARK = 0x100000
 _MARK = re.compile("[\U00100000-\U0010fffd]")
@@ -65,7 +72,7 @@ class ChatTemplate:
 
     def __post_init__(self) -> None:
         processor, kind = self.processor, type(self.processor).__name__
-        if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_token", None) is None:
+        if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
             raise ValueError(f"{kind} is not an image-text processor; pass load_processor(...) of a VLM")
         if processor.chat_template is None and "chat_template" not in (self.kwargs or {}):
             raise ValueError(
@@ -98,8 +105,8 @@ class ChatTemplate:
         stop token to insert takes the place of the white space there, as in the original LLaVA (`conv_vicuna_v1`,
         haotian-liu/LLaVA llava/conversation.py).
 
-        Raises `ValueError` where the template refuses the messages, leaves out a text, or renders a message of
-        `trained` differently from its generation prompt (thinking templates).
+        Raises `ValueError` where the template refuses the messages or leaves out a text, and `RenderedDifferently`
+        where it renders a message of `trained` differently from its generation prompt (thinking templates).
         """
         messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         style, plain, texts = self._first_style(messages, add_generation_prompt)
@@ -126,19 +133,21 @@ class ChatTemplate:
                 pieces.append(plain[copied:common])
                 copied, length = words_start, length + common - copied
             elif number in trained:
-                raise ValueError(
+                raise RenderedDifferently(
                     f"messages[{number}]: the chat template renders this answer differently from its generation "
                     f"prompt: that ends with {prompt[-40:]!r}, the conversation reads {plain[:words_start][-40:]!r}. "
-                    "Train one answer a row (vlm_sft.chat.messages.split_turns with train_on='last_assistant'), or use "
+                    "Train one answer a row, as check_rows does by itself (ChatCollator.split), or use "
                     "another chat template or chat_template_kwargs"
                 )
             else:
                 header, begin = "", words_end if words_start is None else words_start
             is_whole = number + 1 == len(messages) and not add_generation_prompt
             up_to_here = plain if is_whole else self.render(style(messages[: number + 1]))
-            tail = _common(up_to_here, plain)[words_end:]  # what belongs to no other message
+            same = _common(up_to_here, plain)
+            tail = same[words_end:]  # what belongs to no other message
             written = list(self.added.finditer(tail))
-            stop = written[-1].group() if written else self.stop_to_insert
+            # An earlier answer that the template writes differently once the conversation continues stays as it is.
+            stop = written[-1].group() if written else self.stop_to_insert if len(same) >= words_end else None
             end = words_end + written[-1].end() if written else words_end
             inserted = "" if written else stop or ""
             pieces += [plain[copied:begin], header, plain[begin:end], inserted]
@@ -216,30 +225,66 @@ class ChatTemplate:
         """Matches control tokens: typed as text, the tokenizer would take them for its own."""
         added = self.processor.tokenizer.added_tokens_decoder.items()
         control = {token.content for i, token in added if token.special or i in self.image_ids}
-        return _any_of(control | {self.processor.image_token})
+        return _any_of(control | {self.placeholder, *_OTHER_MEDIA})
+
+    @cached_property
+    def placeholder(self) -> str:
+        """What the processor replaces by an image: its `image_token`, or the added token that the template writes."""
+        word = {"type": "text", "text": "x"}
+        with_image, without = (
+            self.render([{"role": "user", "content": [*parts, word]}]) for parts in ([{"type": "image"}], [])
+        )
+        start = len(_common(with_image, without))
+        written = with_image[start : len(with_image) - len(_common(with_image[start:][::-1], without[::-1]))]
+        own = getattr(self.processor, "image_token", None)
+        if own and own in with_image:
+            return str(own)
+        brought = self.added.findall(written)
+        if len(brought) != 1:
+            raise ValueError(f"the chat template writes {written!r} for an image, in which no placeholder can be told")
+        return str(brought[0])
+
+    @cached_property
+    def needs_images(self) -> bool:
+        """Whether the processor takes no batch in which one row has an image and another has none."""
+        word = {"type": "text", "text": "x"}
+        asked = [[word], [{"type": "image"}, word]]
+        texts = [self.render([{"role": "user", "content": content}], True) for content in asked]
+        images: list[Any] = [[], [Image.new("RGB", (64, 48))]]
+        try:
+            self.processor(text=texts, images=images, images_kwargs={"return_tensors": "pt"}, padding=True)
+        except Exception:  # each processor has its own
+            return True
+        return False
 
     @cached_property
     def image_ids(self) -> frozenset[int]:
         """Ids of added tokens that only an image brings (the template may write some of them itself), found by
         encoding one question with and without an image.
 
-        Raises `ValueError` where the processor does not tell what it writes in the place of an image."""
+        Raises `ValueError` where the processor cannot encode it, or no two images of different shapes together."""
 
-        def encode(image: Image.Image | None) -> Any:
-            content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": "x"}]
+        def encode(*images: Image.Image) -> Any:
+            content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "x"}]
             text = self.render([{"role": "user", "content": content}], True)
-            images = image and [[image]]
-            return self.processor(text=[text], images=images, return_text_replacement_offsets=True)
+            return self.processor(text=[text], images=[[*images]] if images else None, images_kwargs=pixels)
 
+        pixels, small, wide = {"return_tensors": "pt"}, Image.new("RGB", (64, 48)), Image.new("RGB", (256, 48))
         try:
-            with_image, without = encode(Image.new("RGB", (64, 48))), encode(None)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{type(self.processor).__name__} cannot encode a question: {error}") from error
-        if not any(with_image.get("text_replacement_offsets") or []):
+            with_image, without = encode(small), encode()
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{type(self.processor).__name__} does not report what it writes in the place of an image "
-                "(return_text_replacement_offsets), so labels cannot be proven; use a model whose processor does"
-            )
+                f"{type(self.processor).__name__} cannot encode a question as a chat has it: {error}; choose a chat "
+                "model, or write a collator of your own"
+            ) from error
+        try:
+            encode(small, wide)
+        except Exception as error:  # each processor has its own
+            raise ValueError(
+                f"{type(self.processor).__name__} cannot encode images of different shapes together: "
+                f"{str(error).partition(chr(10))[0]}; let it make one tile of each image, as by "
+                "processor.image_processor.max_num_tiles = 1, or choose another model"
+            ) from error
         brought = {int(i) for i in with_image["input_ids"][0]} - {int(i) for i in without["input_ids"][0]}
         return frozenset(brought & self.processor.tokenizer.added_tokens_decoder.keys())
 

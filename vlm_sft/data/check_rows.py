@@ -27,9 +27,20 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from vlm_sft.chat.messages import answers_of
 from vlm_sft.common import restore_rng, rng_state
-from vlm_sft.data.records import Known, Look, Record, Records, cache_file, encode_together, read_cache, write_cache
-from vlm_sft.data.rows import COLUMNS, READER, RowReader, readers_of, row_digest, unpacked
+from vlm_sft.data.records import (
+    ONE_ANSWER,
+    Known,
+    Look,
+    Record,
+    Records,
+    cache_file,
+    encode_together,
+    read_cache,
+    write_cache,
+)
+from vlm_sft.data.rows import COLUMNS, READER, RowReader, one_answer_rows, readers_of, row_digest, unpacked
 from vlm_sft.distributed import print_main
 
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
@@ -68,6 +79,8 @@ class CheckReport:
     known: int
     keys: Any = ()
     numbers: Any = ()
+    sources: Any = ()
+    answers: Any = ()
 
     @property
     def keep(self) -> list[int]:
@@ -179,12 +192,19 @@ def check_rows(
     for name, split in splits.items():
         counts: tuple[int, ...] = ()
         if report := reports.get(name):
-            split = _with_columns(split, report.columns)
+            if (report.answers >= 0).any():
+                print_main(
+                    f"{name}: {len(split):,} rows became {report.rows:,}, each with one answer to train on: the chat "
+                    "template renders earlier answers differently from how the model is asked for them"
+                )
+                split = one_answer_rows(split, report.sources, report.answers, report.columns)
+            else:
+                split = _with_columns(split, report.columns)
             split = split.select(report.keep) if drop and report.faults else split
             counts = (report.rows, report.bad_rows, report.known)
         elif name not in stored and on_bad_rows != "ignore":
             rows_of, reader = getattr(split, "stored", (split, None))
-            check = _StreamCheck(reader, collator if drop else None, max_bad_fraction)
+            check = _StreamCheck(reader, collator if drop else None, max_bad_fraction, collator.split)
             names = rows_of.column_names or [*next(iter(rows_of))]
             split = rows_of.map(check, batched=True, batch_size=1, remove_columns=names)
         checked = Checked(on_bad_rows, str(collator.fingerprint()), collator.settings.max_length, *counts)
@@ -202,10 +222,13 @@ def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None
         raise ValueError("the dataset to check has no row, or streams; load it without --streaming")
     start = time.monotonic()
     cache = cache_file("" if collator is None else str(collator.fingerprint()))
-    found, numbers, order, known, fresh = _look_at_all(_Rows(rows, collator, Known(read_cache(cache))), num_proc)
+    found, places, fresh = _look_at_all(_Rows(rows, collator, Known(read_cache(cache))), num_proc)
     if len(fresh):
         write_cache(cache, fresh)
-    numbers, values, texts = numbers[order], found.values[order], found.notes
+    order = np.argsort(places[:, 0], kind="stable")
+    sources, numbers, was_known, answers = places[order].T
+    known = len(np.unique(sources[was_known > 0]))
+    values, texts = found.values[order], found.notes
     notes = values[:, 3]
     bad = np.array([bool(faults) for faults, _ in texts])[notes]
     keys = np.where(bad, b"", found.keys[order])
@@ -228,7 +251,8 @@ def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None
         "known from before"
     )
     counts = {repair: count for repair, count in repairs.most_common() if count}
-    return CheckReport(len(rows), with_what, tuple(faults), counts, columns, known, keys, numbers)
+    told = (tuple(faults), counts, columns, known, keys, numbers, sources, answers)
+    return CheckReport(len(sources), with_what, *told)
 
 
 class _Finding(NamedTuple):
@@ -237,6 +261,7 @@ class _Finding(NamedTuple):
     key: bytes | None  # what the row holds; None where it holds no conversation
     record: Record
     known: bool
+    answer: int  # the message that the row is to end with; -1 for the whole row
     fresh: dict[bytes, Record]  # what is to be remembered
 
 
@@ -259,7 +284,7 @@ class _Rows:
             for index, row in zip(indices, rows, strict=True)
         ]
         encode_together([look for look in looks if look.key and self.known.get(look.key) is None], self.encoder)
-        return [self._finding(look) for look in looks]
+        return [finding for look in looks for finding in self._findings(look)]
 
     def _read(self, index: int) -> Any:
         try:
@@ -267,31 +292,45 @@ class _Rows:
         except Exception as error:  # a transform may raise anything
             return error
 
-    def _finding(self, look: Look) -> _Finding:
+    def _findings(self, look: Look) -> list[_Finding]:
+        """One, or one for each answer where the chat template asks for that."""
+        whole = self._finding(look, look.key, None)
+        if whole.record.faults != [ONE_ANSWER]:
+            return [whole]
+        key = look.key or b""
+        parts = [
+            self._finding(look, hashlib.blake2b(key + b"answer%d" % answer, digest_size=16).digest(), answer)
+            for answer in answers_of(look.decoded.messages)
+        ]
+        parts[0].fresh.update(whole.fresh)
+        return parts
+
+    def _finding(self, look: Look, key: bytes | None, answer: int | None) -> _Finding:
         fresh: dict[bytes, Record] = {}
 
         def record_of(key: bytes | None, collator: Any) -> Record:
             if key is None or (record := self.known.get(key)) is None:
-                record = look.record(collator)
+                record = look.record(collator, answer)
                 fresh.update({key: record} if key and look.lasts else {})
             return record
 
-        record, settings = record_of(look.key, self.encoder), self.collator and self.collator.settings
-        if look.key and settings and settings.max_length and record.length > settings.max_length:
+        record, settings = record_of(key, self.encoder), self.collator and self.collator.settings
+        if key and settings and settings.max_length and record.length > settings.max_length:
             if settings.truncation == "trim":
                 look.encoded = None
-                key = hashlib.blake2b(look.key + b"trim%d" % settings.max_length, digest_size=16).digest()
-                record = record_of(key, self.collator)
+                trimmed = hashlib.blake2b(key + b"trim%d" % settings.max_length, digest_size=16).digest()
+                record = record_of(trimmed, self.collator)
             else:
                 told = f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
                 remedy = "raise it, set truncation='trim', or drop the row"
                 record = record._replace(faults=[f"{told}{settings.max_length}; {remedy}"])
-        return _Finding(look.index, look.number, look.key, record, bool(look.key) and not look.looked_at, fresh)
+        known, place = bool(key) and not look.looked_at, -1 if answer is None else answer
+        return _Finding(look.index, look.number, key, record, known, place, fresh)
 
 
-def _look_at_all(rows: Any, num_proc: int | None) -> tuple[Records, Any, Any, int, Records]:
-    """What was found, each process of a launched run looking at its share; the numbers of the rows [N]; the order that
-    makes it that of the rows [N]; how many rows were known; and what is to be remembered."""
+def _look_at_all(rows: Any, num_proc: int | None) -> tuple[Records, Any, Records]:
+    """What was found, each process of a launched run looking at its share; of each finding the place and the number of
+    its row, whether it was known, and its answer [N, 4]; and what is to be remembered."""
     state = PartialState()
     share = range(state.process_index, len(rows), state.num_processes)
     if num_proc is None:
@@ -304,7 +343,7 @@ def _look_at_all(rows: Any, num_proc: int | None) -> tuple[Records, Any, Any, in
         with tqdm(total=len(share), desc="Checking", unit=" rows", disable=not state.is_main_process) as progress:
             for finding in itertools.chain.from_iterable(batches):
                 found.add(finding.key, finding.record)
-                places.extend((finding.place, finding.number, finding.known))
+                places.extend((finding.place, finding.number, finding.known, finding.answer))
                 for key, record in finding.fresh.items():
                     fresh.add(key, record)
                 progress.update()
@@ -315,9 +354,8 @@ def _look_at_all(rows: Any, num_proc: int | None) -> tuple[Records, Any, Any, in
     for its_found, its_fresh, its_places in gather_object([(found, fresh, places)]):
         whole.extend(its_found)
         to_keep.extend(its_fresh)
-        places_of.append(np.array(its_places).reshape(-1, 3))
-    place, number, known = np.concatenate(places_of).T
-    return whole, number, np.argsort(place), int(known.sum()), to_keep
+        places_of.append(np.array(its_places).reshape(-1, 4))
+    return whole, np.concatenate(places_of), to_keep
 
 
 def _with_columns(rows: Dataset, columns: Mapping[str, Any]) -> Dataset:
@@ -363,15 +401,16 @@ class _StreamCheck:
     """Checks a batch of one row as it comes. Without a collator a bad row raises (what only a collator can tell, the
     training's own tells); with one it is left out and counted, on stderr, in each worker."""
 
-    def __init__(self, reader: RowReader | None, collator: Any, max_bad_fraction: float) -> None:
-        self.reader, self.collator, self.max_bad_fraction = reader, collator, max_bad_fraction
+    def __init__(self, reader: RowReader | None, collator: Any, max_bad_fraction: float, split: Any) -> None:
+        self.reader, self.collator, self.max_bad_fraction, self.split = reader, collator, max_bad_fraction, split
         self.rows = self.dropped = 0
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         look = Look(self.rows, {name: value for name, [value] in batch.items()}, self.reader)
         self.rows += 1
-        if not (faults := look.record(self.collator).faults):
-            return {field: [value] for field, value in {**look.converted, **look.decoded._asdict()}.items()}
+        if (faults := look.record(self.collator).faults) in ([], (), [ONE_ANSWER]):
+            parts = self.split({**look.converted, **look.decoded._asdict()})
+            return {field: [part[field] for part in parts] for field in parts[0]}
         last = f"{look.name}: {'; '.join(faults)}"
         if self.collator is None:
             raise ValueError(last)

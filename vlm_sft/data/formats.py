@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from vlm_sft.chat.images import looks_like_image
+from vlm_sft.chat.messages import NO_MEDIA, OTHER_MEDIA
 
 _PLACEHOLDER = re.compile("\n?<image>\n?|\n?<img>(.*?)</img>\n?")  # the second one holds a file name: Qwen-VL, ms-swift
 FIELDS = ("messages", "prompt", "response", "system", "history", "images", "tools", "ignore")
@@ -114,9 +115,11 @@ def named_columns(columns: Sequence[str], found: Sequence[str] | None = None, *,
 def unused_columns(row: Mapping[str, Any], layout: Layout) -> list[str]:
     """Names of the columns that hold something and are not read.
 
-    Raises `ValueError` for those that look like images, unless one only repeats the name of an image that is read, and
-    for boxes that ms-swift writes beside the texts."""
+    Raises `ValueError` for one of video or sound, for those that look like images, unless one only repeats the name of
+    an image that is read, and for boxes that ms-swift writes beside the texts."""
     used = {name for names in layout.values() for name in names}
+    if other := [name for name in row.keys() - used if OTHER_MEDIA.match(name) and is_filled(row[name])]:
+        raise ValueError(f"the column {sorted(other)[0]!r} is not empty: {NO_MEDIA}")
     unused = [name for name, value in row.items() if name not in used and is_filled(value)]
     read = to_images(row, layout)
     names = {os.path.basename(image) if isinstance(image, str) else None for image in read}

@@ -27,7 +27,8 @@ from PIL.Image import Image as PILImage
 
 from vlm_sft.chat.collator import IGNORE_INDEX, EncodedRow
 from vlm_sft.chat.images import MAX_DECODED_PIXELS, repairs_of, source_of, to_rgb
-from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, normalise, text_of
+from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, normalise, one_answer, text_of
+from vlm_sft.chat.template import RenderedDifferently
 from vlm_sft.data.rows import ImageFolder, RowReader, named, open_at
 from vlm_sft.distributed import print_main
 
@@ -36,6 +37,10 @@ _PACKAGES = ("transformers", "tokenizers", "pillow", "torchvision")
 _NAME = re.compile(r"^(?:row (?:\d+|without a number)|example \d+ of the batch): ")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _DETAIL = 500  # characters of a fault; a template may put a whole row into its message
+
+
+ONE_ANSWER = "one answer a row"
+"""In the place of a fault: the chat template renders earlier answers differently, so each answer is to be a row."""
 
 
 class Record(NamedTuple):
@@ -151,17 +156,26 @@ class Look:
         """Whether what was found will be found again: not so where a disk or the memory failed."""
         return self.key is not None and not any(map(_passes, self.errors))
 
-    def record(self, collator: Any) -> Record:
+    def record(self, collator: Any, answer: int | None = None) -> Record:
+        """What the collator makes of the row, or of the row that ends with the answer in this message."""
         self.decode()
-        if not self.errors and collator is not None:
+        errors = self.errors if answer is None else [*self.errors]
+        if not errors and collator is not None:
             try:
-                self.encoded = row = self.encoded or collator.encode([self.decoded._asdict()])[0][0]
+                if answer is None:
+                    self.encoded = row = self.encoded or collator.encode([self.decoded._asdict()])[0][0]
+                else:
+                    [row] = collator.encode([one_answer(self.decoded, answer)._asdict()])[0]
                 if trained := int((row.labels != IGNORE_INDEX).sum()):
                     return Record(len(row), int(row.image.sum()), trained, (), self.repairs)
-                self.errors.append(ValueError("no token is left to train on; give it an answer that is not blank"))
+                errors.append(ValueError("no token is left to train on; give it an answer that is not blank"))
+            except RenderedDifferently as error:
+                if answer is None:
+                    return Record(0, 0, 0, [ONE_ANSWER], self.repairs)
+                errors.append(error)
             except Exception as error:  # a chat template or a processor may raise anything; the pass continues
-                self.errors.append(error)
-        return Record(0, 0, 0, [*map(_words, self.errors)], self.repairs)
+                errors.append(error)
+        return Record(0, 0, 0, [*map(_words, errors)], self.repairs)
 
     def decode(self) -> None:
         """Decodes the images, once; keeps what is wrong with texts and images."""

@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
 from PIL.Image import Image as PILImage
 
 from vlm_sft.chat.images import open_image, source_of
+from vlm_sft.chat.messages import normalise, one_answer
 from vlm_sft.data.formats import IMAGES, Layout, closest, flags, layout_of, to_images, to_messages, unused_columns
 
 COLUMNS = ("length", "image_tokens", "trained_tokens")
@@ -154,6 +156,32 @@ def unpacked(dataset: Any) -> Any:
     return transform.keywords.get("dataset", dataset) if isinstance(transform, partial) else dataset
 
 
+def one_answer_rows(rows: Dataset, sources: Any, answers: Any, columns: Mapping[str, Any]) -> Dataset:
+    """Rows of one trained answer each, with these columns: of row `sources[n]` up to the answer in its message
+    `answers[n]`, or all of it where that is -1. They are read when they are asked for, and nothing is copied."""
+    numbers = np.array(rows.with_format(None)["row"][:]) if "row" in rows.column_names else np.arange(len(rows))
+    table = Dataset.from_dict({"row": numbers[sources], "source": sources, "answer": answers, **columns})
+    return table.with_transform(partial(_read_answers, rows=rows))
+
+
+def _read_answers(batch: Mapping[str, list[Any]], rows: Dataset) -> dict[str, list[Any]]:
+    read = dict(batch)
+    if "answer" in batch and "source" in batch:
+        found = []
+        for source, answer in zip(batch["source"], batch["answer"], strict=True):
+            row = rows[source]
+            conversation = normalise(row["messages"], row.get("images"))
+            found.append(conversation if answer < 0 else one_answer(conversation, answer))
+        read |= {"messages": [each.messages for each in found], "images": [each.images for each in found]}
+    return read
+
+
+def stored_rows(dataset: Any) -> Any:
+    """The dataset of stored rows inside of one that `pack` or `one_answer_rows` made; any other as it is."""
+    transform = _transform_of(dataset := unpacked(dataset))
+    return transform.keywords.get("rows", dataset) if isinstance(transform, partial) else dataset
+
+
 def readers_of(dataset: Any) -> Readers | None:
     """The readers of a dataset that `load_conversations` returned, or several mixed; None for any other."""
     transform = _transform_of(dataset)
@@ -162,14 +190,14 @@ def readers_of(dataset: Any) -> Readers | None:
 
 def drawn_seed(dataset: Any) -> int | None:
     """The seed by which rows of this dataset were held out; None where the source has its own splits, or streams."""
-    readers = readers_of(dataset := unpacked(dataset)) or Readers()
+    readers = readers_of(dataset := stored_rows(dataset)) or Readers()
     numbers = pc.unique(dataset.data[READER]).to_pylist() if readers else []
     return next((readers[n].seed for n in numbers if readers[n].seed is not None), None)
 
 
 def held_out_record(rows: Any) -> dict[str, Any]:
     """What `run.json` keeps for `recorded_rows` to find these rows by: their numbers in the source, and a digest."""
-    rows = unpacked(rows)
+    rows = stored_rows(rows)
     return {"rows": rows.with_format(None)["row"][:] if "row" in rows.column_names else [], "digest": row_digest(rows)}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -36,7 +37,7 @@ def evaluate_answers(
     *,
     references: Sequence[Reference] | None = None,
     num_rows: int = 32,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     max_new_tokens: int = 64,
 ) -> None:
     """Has `trainer` answer some of `rows` at each evaluation and log `eval_<name>` for each of `metrics`.
@@ -51,6 +52,7 @@ def evaluate_answers(
 
     - `metrics`: name -> function of (predictions, references), of the metrics module or your own. The first one scores
       the rows of the page, where 1 is right.
+    - `batch_size`: rows at a time; default: `--generation_batch_size`, or 8 where the trainer's args have none.
     - `references`: the right answers, one entry per row (several for `vqa_accuracy`); default: each row's last answer.
 
     Raises `ValueError` naming all rows that have no reference.
@@ -73,7 +75,8 @@ def evaluate_answers(
             f"rows {', '.join(missing)} do not end with an assistant message, so there is nothing to compare an answer "
             "with; leave them out or pass references=..."
         )
-    evaluation = AnswerEvaluation(trainer, rows, asked, dict(metrics), batch_size, max_new_tokens)
+    size = batch_size or getattr(trainer.args, "generation_batch_size", None) or 8
+    evaluation = AnswerEvaluation(trainer, rows, asked, dict(metrics), size, max_new_tokens)
     trainer.callback_handler.callbacks.insert(0, evaluation)
     print_main(f"Each evaluation answers {count} of {len(rows)} rows, up to {max_new_tokens} tokens each.")
 
@@ -96,7 +99,14 @@ class AnswerEvaluation(TrainerCallback):
         started, references = time.perf_counter(), [*self.references.values()]
         asked = Subset(cast(Any, self.rows), [*self.references])
         settings = {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
-        predictions = generate(model, self.trainer.data_collator, asked, progress=not args.disable_tqdm, **settings)
+        try:
+            predictions = generate(model, self.trainer.data_collator, asked, progress=not args.disable_tqdm, **settings)
+        except torch.OutOfMemoryError as error:
+            error.add_note(
+                f"evaluation after step {state.global_step}: out of memory in answering {self.batch_size} rows at a "
+                f"time.\nWays out: --generation_batch_size {max(1, self.batch_size // 2)}; --eval_on_start False"
+            )
+            raise
         scores = {f"eval_{name}": metric(predictions, references) for name, metric in self.metrics.items()}
         scores["eval_generation_s"] = round(time.perf_counter() - started, 3)
         if metrics is not None:

@@ -16,14 +16,23 @@ from math import prod
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedConfig
 
 from vlm_sft.common import is_quantized, listed
 from vlm_sft.models.hardware import dtype_name
-from vlm_sft.models.parts import PARTS, ModelParts, part_of, parts_of, root_of
-from vlm_sft.upstream import lacks_dora
+from vlm_sft.models.parts import (
+    PARTS,
+    ModelParts,
+    bare_name,
+    linear_layers,
+    part_of,
+    parts_of,
+    root_of,
+    stacked_weights,
+)
+from vlm_sft.upstream import lacks_dora, targets_of
 
 Trains = Mapping[str, Literal["lora", "full"] | Sequence[str]]
 
@@ -77,7 +86,8 @@ def lora_config(
     layers and no others, or None without any. Language model and tower are adapted in their transformer layers, without
     tower layers whose output the model drops (LLaVA's last, by `vision_feature_layer`): no gradient would reach them.
     The projector is adapted in all its linear layers, or trained whole and saved with the adapters, except for a bare
-    parameter such as LLaVA-NeXT's `image_newline`: PEFT saves modules only.
+    parameter such as LLaVA-NeXT's `image_newline`: PEFT saves modules only. The experts of a mixture are adapted where
+    they are stacked in one weight (PEFT's `target_parameters`), which knows neither dropout nor DoRA.
 
     Raises ValueError for all that cannot be meant or made, such as a quantized part in full.
     """
@@ -99,19 +109,29 @@ def lora_config(
             f"use_dora=True, but PEFT {version('peft')} has no working DoRA for {', '.join(kinds)} ({listed(unfit)}); "
             "set use_dora=False, or load the base in 16 bit or with nf4_config."
         )
-    for name, parameter in model.named_parameters():
-        # Beside adapters PEFT trains a copy of the projector.
-        parameter.requires_grad_(not plan.layers and trains.get(part_of(name, plan.parts)) == "full")
-    if not plan.layers:
-        return None
-    return LoraConfig(
+    if plan.experts and (lora_dropout or use_dora):
+        raise ValueError(
+            f"lora_dropout={lora_dropout}, use_dora={use_dora}: PEFT {version('peft')} has neither for the experts of "
+            f"a mixture ({listed(plan.experts)}); set lora_dropout=0 and use_dora=False, or {plan.without_experts()}."
+        )
+    config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         use_dora=use_dora,
-        target_modules=_pattern(plan.layers, plan.modules),
+        target_modules=_pattern(plan.layers, plan.modules) if plan.layers else [],
+        target_parameters=plan.experts or None,
         modules_to_save=plan.whole or None,
     )
+    if plan.adapts and targets_of(config, plan.base) != {*plan.layers, *plan.experts}:
+        raise ValueError(
+            f"PEFT {version('peft')} takes {plan.base.config.model_type!r} for an older checkpoint and would adapt "
+            f"other layers than those asked for; {plan.without_experts()}."
+        )
+    for name, parameter in model.named_parameters():
+        # Beside adapters PEFT trains a copy of the projector.
+        parameter.requires_grad_(not plan.adapts and trains.get(part_of(name, plan.parts)) == "full")
+    return config if plan.adapts else None
 
 
 def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
@@ -123,15 +143,16 @@ def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
     Raises ValueError with every difference between the asked and the found.
     """
     plan = _Plan(model, trains)
-    held = {name: m for name, m in plan.base.named_modules() if isinstance(m, LoraLayer)}
-    if plan.layers and not held:
+    held = _adapters_of(plan.base)
+    if plan.adapts and not held:
         raise ValueError(
             f"TRAINS={dict(trains)} asks for adapters, and {type(plan.base).__name__} holds none; pass "
             "peft_config=lora_config(model, TRAINS) to SFTTrainer."
         )
-    asked = set(plan.layers)
+    asked = {*plan.layers, *plan.experts}
     unused = {name for name in held.keys() - asked if _is_unused(name, plan.base.config, plan.parts)}
     dora = {name for name, module in held.items() if len(module.lora_magnitude_vector)}
+    frozen = {name for name, m in held.items() if not all(m.get_parameter(n).requires_grad for n in _own_names(m))}
     trainable = {name: parameter.requires_grad for name, parameter in plan.base.named_parameters()}
     own = {name for name in trainable if ".lora_" not in name}
     # Beside adapters PEFT trains a copy of the whole projector, and saves modules only.
@@ -143,7 +164,7 @@ def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
         "layers asked for are not adapted": asked - held.keys(),
         "layers are adapted and not asked for": held.keys() - asked - unused,
         "tower layers are adapted whose output the model drops, so that no gradient arrives": unused,
-        "adapted layers are frozen": {n.partition(".lora_")[0] for n in trainable.keys() - own if not trainable[n]},
+        "adapted layers are frozen": frozen,
         "layers are without DoRA, while others have it": held.keys() - dora if dora else set(),
         "weights train and should not": trained - full,
         "weights should train in full and do not": full - trained,
@@ -165,14 +186,16 @@ class _Plan:
         self.base: Any = root_of(model)
         self.modules = _modules(self.base)
         linears = _linears(self.base, self.modules, self.parts)
+        experts = stacked_weights(self.base)
         self.layers: list[str] = []
+        self.experts: list[str] = []
         self.whole: list[str] = []
         faults = []
         weights: dict[str, list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.base.named_parameters():
             weights[part_of(name, self.parts)].append(parameter)
         for part, how in trains.items():
-            chosen = linears[part]
+            chosen = linears[part] + [name for name in experts if part_of(name, self.parts) == part]
             if how == "full":
                 if packed := sum(map(is_quantized, weights[part])):
                     faults.append(
@@ -191,8 +214,10 @@ class _Plan:
                 lost = [name for name in how if not matched[name]]
                 faults += [f"{name!r} matches no linear layer of {part!r}, which are {kinds}" for name in lost]
                 chosen = [path for path in chosen if any(path in paths for paths in matched.values())]
-            self.layers += chosen
-        if self.layers and trains.get("projector") == "full":
+            self.layers += [path for path in chosen if path not in experts]
+            self.experts += [path for path in chosen if path in experts]
+        self.adapts = bool(self.layers or self.experts)
+        if self.adapts and trains.get("projector") == "full":
             for path in filter(self.modules.__contains__, self.parts.projector):
                 # A ModuleList as its items, since PEFT's wrapper cannot be indexed.
                 is_list = isinstance(self.modules[path], nn.ModuleList)
@@ -201,6 +226,11 @@ class _Plan:
                 faults.append(f"'projector' is {listed(self.parts.projector)}, not a module: PEFT cannot save it")
         if faults:
             raise ValueError(f"TRAINS={dict(trains)}: {'; '.join(faults)}.")
+
+    def without_experts(self) -> str:
+        """The way out for a mixture: adapters on the layers that are no expert's and no dense twin of one."""
+        attention = sorted({path.rpartition(".")[2] for path in self.layers if ".mlp." not in path})
+        return f'adapt its attention alone, as in TRAINS = {{"language": {attention}}}'
 
 
 def _refuse_unknown(trains: Trains) -> None:
@@ -236,10 +266,24 @@ def _meant(word: Any, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
 
 
+def _adapters_of(base: nn.Module) -> dict[str, Any]:
+    """The adapters by the path of their layer, or of the stacked weight: PEFT nests those of one module."""
+    return {
+        f"{bare_name(name)}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name: module
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def _own_names(adapter: Any) -> list[str]:
+    """The parameters of this adapter, not of one that it wraps."""
+    return [name for name, _ in adapter.named_parameters() if name.startswith("lora_")]
+
+
 def _modules(root: nn.Module) -> dict[str, nn.Module]:
     """Each module by the path it has, or had before PEFT wrapped it."""
     return {
-        re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name): module
+        bare_name(name): module
         for name, module in root.named_modules()
         if not re.search(r"\.(lora_\w+|modules_to_save)(\.|$)", name)
     }
@@ -248,10 +292,7 @@ def _modules(root: nn.Module) -> dict[str, nn.Module]:
 def _linears(root: Any, modules: Mapping[str, nn.Module], parts: ModelParts) -> dict[str, list[str]]:
     """Full paths, by part, of the linear layers that may be adapted."""
     linears: dict[str, list[str]] = defaultdict(list)
-    for name, module in modules.items():
-        # `in_features` also marks the linear layers of other quantizers, which do not inherit from nn.Linear.
-        if not hasattr(module, "in_features"):
-            continue
+    for name in linear_layers(modules):
         part = part_of(name, parts)
         # A pooling head next to the numbered layers is not part of what the language model sees.
         in_layers = any(piece.isdigit() for piece in name.split("."))
@@ -265,11 +306,11 @@ def _is_unused(name: str, config: PreTrainedConfig, parts: ModelParts) -> bool:
 
     That setting counts hidden states: 0 is the embedding, -1 the last layer's output.
     """
-    chosen = getattr(config, "vision_feature_layer", None)
+    chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
     layer = re.search(r"\.(\d+)(\.|$)", name)
-    if chosen is None or layer is None or part_of(name, parts) != "vision":
+    layers = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)  # timm's towers have none
+    if chosen is None or layer is None or layers is None or part_of(name, parts) != "vision":
         return False
-    layers: int = config.vision_config.num_hidden_layers
     states = [chosen] if isinstance(chosen, int) else chosen
     return int(layer[1]) >= max(state if state >= 0 else layers + 1 + state for state in states)
 
@@ -294,16 +335,18 @@ def _pattern(layers: Sequence[str], modules: Collection[str]) -> str:
 
 def _report(plan: _Plan, trains: Trains, held: Mapping[str, Any], bare: Collection[str]) -> dict[str, PartReport]:
     """How each part trains, and all together (`total`)."""
-    counts: dict[str, Counter[str]] = {part: Counter() for part in (*PARTS, "total")}
+    rows = (*PARTS, *["other"] * bool(plan.parts.other), "total")
+    counts: dict[str, Counter[str]] = {part: Counter() for part in rows}
     dtypes: dict[str, set[str]] = defaultdict(set)
     tables = {f"{name}.weight" for name, module in plan.modules.items() if isinstance(module, nn.Embedding)}
     for name, parameter in plan.base.named_parameters():
         packing = getattr(parameter, "quant_state", None)
         size = parameter.numel() if packing is None else prod(packing.shape)
-        copied, path = ".original_module." in name, re.sub(r"\.(base_layer|original_module)\.", ".", name)
+        copied, path = ".original_module." in name, bare_name(name)
         matrix = (parameter.ndim > 1 or packing is not None) and path not in tables
         matrix &= ".lora_" not in name and ".modules_to_save." not in name
-        reached = matrix and (parameter.requires_grad or copied or path.rpartition(".")[0] in held)
+        adapted = path in held or path.rpartition(".")[0] in held
+        reached = matrix and (parameter.requires_grad or copied or adapted)
         for part in (part_of(name, plan.parts), "total"):
             counts[part].update(matrices=size * matrix, reached=size * reached)
             if not copied:
@@ -313,8 +356,8 @@ def _report(plan: _Plan, trains: Trains, held: Mapping[str, Any], bare: Collecti
     reports = {}
     for part, count in counts.items():
         layers = [held[name] for name in held if part in ("total", part_of(name, plan.parts))]
-        how = "frozen" if part in PARTS else ""
-        if layers and part in PARTS:
+        how = "" if part == "total" else "frozen"
+        if layers and part != "total":
             how = _settings(layers) + (f" on {', '.join(trains[part])}" if trains[part] != "lora" else "")
         elif trains.get(part) == "full":
             how = "full" + (f" but {listed(bare)}, which PEFT cannot save" if bare else "")

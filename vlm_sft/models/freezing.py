@@ -15,7 +15,8 @@ from vlm_sft.models.parts import ModelParts, part_of, parts_of
 
 
 def detach_frozen_tower(model: PreTrainedModel) -> None:
-    """Leaves a tower without trainable parameters out of the graph, and so out of gradient checkpointing's recompute.
+    """Leaves a tower without trainable parameters out of the graph, and so out of gradient checkpointing's recompute;
+    what is frozen in it stays in evaluation mode, or a BatchNorm would move that no adapter saves.
 
     With checkpointing, TRL and the Trainer (again, at the start of `train()`) call `enable_input_require_grads()`,
     which marks the tower's patch embeddings as well: a frozen tower is then recomputed and back-propagated for
@@ -27,6 +28,9 @@ def detach_frozen_tower(model: PreTrainedModel) -> None:
     enable = MethodType(partial(_mark_embeddings, parts=parts), model)
     disable = MethodType(partial(_unmark_embeddings, parts=parts), model)
     model.enable_input_require_grads, model.disable_input_require_grads = enable, disable  # type: ignore[method-assign]
+    modules = dict(model.named_modules())
+    for tower in (modules[path] for path in (*parts.vision, *parts.other) if path in modules):
+        tower.train = MethodType(_train, tower)
 
 
 def cast_trainable_to_fp32(model: nn.Module) -> None:
@@ -49,6 +53,23 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
             f"The tower is in {base.dtype} and the embeddings in {held}, which SmolVLM cannot merge; load it with "
             'load_model(dtype="float32"): bf16=True or fp16=True still computes in 16 bit.'
         )
+
+
+def _train(tower: nn.Module, mode: bool = True) -> nn.Module:
+    """`nn.Module.train` for what trains in the tower; the rest is in evaluation mode."""
+    type(tower).train(tower, mode)
+    if mode:
+        _still(tower)
+    return tower
+
+
+def _still(module: nn.Module) -> None:
+    weights = [weight.requires_grad for weight in module.parameters()]
+    if weights and not any(weights):
+        module.eval()
+    else:
+        for child in module.children():
+            _still(child)
 
 
 def _mark_embeddings(model: Any, *, parts: ModelParts) -> None:

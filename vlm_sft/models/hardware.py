@@ -1,26 +1,38 @@
-"""What this machine runs: the precision, optimizer and data workers that suit it, and one GPU for one process."""
+"""What this machine runs: the precision, optimizer, attention and data workers that suit it, on one GPU a process."""
 
 from __future__ import annotations
 
 import os
-import sys
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_triton_available
 
-from vlm_sft.upstream import shard_on_cpu
+from vlm_sft.upstream import is_bitsandbytes_optimizer, is_sharded, shard_on_cpu
 
 
 def best_dtype() -> torch.dtype:
-    """bfloat16 on a GPU that computes in it, float16 on an older one, float32 on a CPU."""
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    """bfloat16 on a GPU that computes in it, float16 on an older one of NVIDIA or AMD, else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if is_torch_bf16_gpu_available() else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """As users write it: bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def own_device() -> torch.device:
+    """Where this process trains: the GPU of its local rank, or the CPU (`--use_cpu`, or no GPU)."""
+    state = PartialState()
+    kind = state.device.type
+    return torch.device(kind) if kind in ("cpu", "mps") else torch.device(kind, state.local_process_index)
 
 
 def best_worker_count() -> int:
@@ -32,21 +44,44 @@ def best_worker_count() -> int:
     return max(0, min(4, len(os.sched_getaffinity(0)) // processes - 1))
 
 
-def set_hardware_defaults(args: TrainingArguments) -> None:
-    """Fills in what the user left open: call it first in the `__post_init__` of a recipe's config.
+def set_hardware_defaults(args: TrainingArguments) -> list[str]:
+    """Fills in what the user left open: call it first in the `__post_init__` of a recipe's config. Returns what it
+    replaced, in words.
 
     Without `bf16` or `fp16` set, `best_dtype` decides. A paged optimizer gives way to `adamw_torch` where there is no
-    GPU to page from. Several GPUs and no launcher: this process takes the first one and says how to use all, since
-    SFTTrainer refuses `nn.DataParallel`. A launch with FSDP shards on CPUs too (`shard_on_cpu`).
+    NVIDIA or AMD GPU to page from. Under FSDP, which shards optimizer states, the config's own bitsandbytes optimizer
+    gives way to `adamw_torch_fused`, and one that was asked for is refused. A launch with FSDP shards on CPUs too.
+
+    Raises ValueError for that, and where TRL's head could not be compiled (`check_compiler`).
     """
-    if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
-        # The only way to hide devices from the Trainer; it must come before CUDA is first used.
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        print("Several GPUs, one process: training on the first. To use all: accelerate launch RECIPE", file=sys.stderr)
+    args.use_cpu |= not torch.accelerator.is_available()  # without it, processes on CPUs would train apart
     if args.bf16 is None and not args.fp16:
         args.bf16, args.fp16 = best_dtype() == torch.bfloat16, best_dtype() == torch.float16
-    args.use_cpu |= not torch.accelerator.is_available()  # without it, processes on CPUs would train apart
     shard_on_cpu(args)
-    if args.optim.startswith("paged_") and not torch.cuda.is_available():
+    check_compiler(args)
+    asked, default = str(getattr(args.optim, "value", args.optim)), getattr(type(args), "optim", None)
+    if is_sharded() and is_bitsandbytes_optimizer(asked):
+        if asked != default:
+            raise ValueError(
+                f"--optim {asked} is of bitsandbytes, whose optimizers cannot step sharded weights (FSDP): leave it "
+                "out, which takes adamw_torch_fused, or launch with accelerate_configs/multi_gpu.yaml"
+            )
+        args.optim = "adamw_torch_fused"
+    elif asked.startswith("paged_") and not torch.cuda.is_available():
         args.optim = "adamw_torch"
     args.dataloader_pin_memory &= torch.cuda.is_available()  # PyTorch warns of it at each evaluation on a CPU
+    return [] if args.optim == asked else [f"optimizer {asked} replaced by {args.optim}"]
+
+
+def check_compiler(args: Any) -> None:
+    """Raises ValueError where TRL 1.16's fused head, a Triton kernel on GPUs, could not be compiled at the first step:
+    Triton builds its launcher with a C compiler and Python's headers."""
+    if args.use_cpu or not torch.cuda.is_available() or not is_triton_available():
+        return
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    found = {"a C compiler": compiler, "Python.h": Path(sysconfig.get_path("include"), "Python.h").is_file()}
+    if missing := " and ".join(what for what, there in found.items() if not there):
+        raise ValueError(
+            f"{missing} not found, and the first step on a GPU compiles TRL's loss: apt-get install gcc python3-dev "
+            "(or name your compiler: CC=/path/to/gcc), and run again"
+        )

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import re
+import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from peft import PeftConfig, PeftModel
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -24,17 +24,27 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.hub import resolve_revision
-from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlm_sft.common import base_of, listed
-from vlm_sft.distributed import print_main
 from vlm_sft.models.fingerprints import read_training_base, training_base, weight_differences
 from vlm_sft.models.freezing import detach_frozen_tower
-from vlm_sft.models.hardware import best_dtype
+from vlm_sft.models.hardware import best_dtype, own_device
+from vlm_sft.models.parts import parts_of, root_of
 from vlm_sft.models.quantization import nf4_config
-from vlm_sft.upstream import TWO_WAY_IMAGES, fit_to_shards, keep_packing, limit_pixels, set_commit
+from vlm_sft.upstream import (
+    fit_to_shards,
+    flash_attentions,
+    is_sharded,
+    keep_packing,
+    limit_pixels,
+    number_images_by_row,
+    restore_adapter,
+    sees_both_ways,
+    set_commit,
+)
 
 AutoModelForVision2Seq = AutoModelForImageTextToText
 """The name that transformers 5 dropped, for code that was written with it."""
@@ -93,6 +103,7 @@ def load_model(
     name_or_path: str | Path,
     *,
     load_in_4bit: bool = False,
+    experts_in_16bit: bool = False,
     quantization_config: BitsAndBytesConfig | str | None = "auto",
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
@@ -106,23 +117,25 @@ def load_model(
 
     - `dtype="auto"` is `best_dtype()`, and `quantization_config="auto"` none; for an adapter both are those of its base
       in training (where nothing records them, the base's own dtype and none).
-    - `load_in_4bit=True` quantizes the language model alone, by `nf4_config`.
-    - `attn_implementation` is by default FlashAttention 2 where it is installed and the GPU (Ampere or newer) and the
-      model take it; else what transformers chooses, PyTorch's SDPA.
-    - A quantized model goes to the GPU of this process (LOCAL_RANK); any other stays on the CPU for the Trainer.
+    - `load_in_4bit=True` quantizes the language model alone, by `nf4_config`, which also explains `experts_in_16bit`.
+    - `attn_implementation=None` is FlashAttention where GPU and model take it: a build that is installed, or that of
+      kernels-community by `pip install kernels`; else what transformers chooses, PyTorch's SDPA.
+    - It is read onto the GPU of this process, and takes no room of the CPU; under FSDP and DeepSpeed ZeRO-3, which
+      shard it from there, onto the CPU.
     - `revision` is resolved to its commit once, and recorded in the model's config.
     - For an adapter, `base_model` takes the place of the base that it names; `is_trainable` leaves it trainable.
     - Only safetensors are read. A weight that is missing, left over or of another shape is an error.
 
-    A frozen tower stays out of autograd (`detach_frozen_tower`), or a line says that the parts cannot be told.
+    A frozen tower stays out of autograd and in evaluation mode (`detach_frozen_tower`).
 
-    Raises ValueError for a path that does not exist, a text-only model, an adapter whose base is missing or another
-    one, weights that do not fit, and an attention that the model cannot run.
+    Raises ValueError for a path that does not exist, a model that is text-only or whose parts cannot be told, an
+    adapter whose base is missing or another one, weights that do not fit, and an attention that the model cannot run.
     """
     name = existing(name_or_path)
     revision = resolve_revision(name, revision)
     if load_in_4bit:
-        quantization_config = nf4_config(read_config(name, revision=revision, trust_remote_code=trust_remote_code))
+        config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
+        quantization_config = nf4_config(config, experts_in_16bit=experts_in_16bit)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     options |= {"device_map": device_map, "dtype": dtype, "quantization_config": quantization_config}
     if find_adapter_config_file(name, revision=revision) is None:
@@ -132,10 +145,7 @@ def load_model(
     else:
         model = _read_adapted(name, revision, base_model, is_trainable, **options)
         base = base_of(model)
-    try:
-        detach_frozen_tower(base)
-    except ValueError as error:
-        print_main(f"{name!r}: a frozen vision tower stays in autograd, which costs time and memory. {error}")
+    detach_frozen_tower(base)
     record_source(model, name, revision)
     return model
 
@@ -168,12 +178,17 @@ def read_config(name_or_path: str | Path, *, revision: str | None = None, trust_
     at = place(name, revision)
     try:
         config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"No model in {at}: {first_line(error)}. Give its folder or Hub name.") from error
+    except (OSError, ValueError, KeyError) as error:  # no file, or a family that transformers does not know
+        raise ValueError(f"No model in {at}: {first_line(error)}. Give the folder or Hub name of one.") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
         raise ValueError(
             f"{at} is a {config.model_type!r} model, which takes no images; give a vision-language model such as "
             "llava-hf/llava-1.5-7b-hf."
+        )
+    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+        raise ValueError(
+            f"{at} is a {config.model_type!r} model, an encoder-decoder: its encoder would read the answers that its "
+            "decoder is to learn. Choose a family with a decoder alone, such as Qwen-VL, Gemma 3 or SmolVLM."
         )
     return config
 
@@ -199,14 +214,27 @@ def place(name: str, revision: str | None) -> str:
 
 def _read_model(name: str, revision: str | None, *, attn_implementation: str | None, **options: Any) -> Any:
     config: Any = read_config(name, revision=revision, trust_remote_code=options["trust_remote_code"])
-    if attn_implementation == "flash_attention_2" and config.model_type in TWO_WAY_IMAGES:
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # what cannot train, before the weights are read
+        parts_of(empty := root_of(config))
+        if empty.base_model is empty:
+            raise ValueError(
+                f"{type(empty).__name__} ({config.model_type}) has no inner model, from whose hidden states TRL "
+                f"{version('trl')} takes the loss: SFTTrainer would fail at its first step. Choose another family."
+            )
+        if "flash" in (attn_implementation or "") and sees_both_ways(empty):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r}: in {config.model_type} the tokens of an image see each "
+                "other in both directions, and FlashAttention would hide half of them; use 'sdpa'."
+            )
+    zero3 = bool(is_deepspeed_zero3_enabled())  # type: ignore[no-untyped-call]
+    if zero3 and (options["quantization_config"] or getattr(config, "quantization_config", None)):
         raise ValueError(
-            f"attn_implementation='flash_attention_2': in {config.model_type} the tokens of an image see each other in "
-            "both directions, and FlashAttention would hide half of them; use 'sdpa'."
+            f"{place(name, revision)} in 4 or 8 bit under DeepSpeed ZeRO-3, which shards no such weights: launch with "
+            "accelerate_configs/fsdp2_qlora.yaml, or load in 16 bit (--no_load_in_4bit)"
         )
-    quantized = options["quantization_config"] or getattr(config, "quantization_config", None)
-    if quantized and options["device_map"] is None and torch.cuda.is_available():
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}  # it must not move later
+    if options["device_map"] is None and not zero3:
+        # Without a map, transformers would put a quantized model onto the GPU, whole, also where it is to be sharded.
+        options["device_map"] = {"": torch.device("cpu") if is_sharded() else own_device()}
     from_pretrained: Any = AutoModelForImageTextToText.from_pretrained
     try:
         model, info = from_pretrained(
@@ -225,10 +253,13 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
         ) from error
     check_weights(model, info, place(name, revision))
     if attn_implementation is None and _flash_attention_runs(model):
-        with contextlib.suppress(ValueError):  # this model has no FlashAttention
-            model.set_attn_implementation("flash_attention_2")
+        for name in flash_attentions(model):
+            with contextlib.suppress(ValueError, ImportError):  # a part without FlashAttention, or nothing to fetch it
+                model.set_attn_implementation(name)
+                break
     set_commit(model.config, revision)
     keep_packing(model)
+    number_images_by_row(model)
     fit_to_shards(model)
     return model
 
@@ -261,25 +292,20 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
     if Path(folder, "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)
     try:
-        model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # `restore_adapter` fills or names them
+            model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+        missing, left = restore_adapter(model, Path(folder, ADAPTER_WEIGHTS))
     except RuntimeError as error:
         some = "\n".join(str(error).splitlines()[:3])
         raise ValueError(f"The adapter in {folder!r} does not fit {base.name_or_path!r}: {some}") from error
-    with safe_open(Path(folder, ADAPTER_WEIGHTS), framework="pt") as file:
-        saved = set(file.keys())
-    needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if saved != needed:
+    if missing or left:
         raise ValueError(
-            f"The adapter in {folder!r} does not fit {base.name_or_path!r}: {len(needed - saved)} weights are missing "
-            f"({listed(needed - saved)}) and {len(saved - needed)} left over ({listed(saved - needed)})."
+            f"The adapter in {folder!r} does not fit {base.name_or_path!r}: {len(missing)} weights are missing "
+            f"({listed(missing)}) and {len(left)} left over ({listed(left)})."
         )
     return model
 
 
 def _flash_attention_runs(model: Any) -> bool:
-    return (
-        is_flash_attn_2_available()
-        and torch.cuda.get_device_capability() >= (8, 0)
-        and model.dtype in (torch.float16, torch.bfloat16)
-        and model.config.model_type not in TWO_WAY_IMAGES
-    )
+    return model.dtype in (torch.float16, torch.bfloat16) and not sees_both_ways(model)

@@ -7,26 +7,23 @@ parts; the projector is the rest. `register_parts` settles whatever cannot be to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlm_sft.common import listed, on_meta
 
-Part = Literal["vision", "projector", "language", "head"]
-PARTS: tuple[Part, ...] = get_args(Part)
+Part = Literal["vision", "projector", "language", "head", "other"]
+PARTS: tuple[Part, ...] = ("vision", "projector", "language", "head")
+"""What TRAINS may name. Rows with images never reach what is "other": towers for sound, and what draws."""
 
-INSIDE_TOWER: dict[str, tuple[str, ...]] = {
-    "glm46v": ("merger",),
-    "qwen2_vl": ("merger",),
-    "qwen2_5_vl": ("merger",),
-    "qwen3_5": ("merger",),
-    "qwen3_vl": ("merger", "deepstack_merger_list"),
-}
-"""By model_type, the projector's modules as the vision tower names them. One line adds a family."""
+_PROJECTS = re.compile("merger|connector|project|align|adapter|resampler|qformer")
+_BESIDE = re.compile("audio|speech|vqmodel|generation")
+
+_BY_WEIGHT = (".altup.correction_coefs", ".altup.prediction_coefs")  # Gemma 3n, transformers 5.23
 
 # What PEFT, DistributedDataParallel (or DeepSpeed) and torch.compile put before the names of what they wrap.
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
@@ -34,16 +31,21 @@ _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 
 @dataclass(frozen=True)
 class ModelParts:
-    """Full paths of the four parts, from the root of the `...ForConditionalGeneration` model.
+    """Full paths of the parts, from the root of the `...ForConditionalGeneration` model.
 
     A path is a module, or a parameter that no part's module holds (LLaVA-NeXT's `model.image_newline`). Paths may
-    nest (Qwen's `model.visual.merger` in `model.visual`): ask `part_of`, and compare no prefixes by hand.
+    nest (Qwen's `model.visual.merger` in `model.visual`): ask `part_of`, and compare no prefixes by hand. A model
+    without a tower has no `vision`.
     """
 
     vision: tuple[str, ...]
     projector: tuple[str, ...]
     language: tuple[str, ...]
     head: tuple[str, ...]
+    other: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "; ".join(f"{part} {', '.join(paths)}" for part, paths in vars(self).items() if paths)
 
 
 PARTS_OVERRIDES: dict[str, ModelParts] = {}
@@ -57,15 +59,22 @@ def register_parts(
     projector: str | Sequence[str],
     language: str | Sequence[str],
     head: str | Sequence[str],
+    other: str | Sequence[str] = (),
 ) -> None:
     """Settles the parts of a family by hand, each a full path of `model.named_modules()` or several.
 
-    Raises ValueError for an empty part or path, and for a path that stands in two parts.
+    `vision=()` for a model without a tower; `other` is never trained. Raises ValueError for an empty part or path, and
+    for a path that stands in two parts.
     """
-    given = {"vision": vision, "projector": projector, "language": language, "head": head}
+    given = {"vision": vision, "projector": projector, "language": language, "head": head, "other": other}
     parts = ModelParts(**{part: (at,) if isinstance(at, str) else tuple(at) for part, at in given.items()})
-    paths = [path for part in PARTS for path in getattr(parts, part)]
-    faults = [f"{part}={given[part]!r} names nothing" for part in PARTS if not all(getattr(parts, part) or ("",))]
+    paths = [path for part in given for path in getattr(parts, part)]
+    needed = {"projector", "language", "head"}
+    faults = [
+        f"{part}={given[part]!r} names nothing"
+        for part in given
+        if not all(getattr(parts, part) or [""] * (part in needed))
+    ]
     faults += [f"{path!r} stands twice" for path in sorted({path for path in paths if path and paths.count(path) > 1})]
     if faults:
         raise ValueError(
@@ -87,7 +96,7 @@ def parts_of(model_or_config: nn.Module | PreTrainedConfig) -> ModelParts:
         parts, faults = _found(model)
     else:
         names = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
-        faults = [f"{path} is not in it" for part in PARTS for path in getattr(parts, part) if path not in names]
+        faults = [f"{path} is not in it" for paths in vars(parts).values() for path in paths if path not in names]
     if faults or parts is None:
         raise ValueError(
             f"The parts of {type(model).__name__} ({model_type}) cannot be told: {'; '.join(faults)}. Load it with "
@@ -106,10 +115,45 @@ def part_of(name: str, parts: ModelParts) -> Part:
     bare = name
     while wrapper := next((prefix for prefix in _WRAPPERS if bare.startswith(prefix)), None):
         bare = bare.removeprefix(wrapper)
-    found = [(len(path), part) for part in PARTS for path in getattr(parts, part) if f"{bare}.".startswith(f"{path}.")]
+    paths: list[tuple[str, Part]] = [(path, part) for part in (*PARTS, "other") for path in getattr(parts, part)]
+    found = [(len(path), part) for path, part in paths if f"{bare}.".startswith(f"{path}.")]
     if not found:
         raise ValueError(f"{name!r} lies in none of {parts}; settle them with vlm_sft.register_parts.")
     return max(found)[1]
+
+
+def bare_name(name: str) -> str:
+    """The name of a module or parameter without what PEFT puts between."""
+    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name)
+
+
+def linear_layers(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The linear layers that adapters and quantization reach, by path.
+
+    Not of a model's own kind: a router (Llama4Router) returns more than a product. Nor one whose weight the model takes
+    by itself (`_BY_WEIGHT`), nor PEFT's wrapper of one. `in_features` also marks the layers of other quantizers, which
+    do not inherit from nn.Linear.
+    """
+    return {
+        path: module
+        for path, module in modules.items()
+        if hasattr(module, "in_features")
+        and not hasattr(module, "base_layer")
+        and not (isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models"))
+        and not path.endswith(_BY_WEIGHT)
+        and ".lora_" not in path
+    }
+
+
+def stacked_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The experts of each layer of a mixture, by their full path: weights of three dimensions, no convolution's."""
+    return {
+        bare_name(f"{name}.{own}"): weight
+        for name, module in model.named_modules()
+        if not hasattr(module, "kernel_size") and re.search(r"\.\d+\.", name)
+        for own, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3
+    }
 
 
 def root_of(model_or_config: Any) -> PreTrainedModel:
@@ -117,9 +161,9 @@ def root_of(model_or_config: Any) -> PreTrainedModel:
     if isinstance(model_or_config, PreTrainedConfig):
         try:
             return on_meta(model_or_config)  # type: ignore[no-any-return]
-        except ValueError as error:
-            kind = model_or_config.model_type
-            raise ValueError(f"{kind!r} is not the model_type of a vision-language model in transformers.") from error
+        except Exception as error:  # a config that its own model does not take may raise anything
+            kind, reason = model_or_config.model_type, str(error).partition("\n")[0]
+            raise ValueError(f"No vision-language model takes this {kind!r} config: {reason}") from error
     modules = model_or_config.modules() if isinstance(model_or_config, nn.Module) else ()
     root = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
     if root is None:
@@ -130,11 +174,12 @@ def root_of(model_or_config: Any) -> PreTrainedModel:
 
 def _found(model: Any) -> tuple[ModelParts | None, list[str]]:
     """What the model's accessors say, and all that speaks against it."""
-    names = {module: name for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
     asked = {
         "vision tower": lambda: model.get_encoder(modality="image"),
         "language model": model.get_decoder,
-        "head": model.get_output_embeddings,
+        "head": lambda: model.get_output_embeddings() or model.get_decoder().get_output_embeddings(),
     }
     paths: dict[str, str] = {}
     for what, accessor in asked.items():
@@ -142,27 +187,45 @@ def _found(model: Any) -> tuple[ModelParts | None, list[str]]:
         # Without such a part the accessors return None, or the model itself, whose name is empty.
         if names.get(found) and (what == "head" or any(True for _ in found.parameters())):
             paths[what] = names[found]
-    if absent := [f"it has no {what}" for what in asked if what not in paths]:
+    if absent := [f"it has no {what}" for what in asked if what not in paths and what != "vision tower"]:
         return None, absent
-    vision, language, head = paths.values()
+    tower, language, head = paths.get("vision tower", ""), paths["language model"], paths["head"]
     faults = [
         f"{inner} lies inside {outer}"
-        for inner in paths.values()
-        for outer in paths.values()
-        if f"{inner}.".startswith(f"{outer}.") and (inner != outer or vision == language)
+        for inner, outer in ((tower, language), (language, tower), (head, tower), (tower, head), (language, head))
+        if inner and outer and f"{inner}.".startswith(f"{outer}.")
     ]
-    if not any(re.match(rf"{re.escape(language)}\.(\w+\.)*\d+$", name) for name in names.values()):
+    if not any(re.match(rf"{re.escape(language)}\.(\w+\.)*\d+$", name) for name in modules):
         faults.append(f"its language model, {language}, has no numbered layers")
-    inside = [f"{vision}.{name}" for name in INSIDE_TOWER.get(model.config.model_type, ())]
-    faults += [f"{path} is not in it" for path in inside if path not in names.values()]
-    rest = list(_rest(model, "", set(paths.values()))) if not faults else []
-    # transformers builds towers as models of their own, and projectors as plain modules.
-    models = [name for module, name in names.items() if isinstance(module, PreTrainedModel)]
-    if towers := [path for path in rest if any(f"{name}.".startswith(f"{path}.") for name in models)]:
+    if faults:
+        return None, faults
+    placed: dict[str | None, list[str]] = {part: [] for part in ("vision", "projector", "other", None)}
+    for path in _rest(model, "", {tower, language, *([] if f"{head}.".startswith(f"{language}.") else [head])}):
+        placed[_kind_of(path, modules.get(path))].append(path)
+    if towers := placed[None]:
         faults.append(f"{listed(towers)}: a second tower, or part of the projector")
-    if not (faults or rest or inside):
-        faults.append("nothing is left for its projector, which may lie inside the tower (INSIDE_TOWER in parts.py)")
-    return ModelParts((vision,), (*inside, *rest), (language,), (head,)), faults
+    vision = [tower] * bool(tower) + placed["vision"]
+    if vision and not placed["projector"]:  # it may lie inside the tower (Qwen's merger)
+        inside = [name for name, _ in modules[vision[0]].named_children() if _PROJECTS.search(name)]
+        placed["projector"] = [f"{vision[0]}.{name}" for name in inside]
+    if not (faults or placed["projector"]):
+        faults.append("nothing is left for its projector" if vision else "it has no vision tower and no projector")
+    parts = ModelParts(tuple(vision), tuple(placed["projector"]), (language,), (head,), tuple(placed["other"]))
+    return parts, faults
+
+
+def _kind_of(path: str, module: nn.Module | None) -> Part | None:
+    """The part of what no accessor names; None where it cannot be told.
+
+    transformers builds towers as models of their own that take pixels or sound, and projectors as plain modules.
+    """
+    if _BESIDE.search(path):
+        return "other"
+    if not isinstance(module, PreTrainedModel):
+        return "projector"
+    if module.main_input_name == "pixel_values":
+        return "vision"
+    return "projector" if _PROJECTS.search(path.rpartition(".")[2]) else None
 
 
 def _rest(module: nn.Module, path: str, known: set[str]) -> Iterator[str]:

@@ -71,9 +71,10 @@ def merge(
     - `base_model`: where the base is now, if not where training found it. Its weights must be the same.
     - `dtype`: of the result, by its name too; that of the base by default.
 
-    Raises `ValueError` where `out` exists, the base is missing or another one, a key is missing or left over, or the
-    result, read again, differs from adapter on base: by more than `tolerance` (relative error of the logits; 1e-4 in
-    float32, 0.02 in 16 bit, 0.05 for an 8-bit base), by being nearer to the bare base, or by generating something else.
+    Raises `ValueError` where `out` exists, the base is missing or another one, a key is missing or left over, the
+    adapter has no effect, or the result, read again, differs from adapter on base: by more than `tolerance` (relative
+    error of the logits; 1e-4 in float32, 0.02 in 16 bit, 0.05 for an 8-bit base), by being nearer to the bare base, or
+    by generating something else.
     """
     adapter, out = Path(adapter), Path(out)
     recorded = _check(adapter, out, base)
@@ -175,9 +176,11 @@ def _compare(expected: _Answers, found: _Answers, bare: _Answers, tolerance: flo
     if [len(p) for p in expected.prompt] != [len(p) for p in found.prompt]:
         raise ValueError("the merged model's processor does not read the question as the adapter's does")
     error, effect = _distance(expected.prompt, found.prompt), _distance(expected.prompt, bare.prompt)
+    if not effect:
+        raise ValueError("the adapter has no effect: with it the model answers as its bare base does; train it first")
     if not error <= tolerance:
         raise ValueError(f"the merged model's logits are off by {error:.2g} (relative), more than {tolerance:.2g}")
-    if effect and _distance(found.prompt, bare.prompt) < _distance(found.prompt, expected.prompt):
+    if _distance(found.prompt, bare.prompt) < _distance(found.prompt, expected.prompt):
         raise ValueError(
             f"the merged model is nearer to the bare base than to adapter on base, {effect:.2g} away from it "
             "(relative): rounding has erased it; merge with dtype=torch.float32"

@@ -1,11 +1,13 @@
 """A small random twin of each model family, built offline: for trying a recipe, and for tests.
 
 The classes are the real ones; only sizes, weights and the vocabulary, which is trained on the spot, are small.
-`python -m vlm_sft tiny llava15 twins/llava15` writes a folder that `from_pretrained` reads.
+`python -m vlm_sft tiny llava15 twins/llava15` writes a folder that `from_pretrained` reads. `--like MODEL` makes a twin
+of any model: its own processor, template and vocabulary before a random model of its own kind, so rows are as long.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +18,11 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from vlm_sft.models.loading import load_processor, read_config
+from vlm_sft.tools.shrink import random_model, shrink, unchanged
 
 _hf: Any = transformers  # partly typed
 
@@ -115,18 +121,21 @@ def _settings(family: str, *, hidden: int, layers: int, edge: int, patch: int) -
             "config": select | {"vision_feature_layer": -2, **tilings},
         }
 
-    def qwen(mrope: list[int], rope: dict[str, Any], **others: Any) -> _Settings:
+    def qwen(mrope: list[int], rope: dict[str, Any], text: Any = None, **others: Any) -> _Settings:
         rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope, **rope}
         return {
             "image": {"patch_size": patch, "min_pixels": edge**2 // 2, "max_pixels": (2 * edge) ** 2},
             "video": {"patch_size": patch},
             "vision": vision | others,
-            "text": {"head_dim": 16, "rope_parameters": rope},
+            "text": {"head_dim": 16, "rope_parameters": rope, **(text or {})},
         }
 
     onevision, select = {"image_grid_pinpoints": [[edge, edge], *wider]}, {"vision_feature_select_strategy": "full"}
     windows = {"window_size": 4 * patch, "fullatt_block_indexes": [layers - 1]}
-    taps = {"deepstack_visual_indexes": [*range(layers)], "num_position_embeddings": 256}
+    linear: Any = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+    linear |= {"linear_value_head_dim": 16, "layer_types": ["linear_attention"] * (layers - 1) + ["full_attention"]}
+    grid = {"num_position_embeddings": 256}
+    taps = {"deepstack_visual_indexes": [*range(layers)], **grid}
     idefics3: _Settings = {
         "image": {"size": {"longest_edge": 2 * edge}, "max_image_size": {"longest_edge": edge}},
         "vision": vision,
@@ -146,6 +155,7 @@ def _settings(family: str, *, hidden: int, layers: int, edge: int, patch: int) -
         "qwen2_vl": qwen([2, 3, 3], {}, embed_dim=hidden, mlp_ratio=2),
         "qwen2_5_vl": qwen([2, 3, 3], {}, out_hidden_size=hidden, **windows),
         "qwen3_vl": qwen([3, 3, 2], {"mrope_interleaved": True}, out_hidden_size=hidden, **taps),
+        "qwen3_5": qwen([2, 1, 1], {"partial_rotary_factor": 0.5}, linear, out_hidden_size=hidden, **grid),
         "idefics3": idefics3,
         "smolvlm": idefics3 | {"video": {key: {"longest_edge": edge} for key in ("size", "max_image_size")}},
         "gemma3": {
@@ -154,6 +164,16 @@ def _settings(family: str, *, hidden: int, layers: int, edge: int, patch: int) -
             "processor": {"image_seq_length": pooled},
             "config": {"mm_tokens_per_image": pooled},
             "text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "layer_types": sliding},
+        },
+        "gemma4": {
+            "image": {"patch_size": patch, "max_soft_tokens": 70},
+            "video": {"patch_size": patch},
+            "vision": shape
+            | {"model_type": "gemma4_vision", "patch_size": patch, "position_embedding_size": 128, "head_dim": 16}
+            | {"num_key_value_heads": hidden // 16},
+            "processor": {"image_seq_length": 70, "feature_extractor": _hf.Gemma4AudioFeatureExtractor()},
+            "text": {"head_dim": 16, "global_head_dim": 32, "sliding_window": 16, "layer_types": sliding}
+            | {"hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 2048},
         },
         "internvl": {
             "image": square | {"crop_to_patches": True, "min_patches": 1, "max_patches": 4},
@@ -214,6 +234,16 @@ _GEMMA3 = _Tokens(
     {f"{name}_token": token for name, token in _GEMMA_NAMES.items()},
     "<start_of_turn> <end_of_turn>",
 )
+_GEMMA4_NAMES = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+_GEMMA4_NAMES |= {"audio_token": "<|audio|>", "boa_token": "<|audio>"}
+_GEMMA4 = _Tokens(
+    _gemma,
+    "<eos> <turn|>",
+    {f"{name}_id": token for name, token in _GEMMA4_NAMES.items()}
+    | {"video_token_id": "<|video|>", "eoa_token_index": "<audio|>"},
+    _GEMMA4_NAMES | {"eoa_token": "<audio|>"},
+    "<|turn> <turn|> <|channel> <channel|> <|think|>",
+)
 
 
 @dataclass(frozen=True)
@@ -224,6 +254,7 @@ class _Family:
     template: str  # file in templates, or in trl/chat_templates
     image: str = ""  # the name of the image (video) processor begins with this, where not with `classes`
     video: str = ""
+    processor: str = ""
 
 
 _FAMILIES = {
@@ -233,9 +264,11 @@ _FAMILIES = {
     "qwen2_vl": _Family("Qwen2VL", "qwen2_vl_text", _QWEN, "qwen2_5_vl"),
     "qwen2_5_vl": _Family("Qwen2_5_VL", "qwen2_5_vl_text", _QWEN, "qwen2_5_vl", image="Qwen2VL", video="Qwen2VL"),
     "qwen3_vl": _Family("Qwen3VL", "qwen3_vl_text", _QWEN, "qwen3_vl", image="Qwen2VL"),
+    "qwen3_5": _Family("Qwen3_5", "qwen3_5_text", _QWEN, "qwen3_5_think", "Qwen2VL", "Qwen3VL", "Qwen3VL"),
     "smolvlm": _Family("SmolVLM", "llama", _SMOLVLM, "smolvlm"),
     "idefics3": _Family("Idefics3", "llama", _IDEFICS3, "idefics3"),
     "gemma3": _Family("Gemma3", "gemma3_text", _GEMMA3, "gemma3"),
+    "gemma4": _Family("Gemma4", "gemma4_text", _GEMMA4, "gemma4_v5"),
     "internvl": _Family("InternVL", "qwen2", _INTERNVL, "internvl", image="GotOcr2"),
 }
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
@@ -289,7 +322,7 @@ def _processor(spec: _Family, settings: _Settings, tokenizer: Any) -> Any:
     folders = files("vlm_sft.tools") / "templates", files("trl") / "chat_templates"
     template = next(file for folder in folders if (file := folder / f"{spec.template}.jinja").is_file())
     options = {"chat_template": template.read_text("utf-8"), **settings.get("processor", {})}
-    return getattr(_hf, f"{spec.classes}Processor")(**parts, **options)
+    return getattr(_hf, f"{spec.processor or spec.classes}Processor")(**parts, **options)
 
 
 def _model(spec: _Family, settings: _Settings, tokenizer: Any, seed: int) -> Any:
@@ -308,22 +341,49 @@ def _model(spec: _Family, settings: _Settings, tokenizer: Any, seed: int) -> Any
         **{name: id_of(token) for name, token in spec.tokens.ids.items()},
         **settings.get("config", {}),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = getattr(_hf, f"{spec.classes}ForConditionalGeneration")(config)
-        # The usual deviation of 0.02 is made for widths in the thousands. At 64, attention would hardly look at
-        # positions, so that faults there hide, and Gemma3's projector starts at zero: images without effect.
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return model.eval()
+    return random_model(config, seed)
 
 
 def save(family: str, folder: str | Path, **options: Any) -> Path:
     """The folder, with what `build` makes. Raises ValueError where it exists and is not empty, and as `build`."""
+    return _write(folder, lambda: build(family, **options))
+
+
+def save_like(model: str | Path, folder: str | Path, *, seed: int = 0) -> Path:
+    """The folder, with a small random model of the same kind as `model` (Hub id or folder; its weights are not read),
+    beside the processor and generation settings of `model` itself: rows are as long as with it.
+
+    Raises ValueError for a model that takes no images, a folder that is not empty, and a config that cannot be shrunk,
+    with the sizes that were left.
+    """
+    return _write(folder, lambda: _like(model, seed))
+
+
+def _like(name: str | Path, seed: int) -> tuple[Any, Any]:
+    config, processor = read_config(name), load_processor(name)
+    whole, small = config.to_dict(), shrink(config.to_dict())
+    question = [{"type": "image", "image": Image.new("RGB", (64, 64))}, {"type": "text", "text": "?"}]
+    asked = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    try:
+        model = random_model(type(config)(**small), seed)
+        with contextlib.suppress(OSError):  # it has none
+            model.generation_config = _hf.GenerationConfig.from_pretrained(name)
+        if processor.chat_template:
+            batch = processor.apply_chat_template([{"role": "user", "content": question}], **asked)
+            with torch.inference_mode():
+                model(**batch.to(model.dtype))
+    except Exception as error:
+        raise ValueError(
+            f"The config of {name} cannot be shrunk: {type(error).__name__}: {' '.join(str(error).split())}. "
+            f"Sizes that stayed as they are: {', '.join(unchanged(whole, small)) or 'none'}."
+        ) from error
+    return model, load_processor(name)  # the first now knows how it padded, and would save that
+
+
+def _write(folder: str | Path, make: Callable[[], Sequence[Any]]) -> Path:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder; name another one or empty it")
-    for part in build(family, **options):
+    for part in make():
         part.save_pretrained(folder)
     return folder

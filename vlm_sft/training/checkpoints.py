@@ -21,15 +21,18 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType, extract_model_from_parallel
+from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from vlm_sft.common import listed
 from vlm_sft.distributed import any_rank, on_main, print_main
 from vlm_sft.models.fingerprints import TRAINING_BASE, data_settings, differences, model_settings, plain, training_base
+from vlm_sft.models.loading import ADAPTER_WEIGHTS
 from vlm_sft.training.optim import RATES
-from vlm_sft.upstream import save_with_own_names
+from vlm_sft.upstream import restore_adapter, save_with_own_names
 
 MANIFEST = "manifest.json"
 # What a checkpoint's optimizer and scheduler bring along whatever the flags say, and what decides the order of rows.
@@ -74,6 +77,7 @@ class SafeCheckpoints(TrainerCallback):
         self._settings = self.settings(args, kwargs["train_dataloader"].dataset, rates)
         if state.global_step:
             on_main(lambda: self.check(_folder(args, state), self._settings, model))
+            _restore_adapter(model, _folder(args, state))
         on_main(lambda: _move_incomplete(output_dir, state.global_step))
         if isinstance(model, PreTrainedModel):
             # On this one instance, because no argument of the Trainer reaches `save_original_format`.
@@ -112,7 +116,10 @@ class SafeCheckpoints(TrainerCallback):
             raise SystemExit(0)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        vars(extract_model_from_parallel(kwargs["model"])).pop("save_pretrained", None)
+        model = extract_model_from_parallel(kwargs["model"])
+        vars(model).pop("save_pretrained", None)
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            _restore_adapter(model, Path(state.best_model_checkpoint))
         if args.should_save:
             _write_base(Path(str(args.output_dir)), self._base)
         if self._locked is not None:
@@ -310,10 +317,21 @@ def _move_incomplete(output_dir: Path, step: int) -> None:
         print_main(f"{folder} is moved to {aside.name} ({'; '.join(faults)}); delete it when you do not need it")
 
 
+def _restore_adapter(model: nn.Module, folder: Path) -> None:
+    """What the Trainer has loaded by PEFT, which loses some families' adapters. FSDP and DeepSpeed load by names."""
+    if isinstance(model, PeftModel) and not _loads_by_itself():
+        missing, left = restore_adapter(model, folder / ADAPTER_WEIGHTS)
+        if missing or left:
+            raise ValueError(f"{folder / ADAPTER_WEIGHTS} lacks {listed(missing)}, and {listed(left)} fit nowhere")
+
+
+def _loads_by_itself() -> bool:
+    return PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 def _key_differences(folder: Path, model: nn.Module) -> list[str]:
     """What the Trainer would leave as it is in the model, or in the file, without an error."""
-    strict = PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if strict or hasattr(model, "peft_config"):
+    if _loads_by_itself() or hasattr(model, "peft_config"):
         return []  # FSDP and DeepSpeed load files of their own, strictly
     held, saved = model.state_dict(), set[str]()
     for file in folder.glob("*.safetensors"):

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from trl import SFTConfig  # type: ignore[attr-defined]
 
+from vlm_sft.distributed import print_main
 from vlm_sft.models.hardware import best_worker_count, set_hardware_defaults
+from vlm_sft.upstream import use_one_gpu
 
 # What SFTConfig adds to the Trainer's arguments and still acts when the rows are made by a collator of one's own
 # (trl 1.16). `max_length` acts through the collator, with which `prove` compares it.
@@ -80,11 +83,16 @@ class RecipeDefaults(SFTConfig):
     """SFTConfig with the settings that recipes share. None of them changes a trained number: how rows are loaded, when
     is logged, how many checkpoints are kept, whether activations are kept or computed again.
 
-    `set_hardware_defaults` fills in precision and optimizer; `hardware_changes` says what it replaced.
+    `set_hardware_defaults` fills in precision and optimizer; `hardware_changes` says what it replaced. Without a
+    launcher one GPU of several is used, and a line says how to use all.
     """
 
+    # For load_model, as in sdpa or flash_attention_2; None: the best that runs here
+    attn_implementation: str | None = None
     # None: as many rows as in training
     per_device_eval_batch_size: int | None = None  # type: ignore[assignment]
+    # Rows answered at a time; None: as many as are evaluated, at most 8, so that their cache takes less than a step
+    generation_batch_size: int | None = None
     activation_checkpointing: bool | None = True  # less memory for some 20% of time
     eval_on_start: bool = True  # the answers before training, for samples.html
     eval_strategy: str = "steps"
@@ -92,18 +100,25 @@ class RecipeDefaults(SFTConfig):
     save_steps: float | None = None  # type: ignore[assignment]
     save_total_limit: int | None = 3  # the newest, the one before it, the best
     dataloader_num_workers: int = field(default_factory=best_worker_count)  # images are decoded there
+    # Needless, since each batch has an image (a blank one where no row has): DDP looks through the graph at each step
+    ddp_find_unused_parameters: bool | None = False
     remove_unused_columns: bool = False  # keeps `row`, by which errors name a row, and `length`
     report_to: str = "none"
 
     def __post_init__(self) -> None:
-        asked = self.optim
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
+        if self.generation_batch_size is None:
+            self.generation_batch_size = min(8, self.per_device_eval_batch_size)
         if self.save_steps is None:
             self.save_steps = self.eval_steps or 500
-        set_hardware_defaults(self)
-        self.hardware_changes = [] if asked == self.optim else [f"optimizer {asked} replaced by {self.optim}"]
+        self.hardware_changes = set_hardware_defaults(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if use_one_gpu(self):
+            print_main(
+                "Several GPUs, one process: training on the first. To use all: accelerate launch --config_file "
+                f"accelerate_configs/multi_gpu.yaml --num_processes {torch.cuda.device_count()} RECIPE"
+            )
         refuse_inert_settings(self)
 
 

@@ -1,9 +1,10 @@
-"""Qwen3-VL-4B reads images of formulas as LaTeX: LoRA adapters on a 4-bit base.
+"""Qwen3.5-4B reads images of formulas as LaTeX: LoRA adapters in 16 bit, answers without thinking.
 
-Trains LoRA adapters of rank 16 on every linear layer in the language model's blocks. Frozen: the NF4 base; vision
-tower, mergers and the head in 16 bit. The loss covers the formula and the <|im_end|> that ends it.
+Trains LoRA adapters of rank 16 on every linear layer in the language model's blocks, linear attention included. Frozen:
+all else, in 16 bit. The loss covers the formula and the <|im_end|> that ends it, after an empty <think> </think>; with
+--enable_thinking also the reasoning in the rows' answers.
 
-    accelerate launch recipes/qwen3_vl_sft.py --dataset_name my_data.jsonl
+    accelerate launch recipes/qwen3_5_sft.py --dataset_name my_data.jsonl
 
 Not measured yet. Edit `to_conversation` and the defaults below; each default is a flag, or a line of --config run.yaml.
 """
@@ -22,11 +23,12 @@ QUESTION = "Write this formula as LaTeX."
 
 @dataclass
 class RecipeArguments(vlm_sft.DataArguments):
-    model_name_or_path: str = "Qwen/Qwen3-VL-4B-Instruct"
+    model_name_or_path: str = "Qwen/Qwen3.5-4B"
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     dataset_name: str = "unsloth/LaTeX_OCR"
     max_pixels: int = field(default=1_048_576, metadata={"help": "Larger images shrink; a token is 32 x 32 pixels."})
-    load_in_4bit: bool = field(default=True, metadata={"help": "NF4 base; --no_load_in_4bit keeps 16 bit."})
+    enable_thinking: bool = field(default=False, metadata={"help": "Answers begin with <think> ... </think>."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "NF4 base: less memory. Unsloth advises against it."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
     lora_dropout: float = 0.05
@@ -35,7 +37,7 @@ class RecipeArguments(vlm_sft.DataArguments):
 
 @dataclass
 class RecipeConfig(vlm_sft.RecipeDefaults):
-    output_dir: str | None = "outputs/qwen3_vl_sft"
+    output_dir: str | None = "outputs/qwen3_5_sft"
     max_length: int | None = 2048  # an image takes up to 1,024 of it. A longer row is an error
     num_train_epochs: float = 1  # there are many formulas
     train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
@@ -44,8 +46,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     learning_rate: float = 2e-4  # QLoRA's rate for adapters
     lr_scheduler_type: str = "cosine"  # as LLaVA; TRL's is linear
     warmup_steps: float = 0.03  # below 1, a share of all steps; LLaVA's
-    optim: str = "paged_adamw_32bit"  # QLoRA's; pages its states out when memory runs short. Without a GPU adamw_torch
-    max_grad_norm: float = 0.3  # QLoRA's (arXiv 2305.14314)
+    optim: str = "paged_adamw_32bit"  # pages its states out when memory runs short. Without a GPU adamw_torch
     eval_steps: float | None = 100  # and a checkpoint as often
     load_best_model_at_end: bool = True  # by eval_loss
 
@@ -57,9 +58,11 @@ def to_conversation(row: dict) -> dict:
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
-    name, revision = args.model_name_or_path, args.model_revision
+    name, revision, attention = args.model_name_or_path, args.model_revision, training_args.attn_implementation
     processor = vlm_sft.load_processor(name, revision=revision, max_pixels=args.max_pixels)
-    model = vlm_sft.load_model(name, revision=revision, load_in_4bit=args.load_in_4bit)
+    # Saved with it, so inference does the same.
+    processor.chat_template = f"{{%- set enable_thinking = {args.enable_thinking} %}}" + processor.chat_template
+    model = vlm_sft.load_model(name, revision=revision, load_in_4bit=args.load_in_4bit, attn_implementation=attention)
     peft_config = vlm_sft.lora_config(
         model, TRAINS, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
     )

@@ -1,10 +1,10 @@
-"""Gemma 3 4B on instruction data: LoRA adapters on a 4-bit base.
+"""Gemma 4 E4B on instruction data: LoRA adapters on a 4-bit base.
 
-Trains LoRA adapters of rank 16 on every linear layer in the language model's blocks. Frozen: the NF4 base; SigLIP
-tower, projector, embedding and the lm_head tied to it in 16 bit. The loss covers each assistant turn and its
-<end_of_turn>. Activations overflow float16: use a GPU with bfloat16 (Ampere or newer).
+Trains LoRA adapters of rank 16 on every linear layer in the language model's blocks. Frozen: the NF4 base; vision and
+audio tower, projectors, embeddings (a second one for each layer) and the lm_head tied to one in 16 bit. The loss covers
+each assistant turn and its <turn|>. Use a GPU with bfloat16 (Ampere or newer).
 
-    accelerate launch recipes/gemma3_sft.py --dataset_name my_data.jsonl
+    accelerate launch recipes/gemma4_sft.py --dataset_name my_data.jsonl
 
 Not measured yet. Edit `to_conversation` and the defaults below; each default is a flag, or a line of --config run.yaml.
 """
@@ -22,9 +22,10 @@ METRICS = {"anls": anls}  # of generated answers to held-out rows: similarity to
 
 @dataclass
 class RecipeArguments(vlm_sft.DataArguments):
-    model_name_or_path: str = "google/gemma-3-4b-it"
+    model_name_or_path: str = "google/gemma-4-E4B-it"
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
     dataset_name: str = "HuggingFaceH4/llava-instruct-mix-vsft"
+    image_tokens: int = field(default=280, metadata={"help": "Most an image takes: 70, 140, 280, 560 or 1120 (text)."})
     load_in_4bit: bool = field(default=True, metadata={"help": "NF4 base; --no_load_in_4bit keeps 16 bit."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by lora_alpha / lora_r."})
@@ -34,8 +35,8 @@ class RecipeArguments(vlm_sft.DataArguments):
 
 @dataclass
 class RecipeConfig(vlm_sft.RecipeDefaults):
-    output_dir: str | None = "outputs/gemma3_sft"
-    max_length: int | None = 2048  # an image takes 256 of it, whatever its size. A longer row is an error
+    output_dir: str | None = "outputs/gemma4_sft"
+    max_length: int | None = 2048  # an image takes up to 280 of it. A longer row is an error
     num_train_epochs: float = 1  # one pass over instruction data
     train_sampling_strategy: str = "group_by_length"  # rows of one length share a batch: little padding
     per_device_train_batch_size: int = 4
@@ -55,9 +56,10 @@ def to_conversation(row: dict) -> dict:
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
-    name, revision = args.model_name_or_path, args.model_revision
+    name, revision, attention = args.model_name_or_path, args.model_revision, training_args.attn_implementation
     processor = vlm_sft.load_processor(name, revision=revision)
-    model = vlm_sft.load_model(name, revision=revision, load_in_4bit=args.load_in_4bit)
+    processor.image_processor.max_soft_tokens = args.image_tokens  # saved with it, so inference does the same
+    model = vlm_sft.load_model(name, revision=revision, load_in_4bit=args.load_in_4bit, attn_implementation=attention)
     peft_config = vlm_sft.lora_config(
         model, TRAINS, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
     )
