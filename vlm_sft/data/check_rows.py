@@ -40,7 +40,7 @@ from vlm_sft.data.records import (
     read_cache,
     write_cache,
 )
-from vlm_sft.data.rows import COLUMNS, READER, RowReader, one_answer_rows, readers_of, row_digest, unpacked
+from vlm_sft.data.rows import COLUMNS, READER, RowReader, compare_processes, one_answer_rows, readers_of, unpacked
 from vlm_sft.distributed import print_main
 
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
@@ -167,16 +167,14 @@ def check_rows(
         raise ValueError(f"on_bad_rows={on_bad_rows!r}; expected 'error', 'drop' or 'ignore'")
     drop = on_bad_rows == "drop"
     splits: dict[str, Any] = dict(data) if isinstance(data, dict) else {"": data}
-    _compare_processes(splits)
+    compare_processes(splits)
     stored = {name: rows for name, rows in splits.items() if not isinstance(rows, IterableDataset)}
     looked_at = {} if on_bad_rows == "ignore" else {name: rows for name, rows in stored.items() if len(rows)}
     reports = {name: check_report(rows, collator, num_proc=num_proc) for name, rows in looked_at.items()}
     text = "\n".join(f"{name}: {report}".removeprefix(": ") for name, report in reports.items())
     rows, bad, errors = (sum(getattr(r, of) for r in reports.values()) for of in ("rows", "bad_rows", "errors"))
     if errors > (max(1, max_bad_fraction * rows) if drop else 0):
-        why = (
-            "fix these rows, or leave them out with --on_bad_rows drop: check_rows(data, collator, on_bad_rows='drop')"
-        )
+        why = "fix these rows, or leave them out with --on_bad_rows drop: check_rows(..., on_bad_rows='drop')"
         why = f"more than --max_bad_fraction {max_bad_fraction} of the rows are bad; fix them" if drop else why
         raise ValueError(f"{text}\n{why}")
     if none_left := [name for name, report in reports.items() if drop and report.bad_rows == report.rows]:
@@ -279,10 +277,9 @@ class _Rows:
 
     def __getitems__(self, indices: list[int]) -> list[_Finding]:
         rows = map(self._read, indices) if self.readers is None else self.stored.__getitems__(indices)
-        looks = [
-            Look(index, row, None if self.readers is None else self.readers[row[READER]])
-            for index, row in zip(indices, rows, strict=True)
-        ]
+        readers = self.readers
+        made = ((row, None if readers is None else readers[row[READER]]) for row in rows)
+        looks = [Look(index, *each) for index, each in zip(indices, made, strict=True)]
         encode_together([look for look in looks if look.key and self.known.get(look.key) is None], self.encoder)
         return [finding for look in looks for finding in self._findings(look)]
 
@@ -349,8 +346,7 @@ def _look_at_all(rows: Any, num_proc: int | None) -> tuple[Records, Any, Records
                 progress.update()
     finally:
         restore_rng(before)
-    whole, to_keep = Records(), Records()
-    places_of = []
+    whole, to_keep, places_of = Records(), Records(), []
     for its_found, its_fresh, its_places in gather_object([(found, fresh, places)]):
         whole.extend(its_found)
         to_keep.extend(its_fresh)
@@ -374,27 +370,6 @@ def _with_columns(rows: Dataset, columns: Mapping[str, Any]) -> Dataset:
         spread[chosen] = values
         rows = rows.add_column(name, spread)
     return rows.select(chosen).with_format(how["type"], **how["format_kwargs"])
-
-
-def _compare_processes(splits: Mapping[str, Any]) -> None:
-    """Raises on every process of a launched run where one has other rows than the main one."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return
-    mine = {
-        name: (None if isinstance(rows, IterableDataset) else len(rows), row_digest(rows))
-        for name, rows in splits.items()
-    }
-    main, *others = gather_object([mine])
-    for number, other in enumerate(others, 1):
-        for name in sorted(main.keys() | other.keys()):
-            if main.get(name) != other.get(name):
-                counts = [f"{split[name][0]} rows" if name in split else "none" for split in (main, other)]
-                counts[1] += " with another content" if counts[0] == counts[1] else ""
-                raise ValueError(
-                    f"process {number} reads other rows of {name!r} than the main one: {counts[1]}, the main one has "
-                    f"{counts[0]}; give every process the same data (a shared disk, or the same copy)"
-                )
 
 
 class _StreamCheck:

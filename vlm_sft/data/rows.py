@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, Features, IterableDataset, Value
 from PIL.Image import Image as PILImage
 
@@ -240,6 +242,27 @@ def row_digest(rows: Any) -> str:
 
 def _told(column: Any) -> list[Any]:
     return column[:1].to_pylist() if "binary" in str(column.type) else column.to_pylist()  # type: ignore[no-any-return]
+
+
+def compare_processes(splits: Mapping[str, Any]) -> None:
+    """Raises on every process of a launched run where one has other rows than the main one."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return
+    mine = {
+        name: (None if isinstance(rows, IterableDataset) else len(rows), row_digest(rows))
+        for name, rows in splits.items()
+    }
+    main, *others = gather_object([mine])
+    for number, other in enumerate(others, 1):
+        for name in sorted(main.keys() | other.keys()):
+            if main.get(name) != other.get(name):
+                counts = [f"{split[name][0]} rows" if name in split else "none" for split in (main, other)]
+                counts[1] += " with another content" if counts[0] == counts[1] else ""
+                raise ValueError(
+                    f"process {number} reads other rows of {name!r} than the main one: {counts[1]}, the main one has "
+                    f"{counts[0]}; give every process the same data (a shared disk, or the same copy)"
+                )
 
 
 def _name(row: Mapping[str, Any]) -> str:
