@@ -152,7 +152,7 @@ def test_a_recipe_of_another_dataset_trains_on_them_too(tiny_dir: Callable[[str]
 def test_captions_train_with_a_constant_question_and_nothing_held_out(tiny_dir: Any, tmp_path: Path) -> None:
     path = written(tmp_path / "data", lambda folder, n: {"image": f"images/{n}.png", "text": f"Noise {n}."})
     flags = ["--prompt", "Describe the image.", "--system_prompt", "Be brief.", "--num_eval_rows", "0"]
-    finished = trains(path, tiny_dir("qwen3_vl"), tmp_path / "out", *flags, recipe="qwen3_vl_sft")
+    finished = trains(path, tiny_dir("qwen2_5_vl"), tmp_path / "out", *flags, recipe="qwen2_5_vl_sft")
     assert finished.trainer.eval_dataset is None
     assert len(finished.trainer.train_dataset) == 12
     said = "no row is held out (--num_eval_rows 0), so nothing is evaluated"

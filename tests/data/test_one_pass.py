@@ -303,7 +303,7 @@ def share(folder: str, cache: str, base: str) -> Any:
     PartialState(cpu=True)
     looked = []
     record = records.Look.record
-    records.Look.record = lambda self, made: looked.append(1) or record(self, made)  # type: ignore[method-assign]
+    records.Look.record = lambda self, *made: looked.append(1) or record(self, *made)  # type: ignore[method-assign]
     collator = ChatCollator(AutoProcessor.from_pretrained(base))
     rows = load_conversations(f"{folder}/rows.jsonl", to_conversation=to_conversation, eval_fraction=0)["train"]
     counts = []
