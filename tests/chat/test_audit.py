@@ -77,6 +77,16 @@ class TrainsNothingAfterTheWords(Broken):
         return replace(row, labels=labels)
 
 
+def test_the_processor_of_another_model_is_found_out(tiny_model, tiny_processor):
+    """Both have tokens enough, but an image is written in another token than the model's."""
+    model, collator = tiny_model("llava15"), ChatCollator(tiny_processor("llava15"))
+    [row], _ = collator.encode([{**one(), "row": 5}])
+    check_embedding([row], model)
+    model.config.image_token_id = 7
+    with pytest.raises(ValueError, match="row 5: no token of its image is 7, the model's image token; use the model's"):
+        check_embedding([row], model)
+
+
 @pytest.mark.parametrize("family", TEN)
 def test_every_family_passes(family, tiny_model, tiny_processor):
     rows = [one(), two(), {"messages": [ask("2 + 2?"), answer("4")]}]
