@@ -50,7 +50,7 @@ def start(path: str, seed: int) -> None:
     datasets.disable_progress_bars()
     collator = ChatCollator(tiny.build("llava15")[1], max_length=2048)
     times = [time.perf_counter()]
-    data = load_conversations(path, max_eval_rows=500, seed=seed)
+    data = load_conversations(path, seed=seed)
     times.append(time.perf_counter())
     data = check_rows(data, collator)
     times.append(time.perf_counter())

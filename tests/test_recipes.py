@@ -347,9 +347,10 @@ def test_a_recipe_runs_on_a_stream(
 def test_one_row_alone(flags_of: Callable[[str], list[object]], tmp_path: Path) -> None:
     (tmp_path / "row.jsonl").write_text('{"prompt": "Well?", "response": "Yes."}', encoding="utf-8")
     source = ["--dataset_name", tmp_path / "row.jsonl", "--columns", "prompt=prompt", "response=response"]
-    with pytest.raises(ValueError, match=r"row\.jsonl: one row, and none to hold out; give more rows"):
-        run("llava15_sft", [*flags_of("llava15_sft"), *source, "--output_dir", tmp_path / "output"])
-    assert not (tmp_path / "output").exists()
+    told = r"row\.jsonl: --num_eval_rows 1 of 1 rows leaves none to train on"
+    with pytest.raises(ValueError, match=told):
+        run("llava15_sft", [*flags_of("llava15_sft"), *source, "--num_eval_rows", 1, "--output_dir", tmp_path / "out"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

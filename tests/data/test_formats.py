@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import json
 import re
@@ -15,11 +16,12 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value, interleave_datasets
 from PIL import Image
 
-from vlm_sft import ChatCollator, check_rows, load_conversations
+from vlm_sft import ChatCollator, DataArguments, check_rows, load_conversations
 from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import normalise, text_of
 from vlm_sft.data.check_rows import check_report
 from vlm_sft.data.files import split_of
+from vlm_sft.training.config import unread_flags
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -208,6 +210,7 @@ def test_images_in_memory(folder: Path) -> None:
     for wrong, told in (
         (rows.with_transform(lambda batch: batch), "has a transform, which would not be applied; give it as to_conver"),
         (rows.to_iterable_dataset(), "the rows are a IterableDataset; expected a Dataset"),
+        ([], "it holds no row"),
         ([{"messages": {1, 2}}], "row 0: it holds a set; expected text, numbers"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -512,7 +515,7 @@ def test_a_row_of_both_splits_is_said(folder: Path, capsys: pytest.CaptureFixtur
     write(folder / "train.jsonl", *(json.loads(line(n)) for n in range(5)))
     write(folder / "test.jsonl", *(json.loads(line(n)) for n in (3, 9)))
     check_rows(load_conversations(folder), ChatCollator(tiny_processor("llava15")), num_proc=0)
-    assert "1 rows of test stand in train as well: row 3 of train" in capsys.readouterr().err
+    assert "1 rows of test stand in train as well: row 3\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", ["prompt=question", "messages=m"])
@@ -599,6 +602,66 @@ def test_columns_that_arrow_filled_with_none(folder: Path) -> None:
     features["messages"] = [{"role": Value("string"), "content": Value("string"), "loss": Value("bool")}]
     DatasetDict({"train": Dataset.from_list(rows, features=features)}).save_to_disk(folder / "saved")
     assert [words(row) for row in load(folder / "saved", image_folder=folder)] == [CAT, COLOUR]
+
+
+def test_several_answers_are_not_joined(folder: Path) -> None:
+    row = {**QA, "answer": ["A cat."]}
+    assert words(load(write(folder / "rows.jsonl", row))[0]) == CAT
+    with pytest.raises(ValueError, match="'answer' holds 2 answers; choose one in to_conversation"):
+        load(write(folder / "rows.jsonl", {**QA, "answer": ["A cat.", "A dog."]}))
+
+
+def test_all_columns_of_images_are_named_at_once_and_urls_too(folder: Path) -> None:
+    row = {"question": "q", "answer": "a", "first": "a.jpg", "second": "b.jpg"}
+    with pytest.raises(
+        ValueError, match=r"'first', 'second' looks like .*images=first images=second, or .*ignore=second"
+    ):
+        load(write(folder / "rows.jsonl", row))
+    with pytest.raises(ValueError, match=r"'image_url' looks like images \('https://"):
+        load(write(folder / "rows.jsonl", {"question": "q", "answer": "a", "image_url": "https://example.org/?id=7"}))
+    boxes = {
+        "messages": ROWS[next(iter(ROWS))]["messages"][:1],
+        "images": ["a.jpg"],
+        "objects": {"bbox": [[1, 2, 3, 4]]},
+    }
+    boxes["messages"] = [*boxes["messages"], {"role": "assistant", "content": "<bbox>"}]
+    with pytest.raises(ValueError, match="'objects' is not read, and <bbox> and <ref-object> would be trained as they"):
+        load(write(folder / "rows.jsonl", boxes))
+
+
+def test_nothing_held_out_of_a_stream_and_splits_in_memory(folder: Path) -> None:
+    path = write(folder / "rows.jsonl", *[QA] * 3)
+    streamed = load_conversations(path, streaming=True, max_eval_rows=0)
+    assert [len(list(streamed["train"])), len(streamed["test"])] == [3, 0]
+    held = load_conversations({"train": [QA] * 3, "test": [QA]}, image_folder=folder)
+    assert {name: len(rows) for name, rows in held.items()} == {"train": 3, "test": 1}
+
+
+def test_one_bad_row_of_a_small_split_can_be_dropped(folder: Path, tiny_processor: Any) -> None:
+    write(folder / "train.jsonl", *(json.loads(line(n)) for n in range(3)))
+    write(folder / "test.jsonl", json.loads(line(8)), {"prompt": "Q", "response": " "})
+    collator = ChatCollator(tiny_processor("llava15"))
+    data = check_rows(load_conversations(folder), collator, on_bad_rows="drop", num_proc=0)
+    assert {name: len(rows) for name, rows in data.items()} == {"train": 3, "test": 1}
+    write(folder / "test.jsonl", {"prompt": "Q", "response": " "}, json.loads(line(8)))
+    write(folder / "train.jsonl", json.loads(line(0)), {"prompt": "R", "response": " "})
+    with pytest.raises(ValueError, match=r"more than --max_bad_fraction 0\.1 of the rows are bad"):
+        check_rows(load_conversations(folder), collator, on_bad_rows="drop", num_proc=0)
+    assert len(check_rows(load_conversations(folder), collator, on_bad_rows="drop", max_bad_fraction=0.5)["test"]) == 1
+
+
+def test_flags_are_the_keywords_of_what_reads_and_checks() -> None:
+    args = DataArguments()
+    assert args.reading.keys() <= inspect.signature(load_conversations).parameters.keys()
+    assert args.checking.keys() <= inspect.signature(check_rows).parameters.keys()
+    assert unread_flags(args) == []
+
+
+def test_splits_that_nothing_uses_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "validation", "test"):
+        write(folder / f"{name}.jsonl", json.loads(line(0)))
+    load_conversations(folder)
+    assert "splits that are not used: test\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["videos", "video", "audios", "audio"])

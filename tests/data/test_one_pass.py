@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -357,3 +358,23 @@ def test_each_process_has_the_rows_of_the_main_one(
             assert re.search(
                 rf"process 1 reads other rows of '(test|train)' than the main one: {count}, the main one", told
             )
+
+
+def test_records_are_found_again_and_take_little_room() -> None:
+    """Also those whose key ends with zeros, which numpy takes for padding."""
+    found, count = records.Records(), 7_000
+    keys = [random.Random(n).randbytes(16) if n % 7 else random.Random(n).randbytes(15) + b"\0" for n in range(count)]
+    made = [records.Record(n, n % 9, n % 5, ["bad"] * (n % 100 == 0), ["turned"] * (n % 50 == 0)) for n in range(count)]
+    tracemalloc.start()
+    for key, record in zip(keys, made, strict=True):
+        found.add(key, record)
+    assert tracemalloc.get_traced_memory()[0] < 60 * count
+    tracemalloc.stop()
+    known = records.Known(records.Records(found.table()))
+    for n in range(0, count, 7):
+        assert known.get(keys[n]) == made[n]
+    assert known.get(b"x" * 16) is None
+    twice = records.Records(found.table())
+    twice.extend(found)
+    assert len(twice) == 2 * count
+    assert records.Known(records.Records(twice.table())).get(keys[100]) == made[100]

@@ -174,16 +174,21 @@ def check_rows(
     text = "\n".join(f"{name}: {report}".removeprefix(": ") for name, report in reports.items())
     rows, bad, errors = (sum(getattr(r, of) for r in reports.values()) for of in ("rows", "bad_rows", "errors"))
     if errors > (max(1, max_bad_fraction * rows) if drop else 0):
-        why = f"more than --max_bad_fraction {max_bad_fraction} of the rows are bad; fix them"
-        raise ValueError(f"{text}\n{why if drop else 'fix these rows, or leave them out with --on_bad_rows drop'}")
+        why = (
+            "fix these rows, or leave them out with --on_bad_rows drop: check_rows(data, collator, on_bad_rows='drop')"
+        )
+        why = f"more than --max_bad_fraction {max_bad_fraction} of the rows are bad; fix them" if drop else why
+        raise ValueError(f"{text}\n{why}")
     if none_left := [name for name, report in reports.items() if drop and report.bad_rows == report.rows]:
         raise ValueError(f"{text}\nno row is left of {', '.join(none_left)}")
     if bad:
         print_main(f"{f'{bad:,} of {rows:,} rows are left out.' if drop else 'These rows stay:'}\n{text}")
     for (name, first), (other, second) in itertools.combinations(reports.items(), 2):
         if len(both := np.setdiff1d(np.intersect1d(first.keys, second.keys), [b""])):
-            where = [f"row {first.numbers[first.keys == key][0]}" for key in both[:_SHOWN]]
-            print_main(f"{len(both):,} rows of {other} stand in {name} as well: {', '.join(where)} of {name}, ...")
+            where = ", ".join(f"row {first.numbers[first.keys == key][0]}" for key in both[:_SHOWN])
+            print_main(
+                f"{len(both):,} rows of {other} stand in {name} as well: {where}" + ", ..." * (len(both) > _SHOWN)
+            )
     for name, split in splits.items():
         counts: tuple[int, ...] = ()
         if report := reports.get(name):
@@ -217,13 +222,14 @@ def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None
         raise ValueError("the dataset to check has no row, or streams; load it without --streaming")
     start = time.monotonic()
     cache = cache_file("" if collator is None else str(collator.fingerprint()))
-    found, places, fresh = _look_at_all(_Rows(rows, collator, read_cache(cache)), num_proc)
+    found, places, fresh = _look_at_all(_Rows(rows, collator, Known(read_cache(cache))), num_proc)
     if len(fresh):
         write_cache(cache, fresh)
     order = np.argsort(places[:, 0], kind="stable")
     sources, numbers, was_known, answers = places[order].T
     known = len(np.unique(sources[was_known > 0]))
-    notes, texts = found.notes[order], found.texts
+    values, texts = found.values[order], found.notes
+    notes = values[:, 3]
     bad = np.array([bool(faults) for faults, _ in texts])[notes]
     keys = np.where(bad, b"", found.keys[order])
     faults = [Fault(int(n), f"row {numbers[n]}", detail) for n in np.flatnonzero(bad) for detail in texts[notes[n]][0]]
@@ -237,7 +243,7 @@ def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None
     repairs: Counter[str] = Counter()
     for (_, repaired), count in zip(texts, np.bincount(notes, minlength=len(texts)).tolist(), strict=True):
         repairs.update({repair: repaired.count(repair) * count for repair in repaired})
-    columns = {name: np.where(bad, 0, found.counts[order, n]) for n, name in enumerate(COLUMNS)}
+    columns = {name: np.where(bad, 0, values[:, n]) for n, name in enumerate(COLUMNS)}
     with_what = "no model's processor" if collator is None else type(collator.processor).__name__
     seconds = time.monotonic() - start
     print_main(

@@ -138,7 +138,7 @@ def load_conversations(
         if isinstance(test, Dataset):
             rows = test if count is None else test.select(range(min(count, len(test))))
         else:
-            rows = Dataset.from_list([*(test if count is None else test.take(count))], features=test.features)
+            rows = _dataset_of([*(test if count is None else test.take(count))], test.features)
             rows = rows.add_column(READER, np.full(len(rows), number, np.int32))
         stored["test"] = rows
     READERS[number] = reader
@@ -182,16 +182,20 @@ def _sources(
 
 
 def _in_memory(data: Any, streaming: bool) -> dict[str, Any]:
-    if isinstance(data, list):
-        data = Dataset.from_list([*_lines_of((row, "") for row in data)], features=LINES)
     splits = dict(data) if isinstance(data, dict) else {"train": data}
-    for rows in splits.values():
+    for name, rows in splits.items():
+        if isinstance(rows, list):
+            splits[name] = rows = _dataset_of([*_lines_of((row, "") for row in rows)], LINES)
         if not isinstance(rows, IterableDataset if streaming else Dataset):
-            expected = "an IterableDataset" if streaming else "a Dataset, DatasetDict or list of dicts"
+            expected = "an IterableDataset" if streaming else "a Dataset, a list of dicts, or a dict of them by split"
             raise ValueError(f"the rows are a {type(rows).__name__}; expected {expected} (streaming={streaming})")
         if isinstance(rows, Dataset) and rows.format["type"] == "custom":
             raise ValueError("the dataset has a transform, which would not be applied; give it as to_conversation")
     return splits
+
+
+def _dataset_of(rows: list[dict[str, Any]], features: Features) -> Dataset:
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
 
 def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
@@ -228,6 +232,8 @@ def _stored(source: Any, root: Path, streaming: bool, reader: int) -> tuple[Any,
             raise ValueError(f"it holds no row ({', '.join(file.name for file in source)})")
         source = kind.from_generator(_lines, features=LINES, gen_kwargs={"files": source, "root": root, "stamp": stamp})
     if (source.features or {}).keys() == LINES.keys():
+        if isinstance(source, Dataset) and not len(source):
+            raise ValueError("it holds no row")
         kinds = [json.loads(row["columns"]) for row in _one_of_each_kind(source) if row["columns"]]
         if not (names := [*dict.fromkeys(name for kind in kinds for name in kind)]):
             raise ValueError("no row is an object with columns; expected {'messages': [...], ...} and the like")
@@ -294,9 +300,7 @@ def _undecode(feature: Any) -> Any:
 def _drawn(rows: Dataset, fraction: float, count: int | None, seed: int) -> dict[str, Dataset]:
     """Training and test rows, both in the order of the source."""
     if count is None:
-        if len(rows) < 2:
-            raise ValueError("one row, and none to hold out; give more rows, a test split, or --num_eval_rows 0")
-        count = max(1, min(EVAL_ROWS, round(fraction * len(rows))))
+        count = max(1, min(EVAL_ROWS, round(fraction * len(rows)))) if len(rows) > 1 else 0
     if count >= len(rows):
         raise ValueError(f"--num_eval_rows {count} of {len(rows)} rows leaves none to train on; give fewer, or a split")
     test = set(random.Random(seed).sample(range(len(rows)), count))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from vlm_sft.data.formats import closest, is_message
+from vlm_sft.data.formats import FIELDS, closest, is_message
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(TEXT_SUFFIXES, "text")
@@ -60,6 +60,12 @@ def data_files(path: Path) -> list[Path]:
     return [file for file in files if file.stem == "metadata"] or files
 
 
+_TAGS = {  # names that are read without being told
+    **{"role_tag": "role from", "content_tag": "content value", "user_tag": "user human", "system_tag": "system"},
+    **{"assistant_tag": "assistant gpt", "observation_tag": "observation", "function_tag": "function_call"},
+}
+
+
 class Listed(NamedTuple):
     """What LLaMA-Factory's `dataset_info.json` says of a dataset: its file or Hub id, and `--columns` for it."""
 
@@ -96,21 +102,14 @@ def listed(path: Path, name: str | None) -> Listed | None:
 
 
 def _entry(entry: Mapping[str, Any], folder: Path) -> Listed:
-    known = {"file_name", "hf_hub_url", "formatting", "columns", "tags", "split"}
+    known = {"file_name", "hf_hub_url", "formatting", "columns", "tags"}
     if other := sorted(entry.keys() - known):
         raise ValueError(f"{', '.join(other)}: not read; give the file itself, and its columns by --columns")
-    tags, said = dict(entry.get("tags") or {}), dict(entry.get("columns") or {})
-    usual: dict[str, tuple[str, ...]] = {
-        "role_tag": ("role", "from"),
-        "content_tag": ("content", "value"),
-        "user_tag": ("user", "human"),
-    }
-    usual |= {"assistant_tag": ("assistant", "gpt"), "system_tag": ("system",), "observation_tag": ("observation",)}
-    usual |= {"function_tag": ("function_call",)}
-    if odd := [f"{tag}={name}" for tag, name in tags.items() if name not in usual.get(tag, ())]:
+    tags, said = ({k: v for k, v in (entry.get(name) or {}).items() if v} for name in ("tags", "columns"))
+    if odd := [f"{tag}={name}" for tag, name in tags.items() if name not in _TAGS.get(tag, "").split()]:
         raise ValueError(f"{', '.join(odd)}: other names than role and content, from and value; use to_conversation")
-    fields = {"messages": "messages", "prompt": "prompt", "query": "prompt", "response": "response"}
-    fields |= {"history": "history", "system": "system", "tools": "tools", "images": "images"}
+    fields = {"query": "prompt"} | {name: name for name in FIELDS if name != "ignore"}
+    fields = {name: fields[name] for name in sorted(fields, key=lambda name: name != "prompt")}  # before query
     if odd := sorted(said.keys() - fields.keys()):
         raise ValueError(f"columns {', '.join(odd)}: not read; only {', '.join(fields)} are")
     if entry.get("formatting", "alpaca") == "alpaca" and "prompt" in said:

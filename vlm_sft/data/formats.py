@@ -39,6 +39,7 @@ _KNOWN: tuple[Layout, ...] = (
 _CAPTIONS = ("caption", "text", "response", "answer", "output")  # where the question is a constant
 IMAGES = ("images", "image", "file_names", "file_name")
 _HELD = ("image", "image_url", "url", "path", "source", "base64", "bytes", "data")  # an image in a part
+_IMAGE_NAME = re.compile(r"(?i)ima?ge?|photo|picture")
 _ABOUT = ("detail", "image_wh", "media_type", "mime_type")
 _WEIGHTS = ("train", "loss", "weight")  # ours, ms-swift's, OpenAI's
 
@@ -114,31 +115,40 @@ def named_columns(columns: Sequence[str], found: Sequence[str] | None = None, *,
 def unused_columns(row: Mapping[str, Any], layout: Layout) -> list[str]:
     """Names of the columns that hold something and are not read.
 
-    Raises `ValueError` for one of video or sound, and for one that looks like an image, unless it only repeats the name
-    of one that is read."""
+    Raises `ValueError` for one of video or sound, for those that look like images, unless one only repeats the name of
+    an image that is read, and for boxes that ms-swift writes beside the texts."""
     used = {name for names in layout.values() for name in names}
     if other := [name for name in row.keys() - used if OTHER_MEDIA.match(name) and is_filled(row[name])]:
         raise ValueError(f"the column {sorted(other)[0]!r} is not empty: {NO_MEDIA}")
     unused = [name for name, value in row.items() if name not in used and is_filled(value)]
     read = to_images(row, layout)
     names = {os.path.basename(image) if isinstance(image, str) else None for image in read}
+    lost = []
     for name in unused:
         value = row[name]
+        is_url = isinstance(value, str) and value.startswith("http") and _IMAGE_NAME.search(name)
         repeats = isinstance(value, str) and read and (None in names or os.path.basename(value) in names)
-        if looks_like_image(value) and not repeats:
-            said = repr(value)[:60] if isinstance(value, (str, list)) else f"a {type(value).__name__}"
-            raise ValueError(
-                f"the column {name!r} looks like images ({said}) and is not used: read it with "
-                f"{flags(row, layout, name)}, or leave it out with --columns ignore={name}"
-            )
+        lost += [name] if (is_url or looks_like_image(value)) and not repeats else []
+    if lost:
+        value = row[lost[0]]
+        said = repr(value)[:60] if isinstance(value, (str, list)) else f"a {type(value).__name__}"
+        raise ValueError(
+            f"the column {', '.join(map(repr, lost))} looks like images ({said}) and is not used: read it with "
+            f"{flags(row, layout, lost)}, or leave it out with --columns {' '.join(f'ignore={name}' for name in lost)}"
+        )
+    if "objects" in unused and ("<bbox>" in (text := str(row)) or "<ref-object>" in text):
+        raise ValueError(
+            "the column 'objects' is not read, and <bbox> and <ref-object> would be trained as they stand: write its "
+            "boxes into the texts in to_conversation (vlm_sft.scale_boxes)"
+        )
     return unused
 
 
-def flags(row: Mapping[str, Any], layout: Layout | None = None, image: str | None = None) -> str:
+def flags(row: Mapping[str, Any], layout: Layout | None = None, images: Sequence[str] = ()) -> str:
     """The flags to set: those of this layout, or what to fill in; `images` names the columns that look like some."""
     known = {field: names for field, names in (layout or {}).items() if field in ("messages", "prompt", "response")}
     words = [f"{field}={name}" for field, names in known.items() for name in names]
-    images = [image] if image else [name for name, value in row.items() if looks_like_image(value)]
+    images = images or [name for name, value in row.items() if looks_like_image(value)]
     words = words or ["messages=... or prompt=... response=..."]
     kept = (layout or {}).get("images", ())
     return " ".join(
@@ -161,6 +171,10 @@ def to_messages(row: Mapping[str, Any], layout: Layout, prompt: str | None = Non
         if not isinstance(messages, list):
             return messages
     else:
+        if isinstance(given, list) and given and all(isinstance(each, str) for each in given):
+            if len(given) > 1:
+                raise ValueError(f"{layout['response'][0]!r} holds {len(given)} answers; choose one in to_conversation")
+            given = given[0]
         messages = [*_turns_before(row, layout, values, prompt)]
         messages += given if _are_messages(given) else [{"role": "assistant", "content": given}]
     messages = [each for number, message in enumerate(messages) for each in _read_message(message, number)]

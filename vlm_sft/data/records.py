@@ -53,70 +53,69 @@ class Record(NamedTuple):
     repairs: Sequence[str] = ()
 
 
-class Records:
-    """Records one after another, in some 40 bytes each: `keys` [N] (of 16 bytes; b"" for none), `counts` [N, 3], and
-    `notes` [N], which `texts` explains: a number for each (faults, repairs) that there is, 0 for none of both."""
+_NOTHING = "[[], []]"  # the note of a record without faults and repairs
 
-    def __init__(self) -> None:
-        self._keys, self._counts, self._notes = bytearray(), array("i"), array("i")
-        self._numbers: dict[str, int] = {"[[], []]": 0}
+
+class Records:
+    """Records by key, in some 40 bytes each: `keys` [N] of 16 bytes, b"" for none; `values` [N, 4], the counts and the
+    number of a note; `notes`, (faults, repairs), of which the first one is empty."""
+
+    def __init__(self, table: pa.Table | None = None) -> None:
+        self._keys, self._values, self._notes = bytearray(), array("i"), {_NOTHING: 0}
+        for batch in table.to_batches() if table is not None else ():
+            self._keys += b"".join(batch["key"].to_pylist())
+            notes = [self._notes.setdefault(note, len(self._notes)) for note in batch["note"].to_pylist()]
+            columns = [*(batch[name].to_numpy() for name in Record._fields[:3]), notes]
+            self._values.frombytes(np.stack(columns, 1).astype(np.int32).tobytes())
 
     def add(self, key: bytes | None, record: Record) -> None:
         self._keys += (key or b"").ljust(16, b"\0")
-        self._counts.extend(record[:3])
-        note = json.dumps([record.faults, record.repairs]) if record.faults or record.repairs else "[[], []]"
-        self._notes.append(self._numbers.setdefault(note, len(self._numbers)))
+        note = json.dumps(record[3:]) if record.faults or record.repairs else _NOTHING
+        self._values.extend((*record[:3], self._notes.setdefault(note, len(self._notes))))
+
+    def extend(self, other: Records) -> None:
+        values, numbers = other.values, [self._notes.setdefault(note, len(self._notes)) for note in other._notes]
+        values[:, 3] = np.array(numbers, np.int32)[values[:, 3]]
+        self._keys += other._keys
+        self._values.frombytes(values.tobytes())
 
     def __len__(self) -> int:
-        return len(self._notes)
+        return len(self._keys) // 16
 
     @property
     def keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
         return np.frombuffer(bytes(self._keys), "S16")
 
     @property
-    def counts(self) -> np.ndarray[Any, np.dtype[np.int32]]:
-        return np.array(self._counts, np.int32).reshape(-1, 3)
+    def values(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        return np.array(self._values, np.int32).reshape(-1, 4)
 
     @property
-    def notes(self) -> np.ndarray[Any, np.dtype[np.int32]]:
-        return np.array(self._notes, np.int32)
-
-    @property
-    def texts(self) -> list[tuple[list[str], list[str]]]:
-        return [tuple(json.loads(note)) for note in self._numbers]
-
-    def extend(self, other: Records) -> None:
-        self._keys += other._keys
-        self._counts.extend(other._counts)
-        numbers = [self._numbers.setdefault(note, len(self._numbers)) for note in other._numbers]
-        self._notes.extend(numbers[note] for note in other._notes)
+    def notes(self) -> list[tuple[list[str], list[str]]]:
+        return [tuple(json.loads(note)) for note in self._notes]
 
     def table(self) -> pa.Table:
-        """Each key once, in their order."""
+        """Each key once."""
         keys, first = np.unique(self.keys, return_index=True)
-        counts = {name: self.counts[first, n] for n, name in enumerate(Record._fields[:3])}
-        texts = pa.array([*self._numbers])
         held = pa.array(np.ascontiguousarray(keys).view("V16").tolist(), pa.binary(16))
-        return pa.table({"key": held, **counts, "note": pa.DictionaryArray.from_arrays(self.notes[first], texts)})
+        counts = dict(zip(Record._fields[:3], self.values[first].T, strict=False))
+        notes = np.array([*self._notes], object)[self.values[first, 3]]
+        return pa.table({"key": held, **counts, "note": pa.array(notes, pa.string())})
 
 
 class Known:
-    """The records of a table that `Records` made, by key."""
+    """What `read_cache` found: records by key, looked up and not changed."""
 
-    def __init__(self, table: pa.Table | None = None) -> None:
-        table = Records().table() if table is None else table.combine_chunks()
-        self.keys = np.frombuffer(b"".join(table["key"].to_pylist()), "S16")
-        self.counts = np.stack([table[name].to_numpy() for name in Record._fields[:3]], 1)
-        notes = table["note"].combine_chunks()
-        notes = notes if isinstance(notes, pa.DictionaryArray) else notes.dictionary_encode()
-        self.notes, self.texts = notes.indices.to_numpy(), [json.loads(text) for text in notes.dictionary.to_pylist()]
+    def __init__(self, records: Records) -> None:
+        order = np.argsort(records.keys)
+        self.keys, self.values, self.notes = records.keys[order], records.values[order], records.notes
 
     def get(self, key: bytes) -> Record | None:
         place = int(np.searchsorted(self.keys, key))
         if place == len(self.keys) or self.keys[place] != key.rstrip(b"\0"):
             return None
-        return Record(*self.counts[place].tolist(), *self.texts[self.notes[place]])
+        *counts, note = self.values[place].tolist()
+        return Record(*counts, *self.notes[note])
 
 
 class Look:
@@ -293,22 +292,20 @@ def cache_file(made_by: str) -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE, "vlm_sft", f"{name}.parquet")
 
 
-def read_cache(file: Path) -> Known:
+def read_cache(file: Path) -> Records:
     """What an earlier pass found. Says so where the file cannot be read."""
     try:
-        return Known(pq.read_table(file, read_dictionary=["note"]) if file.is_file() else None)
+        return Records(pq.read_table(file) if file.is_file() else None)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         print_main(f"{file} cannot be read ({error}); all rows are checked again")
-        return Known()
+        return Records()
 
 
 def write_cache(file: Path, fresh: Records) -> None:
     """Adds to the file what is new, on the main process, by a rename; says so where that cannot be done."""
     if not PartialState().is_main_process:
         return
-    earlier = read_cache(file)  # another run may have written since
-    for n, key in enumerate(earlier.keys.tolist()):
-        fresh.add(key, Record(*earlier.counts[n].tolist(), *earlier.texts[earlier.notes[n]]))
+    fresh.extend(read_cache(file))  # another run may have written since
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

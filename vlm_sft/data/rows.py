@@ -113,13 +113,8 @@ class RowReader:
                 return image
         if isinstance(value, Mapping):
             return {name: self._openable(each, opened) for name, each in value.items()}
-        if (
-            column in IMAGES
-            and isinstance(value, str)
-            and os.path.isfile(path := os.path.join(self.folder.path, value))
-        ):
-            return os.path.abspath(path)
-        return value
+        path = os.path.join(self.folder.path, value) if column in IMAGES and isinstance(value, str) else ""
+        return os.path.abspath(path) if os.path.isfile(path) else value
 
 
 class Readers(dict[int, RowReader]):
@@ -230,21 +225,21 @@ def row_digest(rows: Any) -> str:
     in a thousand. Another name, place or time of a file changes nothing."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(rows, IterableDataset):
-        tables: Any = [getattr(rows, "stored", (rows,))[0].take(16)] if hasattr(rows, "stored") else []
+        stored, _ = getattr(rows, "stored", (rows.take(0), None))
+        batches: Any = [{"": [*stored.take(16)]}]
     else:
-        tables = rows.with_format("arrow").iter(1000) if isinstance(rows, Dataset) else []
-    for table in tables:
-        columns = (
-            {"": [*table]}
-            if isinstance(table, IterableDataset)
-            else {
-                name: table[name][: 1 if "binary" in str(table[name].type) else None].to_pylist()
-                for name in table.column_names
-                if name not in (*COLUMNS, "file", READER)
-            }
+        left_out = (*COLUMNS, "file", READER)
+        tables = rows.with_format("arrow").iter(1000) if isinstance(rows, Dataset) else ()
+        batches = (
+            {name: _told(table[name]) for name in table.column_names if name not in left_out} for table in tables
         )
-        digest.update(repr(sorted(columns.items())).encode("utf-8", "surrogatepass"))
+    for batch in batches:
+        digest.update(repr(sorted(batch.items())).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def _told(column: Any) -> list[Any]:
+    return column[:1].to_pylist() if "binary" in str(column.type) else column.to_pylist()  # type: ignore[no-any-return]
 
 
 def _name(row: Mapping[str, Any]) -> str:
