@@ -2,6 +2,7 @@
 # make test         the test suite, offline, on the CPU
 # make test-faults  runs are killed, starved and misled: the tests that docs/faults.md lists
 # make test-sweep   every statement and argument of every recipe left out, one at a time: is each heard? And launches
+# make test-families every family of today on its twin: labels, adapters, 4-bit, training, a fresh process, merge
 # make test-browser the page, the trackers and the server, in a headless Chromium (Debian: apt-get install chromium)
 # make test-latest  the test suite on the newest releases of our dependencies: what would break?
 # make check        lint, format and types
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-faults test-sweep test-browser test-latest check bench gpu
+.PHONY: help quickstart test test-faults test-sweep test-families test-browser test-latest check bench gpu
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -30,13 +31,16 @@ quickstart: $(VENV)/.installed
 # families whose tower it brings.
 # Two workers are faster than two threads.
 test: $(VENV)/.dev $(VENV)/test-only/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not sweep"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not sweep and not families"
 
 test-sweep: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 -m sweep
 
 test-faults: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $$(grep -o 'tests/[a-z_/]*\.py::[a-z0-9_]*' docs/faults.md | sort -u)
+
+test-families: $(VENV)/.dev $(VENV)/test-only/.installed
+	$(BIN)/python -m pytest -n 2 -m families
 
 test-browser: $(VENV)/web/.installed
 	$(VENV)/web/bin/python -m pytest -m web \
@@ -54,7 +58,7 @@ test-latest: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python $(VERSIONS) > $(LATEST)/before.txt
 	$(LATEST)/bin/python $(VERSIONS) > $(LATEST)/after.txt
 	@if cmp -s $(LATEST)/before.txt $(LATEST)/after.txt; then echo "No release is newer than those of $(VENV)."; exit 0; fi; \
-	$(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m "not faults and not sweep"; broken=$$?; \
+	$(LATEST)/bin/python -m pytest -n 2 --dist loadfile -m "not faults and not sweep and not families"; broken=$$?; \
 	echo "What broke, if anything, is listed above. Versions of $(VENV), and those of this run:"; \
 	diff --side-by-side --suppress-common-lines --width 80 $(LATEST)/before.txt $(LATEST)/after.txt; exit $$broken
 

@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("|---" * (len(COLUMNS) + 1) + "|")
     failed = False
     for family in families:
-        model, processor = (tiny if family in tiny.FAMILIES else twins).build(family)
+        model, processor = (tiny if family in twins.TEN else twins).build(family)
         cells = []
         for column in COLUMNS.values():
             try:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from conversations import picture
 from datasets import Dataset
-from families import FAMILIES
+from families import FAMILIES, TEN
 from peft import get_peft_model
 from proven import pieces
 from transformers import AutoConfig
@@ -47,7 +47,7 @@ REFUSED = {
 IN_DEFAULT_SUITE = ("qwen3_5", "qwen3_vl_moe", "ovis2", "deepseek_ocr2")
 REWRITING = ("llava15", "llava_next", "llava_onevision", "vipllava", "llava_next_video", "glm4v_moe")
 """Templates that write an earlier answer, or what stands before it, differently from how the model was asked for it."""
-PROVEN = [*tiny.FAMILIES, *(name for name in FAMILIES if name not in REFUSED)]
+PROVEN = [*TEN, *(name for name in FAMILIES if name not in REFUSED)]
 
 
 def text(words: str) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Twin:
     folder: Path
 
     def __post_init__(self) -> None:
-        (tiny if self.name in tiny.FAMILIES else families).save(self.name, self.folder)
+        (tiny if self.name in TEN else families).save(self.name, self.folder)
 
     @property
     def experts(self) -> bool:

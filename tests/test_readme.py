@@ -114,6 +114,7 @@ def test_hooks_run_what_make_check_runs():
     assert [hook["entry"] for hook in hooks] == ["make check"]
 
 
+@pytest.mark.families
 def test_family_table_is_what_the_command_prints():
     command = [sys.executable, "benchmarks/family_table.py"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

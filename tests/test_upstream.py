@@ -9,17 +9,21 @@ import contextlib
 import copy
 import inspect
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from runs import Collate, rows, trainer
 from safetensors import safe_open
 from together import together
@@ -31,6 +35,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    masking_utils,
 )
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, FLASH_ATTN_KERNEL_VERSIONS
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
@@ -379,3 +384,64 @@ def test_callbacks_run_in_the_order_of_a_list_and_evaluate_before_they_save(
     run.callback_handler.callbacks.insert(0, Note("first"))
     run.train()
     assert seen == [f"{name} {event}" for event in ("evaluate", "save") for name in ("first", "a", "b")]
+
+
+# -- families
+
+
+@pytest.fixture(scope="module")
+def twin_of() -> Callable[[str], Any]:
+    return lambda name: families.build(name)[0]
+
+
+def test_peft_adapts_other_layers_of_some_mixtures(twin_of: Callable[[str], Any]) -> None:
+    model = twin_of("glm4v_moe")
+    attention = r"model\.language_model\.layers\.\d+\.self_attn\.[qkvo]_proj"
+    dense = r"model\.language_model\.layers\.0\.mlp\.(gate|up|down)_proj"
+    assert len(upstream.targets_of(LoraConfig(target_modules=attention), model)) == 8
+    config = LoraConfig(target_modules=f"{attention}|{dense}")
+    asked = {name for name, _ in model.named_modules() if re.fullmatch(f"{attention}|{dense}", name)}
+    assert upstream.targets_of(config, model) != asked
+    assert config.target_modules == f"{attention}|{dense}"
+    with pytest.warns(RuntimeWarning, match="did not match any targeted module"):
+        wrapped = get_peft_model(model, config)
+    adapted = {name for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)}
+    assert not any(name.endswith(".0.mlp.up_proj") for name in adapted)
+
+
+def test_peft_loses_the_adapters_of_some_families(twin_of: Callable[[str], Any], tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    model = get_peft_model(twin_of("deepseek_ocr2"), config)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="Found missing adapter keys"):
+        again = PeftModel.from_pretrained(twin_of("deepseek_ocr2"), str(tmp_path))
+    states = [get_peft_model_state_dict(each) for each in (model, again)]
+    assert states[0].keys() == states[1].keys()
+    assert not any(torch.equal(states[0][name], states[1][name]) for name in states[0] if "lora_B" in name)
+    assert upstream.restore_adapter(again, tmp_path / "adapter_model.safetensors") == (set(), set())
+    found = get_peft_model_state_dict(again)
+    assert all(torch.equal(found[name], weight) for name, weight in states[0].items())
+
+
+def test_hunyuan_numbers_the_images_of_a_batch_through(twin_of: Callable[[str], Any]) -> None:
+    model = twin_of("hunyuan_vl")
+    grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
+    types = torch.tensor([[0, *[1] * 6, 0]] * 2)  # two rows of two squares, each with its separator
+    given = {"input_ids": types, "mm_token_type_ids": types, "image_grid_thw": grid}
+    positions, _ = model.model.get_rope_index(**given, attention_mask=torch.ones_like(types))
+    assert not torch.equal(positions[:, 0], positions[:, 1])
+    upstream.number_images_by_row(model)
+    positions, deltas = model.model.get_rope_index(**given, attention_mask=torch.ones_like(types))
+    assert torch.equal(positions[:, 0], positions[:, 1])
+    assert deltas.shape == (2, 1)
+
+
+def test_flash_attention_takes_no_mask_of_images() -> None:
+    """Its mask is that of padding, whatever else is asked for."""
+    made = inspect.signature(masking_utils.flash_attention_mask).parameters
+    assert "mask_function" in made
+    assert "mask_function(" not in inspect.getsource(masking_utils.flash_attention_mask)
+
+
+def test_trl_knows_the_number_of_experts_by_one_name() -> None:
+    assert "text_config.num_experts" in inspect.getsource(trl_utils.add_fused_lm_head)

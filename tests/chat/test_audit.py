@@ -77,6 +77,16 @@ class TrainsNothingAfterTheWords(Broken):
         return replace(row, labels=labels)
 
 
+def test_the_processor_of_another_model_is_found_out(tiny_model, tiny_processor):
+    """Both have tokens enough, but an image is written in another token than the model's."""
+    model, collator = tiny_model("llava15"), ChatCollator(tiny_processor("llava15"))
+    [row], _ = collator.encode([{**one(), "row": 5}])
+    check_embedding([row], model)
+    model.config.image_token_id = 7
+    with pytest.raises(ValueError, match="row 5: no token of its image is 7, the model's image token; use the model's"):
+        check_embedding([row], model)
+
+
 @pytest.mark.parametrize("family", TEN)
 def test_every_family_passes(family, tiny_model, tiny_processor):
     rows = [one(), two(), {"messages": [ask("2 + 2?"), answer("4")]}]
@@ -263,7 +273,8 @@ def test_the_model_is_left_as_it_was(tiny_model, tiny_processor):
     modes = [module.training for module in model.modules()]
     collator = ChatCollator(tiny_processor("llava15"))
     [row], _ = collator.encode([one() | {"row": 5}])
-    assert "on row 5, its 16 image tokens match" in check_forward(collator, row, model)
+    with torch.autocast("cpu", torch.bfloat16):  # as the Trainer wraps the forward
+        assert "on row 5, its 16 image tokens match" in check_forward(collator, row, model)
     assert [module.training for module in model.modules()] == modes
     assert given["modes"] == (False, False)
     assert "pixel_values" in given

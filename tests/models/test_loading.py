@@ -31,7 +31,7 @@ from vlm_sft import upstream
 from vlm_sft.models import loading
 from vlm_sft.models.adapters import check_trains, lora_config
 from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, training_base
-from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, loaded_from
+from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, loaded_from, read_config
 from vlm_sft.models.quantization import check_quantized, nf4_config
 from vlm_sft.tools import tiny
 
@@ -338,6 +338,26 @@ def test_a_model_whose_parts_cannot_be_told_is_refused_before_its_weights_are_re
     (twin / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"cannot be told: it has no language model\..*register_parts\('llava', vis"):
         load_model(twin)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (
+            {"model_type": "llava_from_tomorrow"},
+            r"No model in .*llava_from_tomorrow.* Give the folder or Hub name of one",
+        ),
+        ({"auto_map": {"AutoConfig": "theirs.Config"}, "model_type": "theirs"}, r"No model in .*trust_remote_code"),
+        ({"model_type": "llama"}, r"a 'llama' model, which takes no images"),
+    ],
+)
+@pytest.mark.parametrize("start", [load_model, read_config])
+def test_a_config_that_cannot_be_read_is_named(start: Any, changes: Any, complaint: str, twin: Path) -> None:
+    config = json.loads((twin / "config.json").read_text())
+    (twin / "config.json").write_text(json.dumps(config | changes))
+    (twin / "theirs.py").write_text("raise SystemExit('their code ran')")
+    with pytest.raises(ValueError, match=complaint):
+        start(twin)
 
 
 def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:

@@ -120,14 +120,15 @@ def check_embedding(rows: Sequence[EncodedRow], model: Any) -> None:
 
 
 def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
-    """One forward on the row, said in a sentence; the model itself refuses another number of image tokens than of
-    image features. Raises `ValueError` naming the row where it does, or where its loss is not finite."""
+    """One forward on the row, said in a sentence, in the precision that the Trainer has prepared the model for, or that
+    the caller sets; the model itself refuses another number of image tokens than of image features. Raises `ValueError`
+    naming the row where it does, or where its loss is not finite."""
     if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "not run: the model is sharded (DeepSpeed ZeRO-3)"
     batch = collator([row.conversation._asdict()])
     inputs = BatchFeature(batch).to(model.device)
     try:
-        with evaluating(model), torch.no_grad():  # the precision is the Trainer's, who has prepared the model
+        with evaluating(model), torch.no_grad():
             loss = float(model(**inputs, use_cache=False).loss)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{row.name}: the model refuses it: {error}") from error

@@ -179,7 +179,10 @@ def read_config(name_or_path: str | Path, *, revision: str | None = None, trust_
     try:
         config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:  # no file, or a family that transformers does not know
-        raise ValueError(f"No model in {at}: {first_line(error)}. Give the folder or Hub name of one.") from error
+        how = "Give the folder or Hub name of one"
+        if "custom code" in str(error):
+            how = "Where you trust it, load it with trust_remote_code=True; else choose one that transformers knows"
+        raise ValueError(f"No model in {at}: {first_line(error)}. {how}.") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
         raise ValueError(
             f"{at} is a {config.model_type!r} model, which takes no images; give a vision-language model such as "

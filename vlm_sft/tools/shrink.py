@@ -24,7 +24,7 @@ _AT_MOST = {
     r".*(hidden_size|hidden_dim|embed_dim|ection_dim|put_dim|proj_dim|channels)|d_model|n_embd|width": WIDTH,
 }
 _INNER = re.compile(r".*(intermediate_size(_mlp)?|ffn_dim|mlp_dim|expert_dim)|d_ff")
-_KEPT = re.compile("token|vocab|position|_id$")
+_KEPT = re.compile("token|vocab|position|image|patch|window|_id$")
 _DEPTHS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "decoder_layers", "n_layers", "layers")
 
 
@@ -110,7 +110,7 @@ def _fewer_layers(config: Mapping[str, Any], depth: str) -> dict[str, Any]:
 
 
 def unchanged(config: Mapping[str, Any], small: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers from 128 up that `shrink` left, ids, vocabularies and positions aside, as paths in the config."""
+    """Numbers from 128 up that `shrink` did not know, as paths in the config; not those that it means to keep."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from (f"{name}.{inner}" for inner in unchanged(value, small.get(name) or {}))
