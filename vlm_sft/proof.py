@@ -202,6 +202,9 @@ def prove(
         **plan.facts,
         "changed": "; ".join(changes) or "nothing",
     }
+    (saver,) = _callbacks(trainer, SafeCheckpoints)
+    saver.made_of = {"collator": collator.made_of(), "rows": checked.content}
+    saver.noted = {"image_files_written": checked.written}
     shortest = report.shortest
     proof = Proof(facts, report, flags, _held(trainer, collator, plan))
     gate.trainer, gate.proof = trainer, proof

@@ -6,6 +6,7 @@ found of each row, so that a second start decodes only what is new.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -53,7 +54,8 @@ class Fault:
 @dataclass(frozen=True)
 class CheckReport:
     """`faults` in the order of the rows; `repairs` counts the images that are read differently from how they are
-    stored; `columns` holds the tokens of each row (0 for bad ones); `known` rows were remembered."""
+    stored; `columns` holds the tokens of each row (0 for bad ones); `known` rows were remembered; `contents` and
+    `written` tell each row and its files again."""
 
     rows: int
     checked_with: str
@@ -61,6 +63,8 @@ class CheckReport:
     repairs: Mapping[str, int]
     columns: Mapping[str, list[int]]
     known: int
+    contents: Sequence[bytes]
+    written: Sequence[int]
 
     @property
     def keep(self) -> list[int]:
@@ -100,7 +104,8 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class Checked:
-    """How a dataset went through `check_rows`: with which collator (its fingerprint, and `max_length` beside it)."""
+    """How a dataset went through `check_rows`: with which collator (its fingerprint, and `max_length` beside it), a
+    digest of what its rows hold, images told by bytes or by name and size, and one of when their files were written."""
 
     on_bad_rows: str
     collator: str
@@ -108,6 +113,8 @@ class Checked:
     rows: int | None = None
     bad: int | None = None
     cached: int | None = None
+    content: str | None = None
+    written: str | None = None
 
 
 _CHECKED: dict[str, Checked] = {}  # by fingerprint; a stream, which has none, holds its own as `checked`
@@ -155,11 +162,13 @@ def check_rows(
     if bad:
         print_main(f"{f'{bad:,} of {rows:,} rows are left out.' if drop else 'These rows stay:'}\n{text}")
     for name, split in splits.items():
-        counts: tuple[int, ...] = ()
+        counts: tuple[Any, ...] = ()
         if report := reports.get(name):
             split = _with_columns(split, report.columns)
-            split = split.select(report.keep) if drop and report.faults else split
-            counts = (report.rows, report.bad_rows, report.known)
+            kept = report.keep if drop and report.faults else range(report.rows)
+            split = split.select(kept) if len(kept) < report.rows else split
+            content, written = (_digest([of[n] for n in kept]) for of in (report.contents, report.written))
+            counts = (report.rows, report.bad_rows, report.known, content, written)
         elif name not in stored and on_bad_rows != "ignore":
             rows_of, reader = getattr(split, "stored", (split, None))
             check = _StreamCheck(reader, collator if drop else None, max_bad_fraction)
@@ -199,7 +208,13 @@ def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None
         f"{len(rows):,} rows checked in {seconds:,.0f} s ({len(rows) / seconds:,.0f} rows a second), {known:,} of them "
         "known from before"
     )
-    return CheckReport(len(rows), with_what, tuple(faults), dict(repairs.most_common()), columns, known)
+    contents, written = ([getattr(finding, of) for finding in findings] for of in ("content", "written"))
+    told = (tuple(faults), dict(repairs.most_common()), columns, known, contents, written)
+    return CheckReport(len(rows), with_what, *told)
+
+
+def _digest(values: Sequence[Any]) -> str:
+    return hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()
 
 
 class _Finding(NamedTuple):
@@ -209,6 +224,8 @@ class _Finding(NamedTuple):
     record: Record
     known: bool
     fresh: dict[bytes, Record]  # what is to be remembered
+    content: bytes
+    written: int
 
 
 class _Rows:
@@ -253,7 +270,8 @@ class _Rows:
                 told = f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
                 remedy = "raise it, set truncation='trim', or drop the row"
                 record = record._replace(faults=[f"{told}{settings.max_length}; {remedy}"])
-        return _Finding(look.index, look.name, look.key, record, bool(look.key) and not look.looked_at, fresh)
+        known = bool(look.key) and not look.looked_at
+        return _Finding(look.index, look.name, look.key, record, known, fresh, look.content, look.written)
 
 
 def _look_at_all(rows: Any, num_proc: int | None) -> list[_Finding]:

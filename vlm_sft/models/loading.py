@@ -30,7 +30,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlm_sft.common import base_of, listed
 from vlm_sft.distributed import print_main
-from vlm_sft.models.fingerprints import read_training_base, training_base, weight_differences
+from vlm_sft.models.fingerprints import place_of_base, read_training_base, stored_weights, weight_differences
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
 from vlm_sft.models.quantization import nf4_config
@@ -235,11 +235,11 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
 
 def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable: bool, **options: Any) -> PeftModel:
     folder = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
-    adapter = PeftConfig.from_pretrained(folder)
+    adapter = read_adapter_config(folder)
     if not Path(folder, ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder!r} holds an adapter_config.json but no {ADAPTER_WEIGHTS}; save the adapter again.")
     trained_on = read_training_base(Path(folder)) or {}
-    named = base_model or adapter.base_model_name_or_path
+    named = base_model or place_of_base(Path(folder)) or adapter.base_model_name_or_path
     if options["quantization_config"] == "auto":
         recorded = trained_on.get("quantization_config")
         options["quantization_config"] = BitsAndBytesConfig(**recorded) if recorded else None  # type: ignore[no-untyped-call]
@@ -253,10 +253,13 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
             f"The adapter in {name!r} was trained on {adapter.base_model_name_or_path!r}, which did not load from "
             f"{named!r}: {error} Pass base_model= the folder or Hub name of that base."
         ) from error
-    if other := weight_differences(trained_on.get("weights", {}), training_base(base)["weights"]):
+    recorded = trained_on.get("weights")
+    if not recorded:
+        print_main(f"{name!r} does not say what the weights of its base were, so {named!r} is taken as it is")
+    elif other := weight_differences(recorded, stored_weights(base.name_or_path, at_revision)):
         raise ValueError(
             f"{base.name_or_path!r} is not the base that the adapter in {folder!r} was trained on; {len(other)} of "
-            f"{len(trained_on['weights'])} weights differ: {'; '.join(other[:3])}. Pass base_model= the right one."
+            f"{len(recorded)} weights differ: {'; '.join(other[:3])}. Pass base_model= the right one."
         )
     if Path(folder, "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)
@@ -274,6 +277,17 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
             f"({listed(needed - saved)}) and {len(saved - needed)} left over ({listed(saved - needed)})."
         )
     return model
+
+
+def read_adapter_config(folder: str | Path) -> Any:
+    """PEFT's config of an adapter. Raises ValueError for one that cannot be read, such as of another version."""
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{Path(folder, 'adapter_config.json')} cannot be read ({type(error).__name__}: {first_line(error)}); save "
+            "the adapter again, or install the PEFT that wrote it"
+        ) from error
 
 
 def _flash_attention_runs(model: Any) -> bool:

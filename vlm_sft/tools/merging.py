@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
-from vlm_sft.models.fingerprints import TRAINING_BASE, read_training_base
+from vlm_sft.models.fingerprints import TRAINING_BASE, place_of_base, read_training_base
 from vlm_sft.models.hardware import dtype_name
-from vlm_sft.models.loading import ADAPTER_WEIGHTS, load_model, load_processor
+from vlm_sft.models.loading import ADAPTER_WEIGHTS, load_model, load_processor, read_adapter_config
 
 Base = Literal["as-trained", "original"]
 
@@ -142,8 +142,9 @@ def _check(adapter: Path, out: Path, base: str) -> dict[str, Any]:
         faults.append(f"{out} exists already; choose another folder, or remove it")
     if faults:
         raise ValueError("; ".join(faults))
-    config = PeftConfig.from_pretrained(str(adapter))
+    config = read_adapter_config(adapter)
     named = {name: getattr(config, name) for name in ("base_model_name_or_path", "revision")}
+    named["base_model_name_or_path"] = place_of_base(adapter) or named["base_model_name_or_path"]
     return (recorded or {}) | {name: value for name, value in named.items() if value}
 
 
@@ -177,7 +178,12 @@ def _compare(expected: _Answers, found: _Answers, bare: _Answers, tolerance: flo
     error, effect = _distance(expected.prompt, found.prompt), _distance(expected.prompt, bare.prompt)
     if not error <= tolerance:
         raise ValueError(f"the merged model's logits are off by {error:.2g} (relative), more than {tolerance:.2g}")
-    if effect and _distance(found.prompt, bare.prompt) < _distance(found.prompt, expected.prompt):
+    if not effect:
+        raise ValueError(
+            "the adapter has no effect: with it the base gives the same logits as without, so nothing was trained, or "
+            "its weights did not reach the model"
+        )
+    if _distance(found.prompt, bare.prompt) < _distance(found.prompt, expected.prompt):
         raise ValueError(
             f"the merged model is nearer to the bare base than to adapter on base, {effect:.2g} away from it "
             "(relative): rounding has erased it; merge with dtype=torch.float32"
