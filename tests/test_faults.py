@@ -28,7 +28,8 @@ from together import together
 from transformers import TrainerCallback
 
 from vlm_sft import ChatCollator, load_conversations, load_processor
-from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint, verify_checkpoint
+from vlm_sft.models.manifest import verify_checkpoint
+from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.loopback]
 launched = pytest.mark.faults

@@ -471,12 +471,13 @@ def test_an_adapter_on_another_base_of_the_same_shapes(adapter: Path, tmp_path: 
         load_model(adapter, base_model=other)
 
 
-def test_an_adapter_on_a_base_that_differs_in_a_quantized_weight(adapter: Path, twin: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"quantization_config": None}])
+def test_an_adapter_on_a_base_that_differs_in_a_quantized_weight(options: Any, adapter: Path, twin: Path) -> None:
     weights = load_file(twin / "model.safetensors")
     weights["language_model.model.layers.1.mlp.up_proj.weight"] *= -1
     save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 of 80 weights differ: model\.language_model\.layers\.1\.mlp\.up_proj"):
-        load_model(adapter, base_model=twin)
+    with pytest.raises(ValueError, match=r"1 of 80 weights differ: language_model\.model\.layers\.1\.mlp\.up_proj"):
+        load_model(adapter, base_model=twin, **options)
 
 
 def test_an_adapter_on_a_base_of_other_shapes(adapter: Path, tmp_path: Path) -> None:

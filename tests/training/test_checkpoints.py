@@ -26,15 +26,13 @@ from vlm_sft.models.adapters import lora_config
 from vlm_sft.models.fingerprints import read_training_base
 from vlm_sft.models.freezing import cast_trainable_to_fp32
 from vlm_sft.models.loading import load_model
+from vlm_sft.models.manifest import MANIFEST, read_manifest, verify_checkpoint, write_manifest
 from vlm_sft.tools import tiny
 from vlm_sft.training.checkpoints import (
-    MANIFEST,
     SafeCheckpoints,
     _key_differences,
     _save_pretrained,
     latest_checkpoint,
-    verify_checkpoint,
-    write_manifest,
 )
 from vlm_sft.training.optim import lr_by_part
 
@@ -189,7 +187,7 @@ def test_an_adapter_has_its_base_beside_it(adapted: tuple[Path, dict[str, Any]],
     for folder in (adapted[0], adapted[0] / "checkpoint-2"):
         recorded = read_training_base(folder)
         assert recorded is not None
-        assert recorded["base_model_name_or_path"] == str(llava)
+        assert recorded["base_model_name_or_path"] == f".../{llava.name}"
         assert (recorded["dtype"], recorded["quantization_config"]) == ("float32", None)
         assert len(recorded["weights"]) == len(load_file(llava / "model.safetensors"))
     assert "training_base.json" in json.loads((adapted[0] / f"checkpoint-2/{MANIFEST}").read_text())["files"]
@@ -437,7 +435,7 @@ def test_other_parameters_are_refused(broken: Path, llava: Path, tiny_model: Any
 def test_names_of_the_hub_are_refused(broken: Path, llava: Path) -> None:
     folder = broken / "checkpoint-4"
     shutil.copy(llava / "model.safetensors", folder)
-    write_manifest(folder, json.loads((folder / MANIFEST).read_text()))
+    write_manifest(folder, read_manifest(folder))
     with pytest.raises(ValueError, match="tensors of the model are not in it, such as"):
         latest_checkpoint(untrained(llava, broken))
 
@@ -450,9 +448,9 @@ def test_a_checkpoint_without_optimizer_is_refused(llava: Path, tmp_path: Path) 
 
 def test_other_versions_and_a_longer_run_are_said(broken: Path, llava: Path, capfd: pytest.CaptureFixture[str]) -> None:
     manifest = broken / "checkpoint-4" / MANIFEST
-    content = json.loads(manifest.read_text())
+    content = read_manifest(manifest.parent)
     content["notes"]["versions"]["trl"] = "0.9.0"
-    manifest.write_text(json.dumps(content))
+    write_manifest(manifest.parent, content)
     assert latest_checkpoint(untrained(llava, broken, max_steps=8)) == str(broken / "checkpoint-4")
     said = capfd.readouterr().err
     assert "checkpoint-4 is resumed; versions.trl: recorded '0.9.0', now" in said

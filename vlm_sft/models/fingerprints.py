@@ -134,9 +134,9 @@ def write_training_base(folder: Path, base: Mapping[str, Any], place: str) -> No
         (folder / _PLACE).parent.mkdir(parents=True, exist_ok=True)
         (folder / _PLACE).write_text(place, encoding="utf-8")
         for file in filter(Path.is_file, (folder / "adapter_config.json", folder / "README.md")):
-            spelled = json.dumps(place)[1:-1] if file.suffix == ".json" else place
-            text = file.read_text("utf-8").replace(spelled, base["base_model_name_or_path"])
-            file.write_text(text, encoding="utf-8")
+            names = [place, str(base["base_model_name_or_path"])]
+            spelled = [json.dumps(name)[1:-1] for name in names] if file.suffix == ".json" else names
+            file.write_text(file.read_text("utf-8").replace(*spelled), encoding="utf-8")
 
 
 def read_training_base(folder: Path) -> Any:
@@ -148,10 +148,11 @@ def read_training_base(folder: Path) -> Any:
         raise ValueError(f"{file} is damaged ({error}); take it from a checkpoint of the same run") from error
 
 
-def place_of_base(folder: Path) -> str | None:
-    """Where the base of an adapter that was trained on this machine lies, if it still does."""
+def place_of_base(folder: Path, named: str | None) -> str | None:
+    """Where the base that an adapter names lies on the machine that trained it, if it still does; else the name."""
     place = (folder / _PLACE).read_text("utf-8") if (folder / _PLACE).is_file() else ""
-    return place if place and Path(place).is_dir() else None
+    there = place and Path(place).is_dir() and Path(named or "").name == Path(place).name
+    return place if there else named
 
 
 def model_settings(model: Any) -> dict[str, Any]:

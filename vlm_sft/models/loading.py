@@ -239,7 +239,7 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
     if not Path(folder, ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder!r} holds an adapter_config.json but no {ADAPTER_WEIGHTS}; save the adapter again.")
     trained_on = read_training_base(Path(folder)) or {}
-    named = base_model or place_of_base(Path(folder)) or adapter.base_model_name_or_path
+    named = base_model or place_of_base(Path(folder), adapter.base_model_name_or_path)
     if options["quantization_config"] == "auto":
         recorded = trained_on.get("quantization_config")
         options["quantization_config"] = BitsAndBytesConfig(**recorded) if recorded else None  # type: ignore[no-untyped-call]

@@ -91,6 +91,10 @@ def merge(
     expected = _answers(model, _questions(processor))
     with model.disable_adapter():
         bare = _answers(model, _questions(processor), new_tokens=0)
+    if not _distance(expected.prompt, bare.prompt):
+        raise ValueError(
+            f"the adapter in {adapter} has no effect: the base gives the same logits without it, so nothing was trained"
+        )
     reference_dtype = model.dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or reference_dtype
     if tolerance is None:
@@ -144,7 +148,7 @@ def _check(adapter: Path, out: Path, base: str) -> dict[str, Any]:
         raise ValueError("; ".join(faults))
     config = read_adapter_config(adapter)
     named = {name: getattr(config, name) for name in ("base_model_name_or_path", "revision")}
-    named["base_model_name_or_path"] = place_of_base(adapter) or named["base_model_name_or_path"]
+    named["base_model_name_or_path"] = place_of_base(adapter, named["base_model_name_or_path"])
     return (recorded or {}) | {name: value for name, value in named.items() if value}
 
 
@@ -178,12 +182,7 @@ def _compare(expected: _Answers, found: _Answers, bare: _Answers, tolerance: flo
     error, effect = _distance(expected.prompt, found.prompt), _distance(expected.prompt, bare.prompt)
     if not error <= tolerance:
         raise ValueError(f"the merged model's logits are off by {error:.2g} (relative), more than {tolerance:.2g}")
-    if not effect:
-        raise ValueError(
-            "the adapter has no effect: with it the base gives the same logits as without, so nothing was trained, or "
-            "its weights did not reach the model"
-        )
-    if _distance(found.prompt, bare.prompt) < _distance(found.prompt, expected.prompt):
+    if effect and _distance(found.prompt, bare.prompt) < _distance(found.prompt, expected.prompt):
         raise ValueError(
             f"the merged model is nearer to the bare base than to adapter on base, {effect:.2g} away from it "
             "(relative): rounding has erased it; merge with dtype=torch.float32"
