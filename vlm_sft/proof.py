@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops, draw_mask
 from vlm_sft.chat.packing import check_padding_free
 from vlm_sft.checks import check_captions, check_flags, check_pass, check_pieces, row_facts
 from vlm_sft.common import base_of, listed, restore_rng, rng_state
-from vlm_sft.distributed import print_main
+from vlm_sft.distributed import on_main, print_main
 from vlm_sft.evaluation.callback import AnswerEvaluation
 from vlm_sft.evaluation.pages import write_audit_html
 from vlm_sft.models.adapters import check_trains
@@ -34,7 +35,7 @@ from vlm_sft.training.batches import GroupByLength
 from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
 from vlm_sft.training.checkpoints import SafeCheckpoints
 from vlm_sft.training.plan import Plan, plan_of
-from vlm_sft.training.reports import write_reports
+from vlm_sft.training.reports import recorded_results, write_reports
 
 Trains = Mapping[str, str | Sequence[str]]
 
@@ -79,7 +80,9 @@ class Gate(TrainerCallback):
     trainer: Any = None
     proof: Proof | None = None
     batch_size: int | None = None  # of the training that has begun
+    eval_on_start: bool = False
     ended: bool = False
+    recorded: dict[str, Any] | None = None  # the results of a run that is finished, whose record stays as it is
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,7 +99,11 @@ class Gate(TrainerCallback):
         _check_optimizer(kwargs["optimizer"], trainer.model)
         proof.facts["forward"] = _forward(trainer, proof)
         print_main(f"{'forward':<11}{proof.facts['forward']}")
-        write_audit_html(proof.report, Path(str(args.output_dir), "audit.html"))
+        output, steps = Path(str(args.output_dir)), state.global_step
+        self.recorded = on_main(lambda: recorded_results(output, steps) if steps >= state.max_steps else None)
+        self.eval_on_start, args.eval_on_start = args.eval_on_start, args.eval_on_start and self.recorded is None
+        if self.recorded is None:
+            write_audit_html(proof.report, output / "audit.html")
         restore_rng(random)
 
     def on_prediction_step(
@@ -111,9 +118,16 @@ class Gate(TrainerCallback):
     ) -> None:
         self.ended = True
         trainer, proof = self.trainer, self._proven("train()")
+        args.eval_on_start = self.eval_on_start
+        if self.recorded is not None:
+            proof.results.update(self.recorded)
+            return
         if trainer.eval_dataset is not None:
             proof.results.update(trainer.evaluate())
         trainer.save_model()
+        if args.should_save:
+            _callbacks(trainer, SafeCheckpoints)[0].write_base(Path(str(args.output_dir)))
+            Path(str(args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle with paths
         splits = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
         write_reports(
             trainer,

@@ -134,9 +134,9 @@ def write_training_base(folder: Path, base: Mapping[str, Any], place: str) -> No
         (folder / _PLACE).parent.mkdir(parents=True, exist_ok=True)
         (folder / _PLACE).write_text(place, encoding="utf-8")
         for file in filter(Path.is_file, (folder / "adapter_config.json", folder / "README.md")):
-            names = [place, str(base["base_model_name_or_path"])]
-            spelled = [json.dumps(name)[1:-1] for name in names] if file.suffix == ".json" else names
-            file.write_text(file.read_text("utf-8").replace(*spelled), encoding="utf-8")
+            names = (place, str(base["base_model_name_or_path"]))
+            was, told = (json.dumps(name)[1:-1] if file.suffix == ".json" else name for name in names)
+            file.write_text(file.read_text("utf-8").replace(was, told), encoding="utf-8")
 
 
 def read_training_base(folder: Path) -> Any:

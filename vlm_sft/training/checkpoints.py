@@ -258,7 +258,8 @@ def latest_checkpoint(trainer: Any) -> str | None:
 def _announcement(args: TrainingArguments, state: TrainerState, loader: Any) -> str:
     """The line that a resume begins with."""
     if state.global_step >= state.max_steps:
-        return f"{args.output_dir} is finished: {state.global_step} of {state.max_steps} steps are done"
+        done = f"is finished: {state.global_step} of {state.max_steps} steps are done, so nothing more is trained"
+        return f"{args.output_dir} {done}; for more, raise --max_steps or --num_train_epochs"
     done = f"resumes after step {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.2f}"
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     epoch = (
