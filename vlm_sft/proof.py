@@ -30,6 +30,7 @@ from vlm_sft.evaluation.callback import AnswerEvaluation
 from vlm_sft.evaluation.pages import write_audit_html
 from vlm_sft.models.adapters import check_trains
 from vlm_sft.models.freezing import cast_trainable_to_fp32
+from vlm_sft.models.manifest import write_manifest
 from vlm_sft.models.quantization import check_quantized
 from vlm_sft.training.batches import GroupByLength
 from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
@@ -126,8 +127,10 @@ class Gate(TrainerCallback):
             proof.results.update(trainer.evaluate())
         trainer.save_model()
         if args.should_save:
-            _callbacks(trainer, SafeCheckpoints)[0].write_base(Path(str(args.output_dir)))
-            Path(str(args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle with paths
+            output = Path(str(args.output_dir))
+            _callbacks(trainer, SafeCheckpoints)[0].write_base(output)
+            (output / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle with paths
+            write_manifest(output, {}, files="*.safetensors")
         splits = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
         write_reports(
             trainer,

@@ -275,12 +275,12 @@ def test_a_resume_is_exact_with_any_workers(
     workers: int, persistent: bool, packed: bool, strategy: str, tiny_dir: Any, tmp_path: Path
 ) -> None:
     """Stopped in the middle of the first of two epochs, with dropout, noise and evaluations between. And workers are no
-    setting of a run: without any, the weights are the same."""
+    setting of a run: stopped without any, it resumes with them."""
     rows, base = write_rows(tmp_path / "rows", 14), tiny_dir("llava15")
     none = {"packed": packed, "train_sampling_strategy": strategy, "per_device_train_batch_size": 1 if packed else 2}
     options = none | {"dataloader_num_workers": workers, "dataloader_persistent_workers": persistent}
-    reference = exact(base, tmp_path / "whole", rows, **none)
-    exact(base, tmp_path / "stopped", rows, dies=3, **options)
+    reference = exact(base, tmp_path / "whole", rows, **options)
+    exact(base, tmp_path / "stopped", rows, dies=3, **none)
     assert (tmp_path / "stopped/output/checkpoint-2").is_dir()
     assert runs.same(reference, exact(base, tmp_path / "stopped", rows, **options))
 

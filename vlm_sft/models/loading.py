@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -33,6 +33,7 @@ from vlm_sft.distributed import print_main
 from vlm_sft.models.fingerprints import place_of_base, read_training_base, stored_weights, weight_differences
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
+from vlm_sft.models.manifest import MANIFEST, verify_checkpoint
 from vlm_sft.models.quantization import nf4_config
 from vlm_sft.upstream import TWO_WAY_IMAGES, fit_to_shards, keep_packing, limit_pixels, set_commit
 
@@ -207,6 +208,7 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
     quantized = options["quantization_config"] or getattr(config, "quantization_config", None)
     if quantized and options["device_map"] is None and torch.cuda.is_available():
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}  # it must not move later
+    check_files(name)
     from_pretrained: Any = AutoModelForImageTextToText.from_pretrained
     try:
         model, info = from_pretrained(
@@ -235,6 +237,7 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
 
 def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable: bool, **options: Any) -> PeftModel:
     folder = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
+    check_files(folder)
     adapter = read_adapter_config(folder)
     if not Path(folder, ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder!r} holds an adapter_config.json but no {ADAPTER_WEIGHTS}; save the adapter again.")
@@ -277,6 +280,22 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
             f"({listed(needed - saved)}) and {len(saved - needed)} left over ({listed(saved - needed)})."
         )
     return model
+
+
+def check_files(folder: str | Path) -> None:
+    """Raises ValueError for a folder whose safetensors do not open, or differ from its manifest."""
+    faults = verify_checkpoint(folder) if Path(folder, MANIFEST).is_file() else []
+    for file in [] if faults else sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            faults.append(f"{file.name} is damaged ({error})")
+    if faults:
+        raise ValueError(
+            f"{folder}: {'; '.join(faults)}. Take the folder of a checkpoint, or train or download it again; where "
+            f"weights were changed on purpose, delete {MANIFEST}."
+        )
 
 
 def read_adapter_config(folder: str | Path) -> Any:

@@ -1,6 +1,6 @@
 """Which files a save is made of: `manifest.json`, its last file, with the size and hash of every other.
 
-A folder without one is a save that did not end; a file that differs is named.
+A checkpoint without one is a save that did not end; a file that differs is named, also where weights are loaded.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def verify_checkpoint(folder: str | Path) -> list[str]:
     return faults or [f"{name} has changed" for name in files if _digest_of(folder / name) != files[name]["xxh3"]]
 
 
-def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Forces every file to the disk, then lists them in the manifest, which appears whole or not at all."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+def write_manifest(folder: Path, content: Mapping[str, Any], *, files: str = "**/*") -> None:
+    """Forces the files to the disk, then lists them in the manifest, which appears whole or not at all."""
+    paths = sorted(path for path in folder.glob(files) if path.is_file() and path.name != MANIFEST)
     for path in (*paths, *{path.parent for path in paths}):
         _flush(path)
-    files = {
+    listed = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "xxh3": _digest_of(path)} for path in paths
     }
-    content = {**content, "files": files}
+    content = {**content, "files": listed}
     unfinished = folder / f"{MANIFEST}.tmp"
     unfinished.write_text(json.dumps({**content, "xxh3": _own_digest(content)}, indent=1) + "\n", encoding="utf-8")
     _flush(unfinished)
