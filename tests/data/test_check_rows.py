@@ -220,6 +220,10 @@ def test_every_fault_of_a_row_is_told() -> None:
         "images[2]: 2001 x 10 pixels are beyond 200 to 1",
     ]
     assert not check_report([example(images=[Image.new("RGB", (2000, 10))])]).faults
+    for shape in ((1, 50), (50, 1), (1, 1)):
+        [fault] = check_report([example(images=[Image.new("RGB", shape)])]).faults
+        assert fault.detail.startswith(f"images[0]: {shape[0]} x {shape[1]} pixels show nothing")
+    assert not check_report([example(images=[Image.new("RGB", (2, 50))])]).faults
 
 
 def test_answers_that_are_not_trained_on_may_be_blank() -> None:

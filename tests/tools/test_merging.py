@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,16 @@ def test_a_key_that_is_lost_in_writing_is_noticed(
 
     monkeypatch.setattr(merging, "load_model", lose)
     with pytest.raises(ValueError, match=r"do not fit LlavaForConditionalGeneration: 1 missing_keys \(\S+\)"):
+        merge(adapter, tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_a_merge_appears_whole_or_not_at_all(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose_power(*_: Any) -> None:
+        raise OSError("power lost")
+
+    monkeypatch.setattr(os, "rename", lose_power)
+    with pytest.raises(OSError, match="power lost"):
         merge(adapter, tmp_path / "out")
     assert nothing_left(tmp_path)
 

@@ -30,6 +30,7 @@ from vlm_sft.models.manifest import MANIFEST, read_manifest, verify_checkpoint, 
 from vlm_sft.tools import tiny
 from vlm_sft.training.checkpoints import (
     SafeCheckpoints,
+    _checkpoints,
     _key_differences,
     _save_pretrained,
     latest_checkpoint,
@@ -296,6 +297,62 @@ def test_rotation_waits_for_the_new_checkpoint(llava: Path, tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     trainer = untrained(llava, tmp_path, save_steps=1, save_total_limit=2)
     assert latest_checkpoint(trainer) == str(tmp_path / "checkpoint-2")
+
+
+def test_every_file_is_on_the_disk_before_the_manifest_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, flushed = tmp_path / "checkpoint-1", []
+    (folder / "inner").mkdir(parents=True)
+    for name in ("a", "inner/b"):
+        (folder / name).write_text(name)
+    fsync, replace = os.fsync, Path.replace
+
+    def flush(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(tmp_path).as_posix())
+        fsync(descriptor)
+
+    def rename(old: Path, new: Path) -> None:
+        flushed.append("renamed")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "replace", rename)
+    write_manifest(folder, {})
+    at = flushed.index("renamed")
+    inner = {
+        "checkpoint-1/a",
+        "checkpoint-1/inner/b",
+        "checkpoint-1/inner",
+        "checkpoint-1",
+        "checkpoint-1/manifest.json.tmp",
+    }
+    assert {*flushed[:at]} == inner
+    assert flushed[at + 1 :] == ["checkpoint-1", "."]
+    assert verify_checkpoint(folder) == []
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (100, 9, 20, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-7").touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [*_checkpoints(tmp_path)] == [9, 10, 20, 100]
+
+
+def test_sigterm_does_not_wait_for_an_evaluation(llava: Path, tmp_path: Path) -> None:
+    evaluated: list[int] = []
+
+    class Counts(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            evaluated.append(state.global_step)
+
+    terminate = At("on_step_begin", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": runs.rows(2), "prediction_loss_only": True}
+    with pytest.raises(SystemExit):
+        train(llava, tmp_path, callbacks=[terminate, Counts()], **options)
+    assert evaluated == [1, 2]
+    assert verify_checkpoint(tmp_path / "checkpoint-3") == []
 
 
 def test_sigterm_saves_and_leaves_with_0(whole: tuple[Path, dict[str, Any]], llava: Path, tmp_path: Path) -> None:
