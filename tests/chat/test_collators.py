@@ -407,6 +407,30 @@ def test_a_trim_keeps_all_exchanges_that_fit(tiny_processor):
             assert torch.equal(encoded(6, limit).tokens["input_ids"], whole.tokens["input_ids"])
 
 
+def test_a_row_that_just_fits_is_whole_and_a_multiple_of_what_is_asked(tiny_processor, example):
+    whole = ChatCollator(tiny_processor("llava15"))([example])
+    found = ChatCollator(tiny_processor("llava15"), max_length=whole["input_ids"].shape[1])([example])
+    assert torch.equal(found["labels"], whole["labels"])
+    for multiple in (8, 64):
+        padded = ChatCollator(tiny_processor("llava15"), pad_to_multiple_of=multiple)([example, example])
+        length = padded["input_ids"].shape[1]
+        assert length % multiple == 0
+        assert 0 <= length - whole["input_ids"].shape[1] < multiple
+        assert int(padded["attention_mask"].sum()) == 2 * whole["input_ids"].shape[1]
+
+
+def test_a_processor_that_changes_the_text_without_reporting_is_refused(tiny_processor, example, monkeypatch):
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    collator, plain_call = ChatCollator(processor), type(processor).__call__
+
+    def call(self: Any, text: Any = None, **options: Any) -> Any:
+        return plain_call(self, text=[each.replace("cat", "cat and a dog") for each in text], **options)
+
+    monkeypatch.setattr(type(processor), "__call__", call)
+    with pytest.raises(ValueError, match=r"does not end with '</s>' once it is tokenized"):
+        collator([example])
+
+
 def test_a_trim_cuts_no_image_also_where_all_is_trained(tiny_processor):
     collator = ChatCollator(tiny_processor("llava15"), truncation="trim", train_on="all")
     example = {"messages": [ask("Look at this: " * 4, None), answer("b")], "images": [picture(30, 30)]}

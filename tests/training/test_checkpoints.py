@@ -12,6 +12,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -406,6 +407,26 @@ def test_a_damaged_checkpoint_is_skipped(
     assert re.search(f"checkpoint-4 is skipped: {said}", capfd.readouterr().err)
     damage(broken / "checkpoint-2" / name)
     assert latest_checkpoint(untrained(llava, broken)) is None
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapted"])
+def test_a_flipped_bit_in_any_file_is_named_or_changes_nothing(kind: str, request: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(request.getfixturevalue(kind)[0], tmp_path / "out"))
+    folder, random = run / "checkpoint-4", Random(0)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    known = read_manifest(folder)
+    assert len(files) > 8
+    for file in files:
+        content = file.read_bytes()
+        for _ in range(200 if file.name == MANIFEST else 3):
+            damaged, at = bytearray(content), random.randrange(len(content))
+            damaged[at] ^= 1 << random.randrange(8)
+            file.write_bytes(damaged)
+            said = "; ".join(verify_checkpoint(folder))
+            # White space between the lines of the manifest is no content of it.
+            assert file.name in said or (file.name == MANIFEST and read_manifest(folder) == known), (file, at)
+        file.write_bytes(content)
+    assert verify_checkpoint(folder) == []
 
 
 def test_a_damaged_checkpoint_given_by_hand_is_refused(broken: Path, llava: Path) -> None:
