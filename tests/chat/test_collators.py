@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -302,6 +304,8 @@ def test_an_answer_ends_with_the_last_token_that_the_template_writes_after_it(ti
     [row], _ = ChatCollator(processor).encode([{"messages": [ask("Hi"), answer("Yes."), ask("Oh"), answer("No.")]}])
     assert trained_text(row) == "Yes.</s><pad>No.</s><pad>"
     assert [turn.stop for turn in row.turns] == ["<pad>", "<pad>"]
+    ends = processor.tokenizer.convert_tokens_to_ids(["<pad>", "</s>", "a"])
+    assert ChatCollator(processor).template.stop_ids(SimpleNamespace(eos_token_id=ends[2])) == sorted(ends)
 
 
 @pytest.mark.parametrize("role", ["user", "assistant"])
@@ -312,6 +316,33 @@ def test_a_template_that_repeats_a_text_is_refused(role, tiny_processor):
     processor.chat_template = template_of(twice.replace("ROLE", role))
     with pytest.raises(ValueError, match=rf"does not write the text of messages\[\d\] \({role}\) as it is"):
         collator([{"messages": [ask("Hi"), answer("Yes.")]}])
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+            "TimeoutError: it did not end",
+        ),
+        ("{% for a in range(1) %}x", "Unexpected end of template"),
+        ("{{ messages[0].nothing.more }}", "has no attribute 'nothing'|undefined"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ raise_exception('not today') }}", "not today"),
+        ("{{ range(10 ** 9) | list }}", "OverflowError: Range too big"),
+    ],
+)
+def test_a_hostile_template_is_named_and_stopped(template, said, tiny_processor, monkeypatch):
+    monkeypatch.setattr("vlm_sft.chat.template._LIMIT_S", 0.3)
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    processor.chat_template = template
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=rf"the chat template fails with .*({said})"):
+        ChatCollator(processor)
+    assert time.monotonic() - began < 5
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_a_batch_without_images_gets_a_blank_one_that_weighs_nothing(tiny_processor):
@@ -424,7 +455,7 @@ def test_a_processor_that_changes_the_text_without_reporting_is_refused(tiny_pro
     collator, plain_call = ChatCollator(processor), type(processor).__call__
 
     def call(self: Any, text: Any = None, **options: Any) -> Any:
-        return plain_call(self, text=[each.replace("cat", "cat and a dog") for each in text], **options)
+        return plain_call(self, text=[each.replace("Yes.", "Yes, I am.") for each in text], **options)
 
     monkeypatch.setattr(type(processor), "__call__", call)
     with pytest.raises(ValueError, match=r"does not end with '</s>' once it is tokenized"):

@@ -30,6 +30,7 @@ from vlm_sft.models.adapters import check_trains, lora_config
 from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, training_base
 from vlm_sft.models.hardware import best_dtype
 from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, loaded_from
+from vlm_sft.models.manifest import write_manifest
 from vlm_sft.models.quantization import check_quantized, nf4_config
 from vlm_sft.tools import tiny
 
@@ -413,6 +414,47 @@ def test_an_adapter_loads_in_the_dtype_of_its_training(adapter: Path) -> None:
     (adapter / TRAINING_BASE).write_text(json.dumps({"dtype": "bfloat16", "weights": {}}))
     assert load_model(adapter).get_base_model().lm_head.weight.dtype == torch.bfloat16
     assert load_model(adapter, dtype="float32").get_base_model().lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"peft_type": "MAGIC"}',
+        '{"peft_type": "LORA", "r": "many", "task_type": 5}',
+        '{"peft_type": null}',
+    ],
+)
+def test_an_adapter_config_that_cannot_be_read_is_named(content: str, adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"adapter(_config\.json)?"):
+        load_model(adapter)
+
+
+def cut_in_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("what", ["model", "adapter"])
+def test_cut_weights_are_named(what: str, adapter: Path, twin: Path) -> None:
+    folder, name = (twin, "model.safetensors") if what == "model" else (adapter, "adapter_model.safetensors")
+    cut_in_half(folder / name)
+    with pytest.raises(ValueError, match=rf"{folder}: {name} is damaged .* train or download it again"):
+        load_model(folder)
+
+
+def test_weights_that_differ_from_their_manifest_are_named(adapter: Path) -> None:
+    write_manifest(adapter, {}, files="*.safetensors")
+    load_model(adapter)
+    file = adapter / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors has changed\. .* delete manifest\.json"):
+        load_model(adapter)
 
 
 def test_an_adapter_brings_its_generation_config(adapter: Path) -> None:

@@ -292,6 +292,7 @@ def test_a_finished_run_says_so_and_leaves_its_record_alone(
     tiny_dir: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_rows(tmp_path / "rows")
+    tmp_path = tmp_path / "Läufe"
 
     def run(**options: Any) -> dict[str, float]:
         made = make(tiny_dir("llava15"), tmp_path, rows, **options)

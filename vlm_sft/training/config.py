@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from huggingface_hub import whoami
 from transformers import TrainingArguments
 from trl import SFTConfig  # type: ignore[attr-defined]
 
+from vlm_sft.distributed import on_main
 from vlm_sft.models.hardware import best_worker_count, set_hardware_defaults
+from vlm_sft.models.loading import first_line
 
 # What SFTConfig adds to the Trainer's arguments and still acts when the rows are made by a collator of one's own
 # (trl 1.16). `max_length` acts through the collator, with which `prove` compares it.
@@ -41,7 +45,9 @@ class RecipeDefaults(SFTConfig):
     """SFTConfig with the settings that recipes share. None of them changes a trained number: how rows are loaded, when
     is logged, how many checkpoints are kept, whether activations are kept or computed again.
 
-    `set_hardware_defaults` fills in precision and optimizer; `hardware_changes` says what it replaced.
+    `set_hardware_defaults` fills in precision and optimizer; `hardware_changes` says what was replaced. Without
+    evaluations or saves there is no best model to load. Raises ValueError for an output folder that this locale cannot
+    spell, and for a push to the Hub that could not be made.
     """
 
     # None: as many rows as in training
@@ -62,10 +68,37 @@ class RecipeDefaults(SFTConfig):
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         if self.save_steps is None:
             self.save_steps = self.eval_steps or 500
+        self.hardware_changes = []
+        if self.load_best_model_at_end and "no" in (idle := (self.eval_strategy, self.save_strategy)):
+            self.load_best_model_at_end = False
+            self.hardware_changes.append(
+                f"the last weights are kept, as --{('eval', 'save')[idle.index('no')]}_strategy is no"
+            )
         set_hardware_defaults(self)
-        self.hardware_changes = [] if asked == self.optim else [f"optimizer {asked} replaced by {self.optim}"]
+        if asked != self.optim:
+            self.hardware_changes.append(f"optimizer {asked} replaced by {self.optim}")
+        try:
+            str(self.output_dir).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"--output_dir {str(self.output_dir)!a} is not spelled in the characters of this locale "
+                f"({sys.getfilesystemencoding()}), and the weights could not be written: set PYTHONUTF8=1"
+            ) from None
         super().__post_init__()  # type: ignore[no-untyped-call]
         refuse_inert_settings(self)
+        if self.push_to_hub:
+            on_main(_check_login)
+
+
+def _check_login() -> None:
+    """Raises ValueError before anything is loaded, where the Trainer would fail once all is."""
+    try:
+        whoami()
+    except Exception as error:  # no token, a wrong one, no network, each by classes of its own
+        raise ValueError(
+            f"--push_to_hub: the Hub cannot be reached, or knows no login ({first_line(error)}). Log in with `hf auth "
+            "login` or set HF_TOKEN, or leave it out and upload the folder afterwards"
+        ) from error
 
 
 def refuse_inert_settings(args: Any) -> None:
