@@ -329,6 +329,13 @@ def test_the_split_that_is_trained_on_is_not_held_out(folder: Path) -> None:
     assert trained | held_out == {*names}
 
 
+def test_at_most_a_fifth_is_held_out(folder: Path) -> None:
+    path = write(folder / "a.jsonl", [{"prompt": str(n), "response": "x"} for n in range(20)])
+    for asked, held_out in ((3, 3), (4, 4), (5, 4), (20, 4), (100, 4)):
+        loaded = load_conversations(path, max_eval_rows=asked)
+        assert {key: len(rows) for key, rows in loaded.items()} == {"train": 20 - held_out, "test": held_out}
+
+
 def test_a_test_split_is_made_where_there_is_none(folder: Path) -> None:
     path = write(folder / "a.jsonl", [{"prompt": str(n), "response": "x"} for n in range(100)])
 
