@@ -2,6 +2,7 @@
 # make test         the test suite, offline, on the CPU
 # make test-faults  runs are killed, starved and misled: the tests that docs/faults.md lists
 # make test-sweep   every statement and argument of every recipe left out, one at a time: is each heard? And launches
+# make mutants      faults put into the source, one at a time: do the tests notice each?
 # make test-browser the page, the trackers and the server, in a headless Chromium (Debian: apt-get install chromium)
 # make test-latest  the test suite on the newest releases of our dependencies: what would break?
 # make check        lint, format and types
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-faults test-sweep test-browser test-latest check bench
+.PHONY: help quickstart test test-faults test-sweep mutants test-browser test-latest check bench
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -35,6 +36,9 @@ test-sweep: $(VENV)/.dev $(VENV)/test-only/.installed
 
 test-faults: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $$(grep -o 'tests/[a-z_/]*\.py::[a-z0-9_]*' docs/faults.md | sort -u)
+
+mutants: $(VENV)/.dev $(VENV)/test-only/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 test-browser: $(VENV)/web/.installed
 	$(VENV)/web/bin/python -m pytest -m web \
