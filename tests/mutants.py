@@ -94,7 +94,7 @@ MUTANTS = [
     Mutant("texts are not part of a row", "data/records.py", "hashlib.blake2b(json.dumps(messages).encode(), digest_size=16)", "hashlib.blake2b(digest_size=16)", "training/test_resume.py:file_changed"),
     Mutant("images are not part of a row", "data/records.py", "content.update(what)", "pass", "training/test_resume.py:file_changed"),
     Mutant("blank answers pass", "data/records.py", "if text.strip() or not message", "if True or not message", "data/test_check_rows.py:every_fault|may_be_blank"),
-    Mutant("control characters pass", "data/records.py", "if control := _CONTROL.search(text):", "if control := None:", "data/test_check_rows.py:37_faults"),
+    Mutant("control characters pass", "data/records.py", "if control := _CONTROL.search(text):", "if control := None:", "data/test_check_rows.py:control_character"),
     Mutant("repeated rows pass", "data/check_rows.py", "(first := seen.setdefault(key, name)) != name", "False and (first := seen.setdefault(key, name)) != name", "data/test_check_rows.py:repeats_an_earlier"),
     Mutant("dropped rows stay", "data/check_rows.py", "report.keep if drop and report.faults", "report.keep if False", "data/test_check_rows.py:dropping_is"),
     Mutant("any share may be dropped", "data/check_rows.py", "max_bad_fraction * rows if drop", "rows if drop", "data/test_check_rows.py:dropping_is"),
