@@ -3,6 +3,7 @@
 # make test-faults  runs are killed, starved and misled: the tests that docs/faults.md lists
 # make test-sweep   every statement and argument of every recipe left out, one at a time: is each heard? And launches
 # make test-families every family of today on its twin: labels, adapters, 4-bit, training, a fresh process, merge
+# make mutants      faults put into the source, one at a time: do the tests notice each?
 # make test-browser the page, the trackers and the server, in a headless Chromium (Debian: apt-get install chromium)
 # make test-latest  the test suite on the newest releases of our dependencies: what would break?
 # make check        lint, format and types
@@ -17,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-faults test-sweep test-families test-browser test-latest check bench gpu
+.PHONY: help quickstart test test-faults test-sweep test-families mutants test-browser test-latest check bench gpu
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -41,6 +42,9 @@ test-faults: $(VENV)/.dev $(VENV)/test-only/.installed
 
 test-families: $(VENV)/.dev $(VENV)/test-only/.installed
 	$(BIN)/python -m pytest -n 2 -m families
+
+mutants: $(VENV)/.dev $(VENV)/test-only/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 test-browser: $(VENV)/web/.installed
 	$(VENV)/web/bin/python -m pytest -m web \

@@ -1,7 +1,7 @@
 """A recipe with a fault in it: `python tests/faulty.py FAULT recipes/NAME.py ...`, or through a launcher.
 
-A fault is `kill@EVENT:STEP:RANK`, `wait@...` (for a minute) or `raise@...`: what happens to that process at that event
-of the Trainer.
+A fault is `kill@EVENT:STEP:RANK`, `wait@...` (for a minute), `raise@...` or `memory@...` (which runs out): what happens
+to that process at that event of the Trainer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from typing import Any
 
+import torch
 import trl
 from transformers import TrainerCallback
 
@@ -26,6 +27,8 @@ class Fault(TrainerCallback):
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "raise":
                 raise RuntimeError("the fault that was asked for")
+            if kind == "memory":
+                raise torch.OutOfMemoryError("the memory that was asked for")
             print("waiting", flush=True)
             time.sleep(60)
 

@@ -32,10 +32,11 @@ from vlm_sft.models.adapters import lora_config
 from vlm_sft.models.freezing import cast_trainable_to_fp32
 from vlm_sft.models.hardware import set_hardware_defaults
 from vlm_sft.models.loading import load_model
+from vlm_sft.models.manifest import verify_checkpoint
 from vlm_sft.models.parts import part_of, parts_of
 from vlm_sft.tools import tiny
 from vlm_sft.training.callbacks import StopOnNaN
-from vlm_sft.training.checkpoints import SafeCheckpoints, verify_checkpoint
+from vlm_sft.training.checkpoints import SafeCheckpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.loopback]
 

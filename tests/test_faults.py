@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -28,7 +29,8 @@ from together import together
 from transformers import TrainerCallback
 
 from vlm_sft import ChatCollator, load_conversations, load_processor
-from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint, verify_checkpoint
+from vlm_sft.models.manifest import verify_checkpoint
+from vlm_sft.training.checkpoints import SafeCheckpoints, latest_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.loopback]
 launched = pytest.mark.faults
@@ -114,6 +116,52 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(
     together(losses_of, LORA[0], flags, config=config)
     together(losses_of, LORA[0], flags_of(LORA, tmp_path / "whole"), config=config)
     assert losses_in(output) == pytest.approx(losses_in(tmp_path / "whole"), abs=1e-6)
+
+
+@launched
+@pytest.mark.parametrize("config", ["cpu_2proc", "cpu_2proc_fsdp2"])
+def test_any_process_killed_at_any_step_and_the_run_goes_on(
+    config: str, flags_of: Any, launch: Any, tmp_path: Path
+) -> None:
+    """With workers and grouping; VLM_SFT_KILLS and VLM_SFT_SEED as in test_kills.py."""
+    more = ("--dataloader_num_workers", 1, "--dataloader_persistent_workers", "True")
+    whole = flags_of(LORA, tmp_path / "whole", *more)
+    together(losses_of, LORA[0], whole, config=config)
+    draw = random.Random(f"{os.environ.get('VLM_SFT_SEED', '0')} {config}")
+    events = ("on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_save", "on_prediction_step")
+    for number in range(int(os.environ.get("VLM_SFT_KILLS", "1"))):
+        event, rank = draw.choice(events), draw.randrange(2)
+        # The last save is at step 4, an evaluation at 2 and 4, and steps begin at 0 to 3.
+        step = draw.choice((2, 4)) if event in events[3:] else draw.randrange(1, 4)
+        output = tmp_path / str(number)
+        flags = flags_of(LORA, output, *more)
+        process = launch(config, LORA[0], flags, f"kill@{event}:{step}:{rank}")
+        said = ends_within(process, 120, tmp_path / "log")
+        assert "Signal 9 (SIGKILL) received" in said, (event, step, rank)
+        together(losses_of, LORA[0], flags, config=config)
+        assert losses_in(output) == losses_in(tmp_path / "whole"), (event, step, rank)
+
+
+@launched
+@pytest.mark.parametrize("config", ["cpu_2proc", "cpu_2proc_fsdp2"])
+def test_out_of_memory_at_one_process_ends_all(config: str, flags_of: Any, launch: Any, tmp_path: Path) -> None:
+    process = launch(config, LORA[0], flags_of(LORA, tmp_path / "output"), "memory@on_pre_optimizer_step:2:1")
+    failed = until("the memory that was asked for", tmp_path / "log")
+    said = ends_within(process, 120, tmp_path / "log")
+    assert time.monotonic() - failed < 120
+    assert process.returncode != 0
+    assert "step 3, process 1: out of memory" in said
+
+
+@launched
+def test_launches_end_with_0_each_time(flags_of: Any, launch: Any, tmp_path: Path) -> None:
+    """A SIGABRT was seen once, when processes of a group ended."""
+    for number in range(3):
+        said = ends_within(
+            process := launch("cpu_2proc", LORA[0], flags_of(LORA, tmp_path / str(number))), 300, tmp_path / "log"
+        )
+        assert process.returncode == 0, said[-3000:]
+        assert "SIGABRT" not in said
 
 
 @launched

@@ -22,8 +22,8 @@ from transformers import AutoModelForImageTextToText
 
 from vlm_sft.models.llava import assemble_llava
 from vlm_sft.models.loading import load_model, load_processor
+from vlm_sft.models.manifest import verify_checkpoint
 from vlm_sft.models.parts import part_of, parts_of
-from vlm_sft.training.checkpoints import verify_checkpoint
 
 ADAPTERS = {  # recipe -> family of its twin, data
     "llava15_sft": ("llava15", "chats"),

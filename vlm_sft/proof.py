@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -37,11 +38,12 @@ from vlm_sft.checks import (
 )
 from vlm_sft.common import base_of, listed, restore_rng, rng_state
 from vlm_sft.data.rows import held_out_record
-from vlm_sft.distributed import print_main
+from vlm_sft.distributed import on_main, print_main
 from vlm_sft.evaluation.callback import AnswerEvaluation
 from vlm_sft.evaluation.pages import write_audit_html
 from vlm_sft.models.adapters import check_trains
 from vlm_sft.models.freezing import cast_trainable_to_fp32
+from vlm_sft.models.manifest import write_manifest
 from vlm_sft.models.parts import parts_of
 from vlm_sft.models.quantization import check_quantized
 from vlm_sft.training.batches import GroupByLength
@@ -49,7 +51,7 @@ from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig,
 from vlm_sft.training.checkpoints import SafeCheckpoints
 from vlm_sft.training.neftune import noise_by_conversation
 from vlm_sft.training.plan import Plan, plan_of
-from vlm_sft.training.reports import write_reports
+from vlm_sft.training.reports import recorded_results, write_reports
 from vlm_sft.upstream import widen_once
 
 Trains = Mapping[str, str | Sequence[str]]
@@ -95,7 +97,9 @@ class Gate(TrainerCallback):
     trainer: Any = None
     proof: Proof | None = None
     batch_size: int | None = None  # of the training that has begun
+    eval_on_start: bool = False
     ended: bool = False
+    recorded: dict[str, Any] | None = None  # the results of a run that is finished, whose record stays as it is
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,7 +117,11 @@ class Gate(TrainerCallback):
         noise_by_conversation(trainer)
         proof.facts["forward"] = _forward(trainer, proof)
         print_main(f"{'forward':<11}{proof.facts['forward']}")
-        write_audit_html(proof.report, Path(str(args.output_dir), "audit.html"))
+        output, steps = Path(str(args.output_dir)), state.global_step
+        self.recorded = on_main(lambda: recorded_results(output, steps) if steps >= state.max_steps else None)
+        self.eval_on_start, args.eval_on_start = args.eval_on_start, args.eval_on_start and self.recorded is None
+        if self.recorded is None:
+            write_audit_html(proof.report, output / "audit.html")
         restore_rng(random)
 
     def on_prediction_step(
@@ -128,9 +136,18 @@ class Gate(TrainerCallback):
     ) -> None:
         self.ended = True
         trainer, proof = self.trainer, self._proven("train()")
+        args.eval_on_start = self.eval_on_start
+        if self.recorded is not None:
+            proof.results.update(self.recorded)
+            return
         if trainer.eval_dataset is not None:
             proof.results.update(trainer.evaluate())
         trainer.save_model()
+        if args.should_save:
+            output = Path(str(args.output_dir))
+            _callbacks(trainer, SafeCheckpoints)[0].write_base(output)
+            (output / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle with paths
+            write_manifest(output, {}, files="*.safetensors")
         splits = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
         write_reports(
             trainer,
@@ -232,6 +249,9 @@ def prove(
     }
     if torch.accelerator.is_available() and not trainer.args.use_cpu:
         facts["memory"] = memory_of(trainer)
+    (saver,) = _callbacks(trainer, SafeCheckpoints)
+    saver.made_of = {"collator": collator.made_of(), "rows": checked.content}
+    saver.noted = {"image_files_written": checked.written}
     shortest = report.shortest
     proof = Proof(facts, report, flags, _held(trainer, collator, plan))
     gate.trainer, gate.proof = trainer, proof

@@ -259,6 +259,15 @@ def limit_pixels(image_processor: Any, max_pixels: int) -> None:
     image_processor.size = type(image_processor.size)(shortest_edge=least, longest_edge=max_pixels)
 
 
+def seed_workers(loader: Any, seed: int) -> None:
+    """Lets the loader draw what it gives its workers from a generator of its own.
+
+    accelerate 1.15 keeps PyTorch's loader as `base_dataloader`, reads what it makes a resumed loader of from it, and
+    passes no attribute on that is set on its own.
+    """
+    getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(seed)
+
+
 def lacks_dora(module: Any) -> bool:
     """Whether PEFT 0.21.2 has no working DoRA for this layer.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -280,8 +282,81 @@ def test_no_stop_token_on_request(tiny_processor, example):
 def test_padding_that_is_also_the_stop_token(tiny_processor):
     processor = copy.deepcopy(tiny_processor("llava15"))
     processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    batch = ChatCollator(processor)([{"messages": [ask("Hi"), answer("a " * n)]} for n in (1, 9)])
+    collator, rows = ChatCollator(processor), [{"messages": [ask("Hi"), answer("a " * n)]} for n in (1, 9)]
+    batch = collator(rows)
     assert ((batch["labels"] == processor.tokenizer.eos_token_id).sum(1) == 1).all()
+    assert batch["attention_mask"].sum(1).tolist() == [len(row) for row in collator.encode(rows)[0]]
+
+
+def template_of(written: str) -> str:
+    """A chat template that writes each message as `written` says of its `text` and `role`."""
+    return (
+        "{%- for message in messages -%}{%- set role = message['role'] -%}{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'image' -%}<image>{%- else -%}{%- set text = part['text'] -%}"
+        + written
+        + "{%- endif -%}{%- endfor -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'A: ' }}{%- endif -%}"
+    )
+
+
+def test_an_answer_ends_with_the_last_token_that_the_template_writes_after_it(tiny_processor):
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    processor.chat_template = template_of("{{ 'A: ' + text + '</s><pad>' if role == 'assistant' else 'U: ' + text }}")
+    [row], _ = ChatCollator(processor).encode([{"messages": [ask("Hi"), answer("Yes."), ask("Oh"), answer("No.")]}])
+    assert trained_text(row) == "Yes.</s><pad>No.</s><pad>"
+    assert [turn.stop for turn in row.turns] == ["<pad>", "<pad>"]
+    ends = processor.tokenizer.convert_tokens_to_ids(["<pad>", "</s>", "a"])
+    assert ChatCollator(processor).template.stop_ids(SimpleNamespace(eos_token_id=ends[2])) == sorted(ends)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_that_repeats_a_text_is_refused(role, tiny_processor):
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    collator = ChatCollator(processor)
+    twice = "{{ ('A: ' if role == 'assistant' else 'U: ') + text + (text if role == 'ROLE' else '') }}"
+    processor.chat_template = template_of(twice.replace("ROLE", role))
+    with pytest.raises(ValueError, match=rf"does not write the text of messages\[\d\] \({role}\) as it is"):
+        collator([{"messages": [ask("Hi"), answer("Yes.")]}])
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+            "TimeoutError: it did not end",
+        ),
+        ("{% for a in range(1) %}x", "Unexpected end of template"),
+        ("{{ messages[0].nothing.more }}", "has no attribute 'nothing'|undefined"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ raise_exception('not today') }}", "not today"),
+        ("{{ range(10 ** 9) | list }}", "OverflowError: Range too big"),
+    ],
+)
+def test_a_hostile_template_is_named_and_stopped(template, said, tiny_processor, monkeypatch):
+    monkeypatch.setattr("vlm_sft.chat.template._LIMIT_S", 0.3)
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    processor.chat_template = template
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=rf"the chat template fails with .*({said})"):
+        ChatCollator(processor)
+    assert time.monotonic() - began < 5
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_batch_without_images_gets_a_blank_one_that_weighs_nothing(tiny_processor):
+    collator = ChatCollator(tiny_processor("llava15"), image_in_every_batch=True)
+    words = {"messages": [ask("Hi"), answer("Yes.")], "row": 7}
+    seen = {"messages": [ask(None, "Hi"), answer("Yes.")], "images": [picture(30, 30)], "row": 8}
+    for rows in ([words, seen], [seen, words], [seen]):
+        assert collator(rows)["rows"].tolist() == [row["row"] for row in rows]
+    batch = collator([words, words])
+    assert batch["rows"].tolist() == [7, 7, -1]
+    assert len(batch["pixel_values"]) == 1
+    assert (batch["labels"][:2] != IGNORE_INDEX).any(1).all()
+    assert (batch["labels"][2] == IGNORE_INDEX).all()
+    assert len(collator.with_settings(image_in_every_batch=False)([words])["input_ids"]) == 1
 
 
 def test_images_by_index_inline_and_nested(tiny_processor):
@@ -347,6 +422,54 @@ def test_trimmed_images_leave_with_their_exchange(tiny_processor):
     short = {"messages": [ask("x"), answer("y")]}
     batch = ChatCollator(tiny_processor("llava15"), max_length=60, truncation="trim")([example, short])
     assert len(batch["pixel_values"]) == 1
+
+
+def test_a_trim_keeps_all_exchanges_that_fit(tiny_processor):
+    turns = [ask(None, "a"), answer("b"), ask("c"), answer("d"), ask("e"), answer("f")]
+    collator = ChatCollator(tiny_processor("llava15"), truncation="trim")
+
+    def encoded(count: int, limit: int | None) -> Any:
+        example = {"messages": turns[:count], "images": [picture(30, 30)]}
+        return collator.with_settings(max_length=limit).encode([example])[0][0]
+
+    for kept in (2, 4, 6):
+        whole = encoded(kept, None)
+        for limit in (len(whole), len(whole) + 1):
+            assert torch.equal(encoded(6, limit).tokens["input_ids"], whole.tokens["input_ids"])
+
+
+def test_a_row_that_just_fits_is_whole_and_a_multiple_of_what_is_asked(tiny_processor, example):
+    whole = ChatCollator(tiny_processor("llava15"))([example])
+    found = ChatCollator(tiny_processor("llava15"), max_length=whole["input_ids"].shape[1])([example])
+    assert torch.equal(found["labels"], whole["labels"])
+    for multiple in (8, 64):
+        padded = ChatCollator(tiny_processor("llava15"), pad_to_multiple_of=multiple)([example, example])
+        length = padded["input_ids"].shape[1]
+        assert length % multiple == 0
+        assert 0 <= length - whole["input_ids"].shape[1] < multiple
+        assert int(padded["attention_mask"].sum()) == 2 * whole["input_ids"].shape[1]
+
+
+def test_a_processor_that_changes_the_text_without_reporting_is_refused(tiny_processor, example, monkeypatch):
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    collator, plain_call = ChatCollator(processor), type(processor).__call__
+
+    def call(self: Any, text: Any = None, **options: Any) -> Any:
+        return plain_call(self, text=[each.replace("Yes.", "Yes, I am.") for each in text], **options)
+
+    monkeypatch.setattr(type(processor), "__call__", call)
+    with pytest.raises(ValueError, match=r"does not end with '</s>' once it is tokenized"):
+        collator([example])
+
+
+def test_a_trim_cuts_no_image_also_where_all_is_trained(tiny_processor):
+    collator = ChatCollator(tiny_processor("llava15"), truncation="trim", train_on="all")
+    example = {"messages": [ask("Look at this: " * 4, None), answer("b")], "images": [picture(30, 30)]}
+    [row] = collator.encode([example])[0]
+    last = int(row.image.nonzero().max())
+    assert len(collator.with_settings(max_length=last + 1).encode([example])[0][0]) == last + 1
+    with pytest.raises(ValueError, match=rf"its first question with its images takes {last} tokens"):
+        collator.with_settings(max_length=last)([example])
 
 
 def test_reserved_tokens_in_text(tiny_processor):

@@ -52,7 +52,14 @@ def test_one_image_in_many_spellings(content: Any, images: Any) -> None:
 
 @pytest.mark.parametrize(
     ("indices", "expected"),
-    [((0, 1), [A, B]), ((1, 0), [B, A]), ((0, 0, 1), [A, A, B]), ((None, None), [A, B]), ((1, 0, None), [B, A, "C"])],
+    [
+        ((0, 1), [A, B]),
+        ((1, 0), [B, A]),
+        ((0, 0, 1), [A, A, B]),
+        ((None, None), [A, B]),
+        ((1, 0, None), [B, A, "C"]),
+        ((1, None, 0), [B, "C", A]),
+    ],
 )
 def test_images_by_index_or_in_order(indices: tuple[int | None, ...], expected: list[Any]) -> None:
     pool = [A, B, "C"][: max(2, len(set(indices)))]

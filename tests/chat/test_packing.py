@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conversations import answer, ask, picture
 from datasets import Dataset
 from families import TEN
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from trl import SFTConfig, SFTTrainer
 
 from vlm_sft import IGNORE_INDEX, ChatCollator
-from vlm_sft.chat.packing import check_padding_free, enable_padding_free, pack
+from vlm_sft.chat.packing import _number_positions, check_padding_free, enable_padding_free, pack
 
 REFUSED = {"gemma3"}
 ROWS = [
@@ -58,6 +59,18 @@ def test_models_that_mix_conversations_are_refused(family, tiny_model, tiny_proc
 def test_qwen_needs_its_own_positions(tiny_model, tiny_processor):
     with pytest.raises(ValueError, match="does not keep the conversations of a row apart"):
         check_padding_free(tiny_model("qwen2_5_vl"), ChatCollator(tiny_processor("qwen2_5_vl")), ROWS)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_of_each_conversation_are_numbered_from_0(family, tiny_model, tiny_processor):
+    """As alone, in all three directions: to shift all of one changes no attention, but long packs leave the range that
+    the model was trained on."""
+    core, collator = tiny_model(family).model, ChatCollator(tiny_processor(family), padding_free=True)
+    found = _number_positions(core, (), collator(ROWS))[1]["position_ids"]
+    alone = [_number_positions(core, (), collator([row]))[1]["position_ids"] for row in ROWS]
+    assert found.shape[0] == 4
+    assert torch.equal(found, torch.cat(alone, dim=-1))
+    assert all((each[:, 0, 0] == 0).all() for each in alone)
 
 
 def test_first_token_of_a_row_is_not_predicted_from_the_row_before(tiny_processor):

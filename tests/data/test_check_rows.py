@@ -220,6 +220,20 @@ def test_every_fault_of_a_row_is_told() -> None:
         "images[2]: 2001 x 10 pixels are beyond 200 to 1",
     ]
     assert not check_report([example(images=[Image.new("RGB", (2000, 10))])]).faults
+    for shape in ((1, 50), (50, 1), (1, 1)):
+        [fault] = check_report([example(images=[Image.new("RGB", shape)])]).faults
+        assert fault.detail.startswith(f"images[0]: {shape[0]} x {shape[1]} pixels show nothing")
+    assert not check_report([example(images=[Image.new("RGB", (2, 50))])]).faults
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x07", "\x1b", "\x7f"])
+def test_a_control_character_is_a_fault_but_not_a_tab_or_line_break(character: str) -> None:
+    for role in ("user", "assistant"):
+        words = {"user": "a", "assistant": "b"} | {role: f"x{character}y\t\r\n"}
+        [fault] = check_report([example(messages=say(*words.items()), images=[])]).faults
+        number, name = ("user", "assistant").index(role), f"U+{ord(character):04X}"
+        assert fault.detail == f"messages[{number}] holds the control character {name}; remove it or drop the row"
+    assert not check_report([example(messages=say(("user", "a\tb\r\nc"), ("assistant", "d")), images=[])]).faults
 
 
 def test_answers_that_are_not_trained_on_may_be_blank() -> None:

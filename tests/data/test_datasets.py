@@ -319,6 +319,23 @@ def test_splits_by_file_name(folder: Path) -> None:
         load_conversations(folder, eval_split="tset")
 
 
+def test_the_split_that_is_trained_on_is_not_held_out(folder: Path) -> None:
+    """Even where its name is one of those that are held out."""
+    names = [f"v{n}" for n in range(20)]
+    Dataset.from_dict({"prompt": names, "response": ["x"] * 20}).to_parquet(folder / "validation.parquet")
+    loaded = load_conversations(folder, split="validation", eval_fraction=0.2)
+    trained, held_out = ({words(row)[0][1] for row in loaded[key]} for key in ("train", "test"))
+    assert (len(trained), len(held_out)) == (16, 4)
+    assert trained | held_out == {*names}
+
+
+def test_at_most_a_fifth_is_held_out(folder: Path) -> None:
+    path = write(folder / "a.jsonl", [{"prompt": str(n), "response": "x"} for n in range(20)])
+    for asked, held_out in ((3, 3), (4, 4), (5, 4), (20, 4), (100, 4)):
+        loaded = load_conversations(path, max_eval_rows=asked)
+        assert {key: len(rows) for key, rows in loaded.items()} == {"train": 20 - held_out, "test": held_out}
+
+
 def test_a_test_split_is_made_where_there_is_none(folder: Path) -> None:
     path = write(folder / "a.jsonl", [{"prompt": str(n), "response": "x"} for n in range(100)])
 

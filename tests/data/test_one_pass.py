@@ -30,6 +30,46 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 HELPER: list[str] = ["A"]
 
 
+def test_an_image_is_told_by_name_and_size_and_where_and_when_apart(tmp_path: Path) -> None:
+    here, there = (records.ImageFolder(tmp_path / name) for name in ("here", "there"))
+    for folder in (here, there):
+        folder.path.mkdir()
+        (folder.path / "a.png").write_bytes(b"12345")
+        os.utime(folder.path / "a.png", ns=(5, 5))
+    first, elsewhere = (records._identity("a.png", folder) for folder in (here, there))
+    assert (first[0], first[2]) == (elsewhere[0], elsewhere[2] == 5 and 5)
+    assert first[1] != elsewhere[1]
+    os.utime(here.path / "a.png", ns=(6, 6))
+    later = records._identity("a.png", here)
+    assert (later[0], later[2]) == (first[0], 6)
+    assert later[1] != first[1]
+    (here.path / "a.png").write_bytes(b"123456")
+    os.utime(here.path / "a.png", ns=(6, 6))
+    longer = records._identity("a.png", here)
+    assert longer[0] != later[0]
+    assert longer[1:] == later[1:]
+    in_bytes = [records._identity({"bytes": data, "path": "a.png"}, here) for data in (b"a", b"b", b"a")]
+    assert in_bytes[0] == in_bytes[2] != in_bytes[1]
+
+
+def test_a_flipped_bit_in_what_is_remembered_is_never_believed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, random_ = tmp_path / "known.parquet", random.Random(0)
+    known = {bytes([n] * 16): records.Record(n, 3, 2, [f"fault {n}"] * (n % 3), []) for n in range(50)}
+    records.write_cache(file, known)
+    content, unread = file.read_bytes(), 0
+    for _ in range(300):
+        damaged, at = bytearray(content), random_.randrange(len(content))
+        damaged[at] ^= 1 << random_.randrange(8)
+        file.write_bytes(damaged)
+        found = records.read_cache(file)
+        assert found in ({}, known), at
+        unread += not found
+    assert unread > 100
+    assert "cannot be read" in capsys.readouterr().err
+
+
 class Counted:
     """How many images were decoded and how many rows encoded since the last look."""
 

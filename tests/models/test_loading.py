@@ -32,6 +32,7 @@ from vlm_sft.models import loading
 from vlm_sft.models.adapters import check_trains, lora_config
 from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, training_base
 from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, loaded_from, read_config
+from vlm_sft.models.manifest import write_manifest
 from vlm_sft.models.quantization import check_quantized, nf4_config
 from vlm_sft.tools import tiny
 
@@ -465,6 +466,47 @@ def test_an_adapter_loads_in_the_dtype_of_its_training(adapter: Path) -> None:
     assert load_model(adapter, dtype="float32").get_base_model().lm_head.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"peft_type": "MAGIC"}',
+        '{"peft_type": "LORA", "r": "many", "task_type": 5}',
+        '{"peft_type": null}',
+    ],
+)
+def test_an_adapter_config_that_cannot_be_read_is_named(content: str, adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"adapter(_config\.json)?"):
+        load_model(adapter)
+
+
+def cut_in_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("what", ["model", "adapter"])
+def test_cut_weights_are_named(what: str, adapter: Path, twin: Path) -> None:
+    folder, name = (twin, "model.safetensors") if what == "model" else (adapter, "adapter_model.safetensors")
+    cut_in_half(folder / name)
+    with pytest.raises(ValueError, match=rf"{folder}: {name} is damaged .* train or download it again"):
+        load_model(folder)
+
+
+def test_weights_that_differ_from_their_manifest_are_named(adapter: Path) -> None:
+    write_manifest(adapter, {}, files="*.safetensors")
+    load_model(adapter)
+    file = adapter / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors has changed\. .* delete manifest\.json"):
+        load_model(adapter)
+
+
 def test_an_adapter_brings_its_generation_config(adapter: Path) -> None:
     GenerationConfig(max_new_tokens=7, eos_token_id=[2, 5]).save_pretrained(adapter)
     assert load_model(adapter).generation_config.eos_token_id == [2, 5]
@@ -521,12 +563,13 @@ def test_an_adapter_on_another_base_of_the_same_shapes(adapter: Path, tmp_path: 
         load_model(adapter, base_model=other)
 
 
-def test_an_adapter_on_a_base_that_differs_in_a_quantized_weight(adapter: Path, twin: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"quantization_config": None}])
+def test_an_adapter_on_a_base_that_differs_in_a_quantized_weight(options: Any, adapter: Path, twin: Path) -> None:
     weights = load_file(twin / "model.safetensors")
     weights["language_model.model.layers.1.mlp.up_proj.weight"] *= -1
     save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 of 80 weights differ: model\.language_model\.layers\.1\.mlp\.up_proj"):
-        load_model(adapter, base_model=twin)
+    with pytest.raises(ValueError, match=r"1 of 80 weights differ: language_model\.model\.layers\.1\.mlp\.up_proj"):
+        load_model(adapter, base_model=twin, **options)
 
 
 def test_an_adapter_on_a_base_of_other_shapes(adapter: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -182,14 +183,41 @@ def nothing_left(folder: Path) -> bool:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"seed": 1}, r"is not the base that the adapter .* was trained on; \d+ of 80 weights differ: model\."),
-        ({"hidden_size": 128}, r"\d+ of 80 weights differ: .*recorded '\S+ float32 \w+', now '\S+ float32 \w+'"),
+        ({"seed": 1}, r"is not the base that the adapter .* was trained on; \d+ of 80 weights differ: \S+\.weight:"),
+        ({"hidden_size": 128}, r"\d+ of 80 weights differ: .*recorded \S+ float32, now \S+ float32"),
     ],
 )
 def test_another_base_is_refused(options: dict[str, Any], said: str, adapter: Path, tmp_path: Path) -> None:
     other = tiny.save("llava15", tmp_path / "in", **options)
     with pytest.raises(ValueError, match=said):
         merge(adapter, tmp_path / "out", base_model=other)
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("base", ["as-trained", "original"])
+def test_another_base_is_refused_whatever_it_is_merged_into(
+    base: Any, nf4_adapter: Path, llava: Path, tmp_path: Path
+) -> None:
+    """The weights of a 4-bit base are compared with those it was made of."""
+    other = Path(shutil.copytree(llava, tmp_path / "in/other"))
+    held = load_file(other / "model.safetensors")
+    held = {name: value + 0.1 for name, value in held.items()}
+    save_file(held, other / "model.safetensors", metadata={"format": "pt"})
+    for dtype in (None, torch.float32):
+        with pytest.raises(ValueError, match=r"is not the base .* 80 of 80 weights differ"):
+            merge(nf4_adapter, tmp_path / "out", base=base, base_model=other, dtype=dtype)
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("base", ["as-trained", "original"])
+def test_an_adapter_without_effect_is_refused(base: Any, copied: Path, tmp_path: Path) -> None:
+    file = copied / "adapter_model.safetensors"
+    idle = {name: value * 0 if "lora_B" in name else value for name, value in load_file(file).items()}
+    save_file({name: value for name, value in idle.items() if "lora" in name}, file)
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": None}))
+    with pytest.raises(ValueError, match=r"adapter in .* has no effect: the base gives the same logits without it"):
+        merge(copied, tmp_path / "out", base=base)
     assert nothing_left(tmp_path)
 
 
@@ -243,6 +271,16 @@ def test_a_key_that_is_lost_in_writing_is_noticed(
 
     monkeypatch.setattr(merging, "load_model", lose)
     with pytest.raises(ValueError, match=r"do not fit LlavaForConditionalGeneration: 1 missing_keys \(\S+\)"):
+        merge(adapter, tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_a_merge_appears_whole_or_not_at_all(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose_power(*_: Any) -> None:
+        raise OSError("power lost")
+
+    monkeypatch.setattr(os, "rename", lose_power)
+    with pytest.raises(OSError, match="power lost"):
         merge(adapter, tmp_path / "out")
     assert nothing_left(tmp_path)
 

@@ -114,8 +114,12 @@ def test_a_resumed_epoch_goes_on_in_its_own_order(strategy: str, twin: Any, tmp_
     resumed = train(*twin(), tmp_path / "cut", **how, resume=True)
     assert resumed.state.global_step == len(whole)
     assert resumed.data_collator.seen == whole[17:]
-    other = train(*twin(), tmp_path / "other", **{**how, "seed": 4, "max_steps": 2})
-    assert other.data_collator.seen[:2] != whole[:2]
+    for seeds in ({"seed": 4}, {"data_seed": 4}):
+        other = train(*twin(), tmp_path / "other", **{**how, **seeds, "max_steps": 2})
+        assert other.data_collator.seen[:2] != whole[:2]
+    # `data_seed` alone decides: with that of the first run, its order is there under another seed.
+    same = train(*twin(), tmp_path / "same", **{**how, "seed": 4, "data_seed": 3, "max_steps": 2})
+    assert same.data_collator.seen[:2] == whole[:2]
 
 
 def test_evaluations_see_the_same_batches(twin: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -26,15 +27,14 @@ from vlm_sft.models.adapters import lora_config
 from vlm_sft.models.fingerprints import read_training_base
 from vlm_sft.models.freezing import cast_trainable_to_fp32
 from vlm_sft.models.loading import load_model
+from vlm_sft.models.manifest import MANIFEST, read_manifest, verify_checkpoint, write_manifest
 from vlm_sft.tools import tiny
 from vlm_sft.training.checkpoints import (
-    MANIFEST,
     SafeCheckpoints,
+    _checkpoints,
     _key_differences,
     _save_pretrained,
     latest_checkpoint,
-    verify_checkpoint,
-    write_manifest,
 )
 from vlm_sft.training.optim import lr_by_part
 
@@ -189,7 +189,7 @@ def test_an_adapter_has_its_base_beside_it(adapted: tuple[Path, dict[str, Any]],
     for folder in (adapted[0], adapted[0] / "checkpoint-2"):
         recorded = read_training_base(folder)
         assert recorded is not None
-        assert recorded["base_model_name_or_path"] == str(llava)
+        assert recorded["base_model_name_or_path"] == f".../{llava.name}"
         assert (recorded["dtype"], recorded["quantization_config"]) == ("float32", None)
         assert len(recorded["weights"]) == len(load_file(llava / "model.safetensors"))
     assert "training_base.json" in json.loads((adapted[0] / f"checkpoint-2/{MANIFEST}").read_text())["files"]
@@ -300,6 +300,62 @@ def test_rotation_waits_for_the_new_checkpoint(llava: Path, tmp_path: Path) -> N
     assert latest_checkpoint(trainer) == str(tmp_path / "checkpoint-2")
 
 
+def test_every_file_is_on_the_disk_before_the_manifest_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, flushed = tmp_path / "checkpoint-1", []
+    (folder / "inner").mkdir(parents=True)
+    for name in ("a", "inner/b"):
+        (folder / name).write_text(name)
+    fsync, replace = os.fsync, Path.replace
+
+    def flush(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(tmp_path).as_posix())
+        fsync(descriptor)
+
+    def rename(old: Path, new: Path) -> None:
+        flushed.append("renamed")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "replace", rename)
+    write_manifest(folder, {})
+    at = flushed.index("renamed")
+    inner = {
+        "checkpoint-1/a",
+        "checkpoint-1/inner/b",
+        "checkpoint-1/inner",
+        "checkpoint-1",
+        "checkpoint-1/manifest.json.tmp",
+    }
+    assert {*flushed[:at]} == inner
+    assert flushed[at + 1 :] == ["checkpoint-1", "."]
+    assert verify_checkpoint(folder) == []
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (100, 9, 20, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-7").touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [*_checkpoints(tmp_path)] == [9, 10, 20, 100]
+
+
+def test_sigterm_does_not_wait_for_an_evaluation(llava: Path, tmp_path: Path) -> None:
+    evaluated: list[int] = []
+
+    class Counts(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            evaluated.append(state.global_step)
+
+    terminate = At("on_step_begin", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": runs.rows(2), "prediction_loss_only": True}
+    with pytest.raises(SystemExit):
+        train(llava, tmp_path, callbacks=[terminate, Counts()], **options)
+    assert evaluated == [1, 2]
+    assert verify_checkpoint(tmp_path / "checkpoint-3") == []
+
+
 def test_sigterm_saves_and_leaves_with_0(whole: tuple[Path, dict[str, Any]], llava: Path, tmp_path: Path) -> None:
     former = signal.getsignal(signal.SIGTERM)
     terminate = At("on_step_begin", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -351,6 +407,26 @@ def test_a_damaged_checkpoint_is_skipped(
     assert re.search(f"checkpoint-4 is skipped: {said}", capfd.readouterr().err)
     damage(broken / "checkpoint-2" / name)
     assert latest_checkpoint(untrained(llava, broken)) is None
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapted"])
+def test_a_flipped_bit_in_any_file_is_named_or_changes_nothing(kind: str, request: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(request.getfixturevalue(kind)[0], tmp_path / "out"))
+    folder, random = run / "checkpoint-4", Random(0)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    known = read_manifest(folder)
+    assert len(files) > 8
+    for file in files:
+        content = file.read_bytes()
+        for _ in range(200 if file.name == MANIFEST else 3):
+            damaged, at = bytearray(content), random.randrange(len(content))
+            damaged[at] ^= 1 << random.randrange(8)
+            file.write_bytes(damaged)
+            said = "; ".join(verify_checkpoint(folder))
+            # White space between the lines of the manifest is no content of it.
+            assert file.name in said or (file.name == MANIFEST and read_manifest(folder) == known), (file, at)
+        file.write_bytes(content)
+    assert verify_checkpoint(folder) == []
 
 
 def test_a_damaged_checkpoint_given_by_hand_is_refused(broken: Path, llava: Path) -> None:
@@ -437,7 +513,7 @@ def test_other_parameters_are_refused(broken: Path, llava: Path, tiny_model: Any
 def test_names_of_the_hub_are_refused(broken: Path, llava: Path) -> None:
     folder = broken / "checkpoint-4"
     shutil.copy(llava / "model.safetensors", folder)
-    write_manifest(folder, json.loads((folder / MANIFEST).read_text()))
+    write_manifest(folder, read_manifest(folder))
     with pytest.raises(ValueError, match="tensors of the model are not in it, such as"):
         latest_checkpoint(untrained(llava, broken))
 
@@ -450,9 +526,9 @@ def test_a_checkpoint_without_optimizer_is_refused(llava: Path, tmp_path: Path) 
 
 def test_other_versions_and_a_longer_run_are_said(broken: Path, llava: Path, capfd: pytest.CaptureFixture[str]) -> None:
     manifest = broken / "checkpoint-4" / MANIFEST
-    content = json.loads(manifest.read_text())
+    content = read_manifest(manifest.parent)
     content["notes"]["versions"]["trl"] = "0.9.0"
-    manifest.write_text(json.dumps(content))
+    write_manifest(manifest.parent, content)
     assert latest_checkpoint(untrained(llava, broken, max_steps=8)) == str(broken / "checkpoint-4")
     said = capfd.readouterr().err
     assert "checkpoint-4 is resumed; versions.trl: recorded '0.9.0', now" in said

@@ -172,21 +172,20 @@ class ChatCollator:
             return [{**example, **piece._asdict()} for piece in pieces]
         return [dict(example)]
 
+    def made_of(self) -> dict[str, Any]:
+        """All that decides a batch, by name: own settings, and those of the processor; of long values a sha256."""
+        processor, tokenizer = self.processor, self.processor.tokenizer
+        # As the last call padded, which tokenizers 0.22 writes out as well, says nothing.
+        backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        own = {"kind": f"{type(self).__module__}.{type(self).__qualname__}", **vars(self.settings)}
+        long = {"tokenizer": _sha256(backend), "chat_template": _sha256(processor.chat_template)}
+        return {**own, "processor": {**processor.to_dict(), **tokenizer.special_tokens_map, **long}}
+
     def fingerprint(self) -> str:
         """A sha256 of all that decides a row's tokens and labels, the same in every process; padding, naming and
         `max_length` aside."""
-        tokenizer, chosen = self.processor.tokenizer, self.settings
-        # As the last call padded, which tokenizers 0.22 writes out as well, says nothing.
-        backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
-        described = [
-            *(type(self).__module__, type(self).__qualname__, backend, tokenizer.special_tokens_map),
-            *(self.processor.to_dict(), self.processor.chat_template),
-            *(chosen.train_on, chosen.chat_template_kwargs, chosen.stop_token, chosen.reserved_tokens),
-        ]
-        text = json.dumps(
-            described, sort_keys=True, default=lambda v: repr(sorted(map(repr, v)) if isinstance(v, set) else v)
-        )
-        return hashlib.sha256(text.encode()).hexdigest()
+        aside = ("max_length", "truncation", "padding_free", "pad_to_multiple_of", "name_rows", "image_in_every_batch")
+        return _sha256({name: value for name, value in self.made_of().items() if name not in aside})
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch: `input_ids`, `labels`, `attention_mask` (or `position_ids`) [B, T] and whatever else the processor
@@ -388,3 +387,8 @@ class ChatCollator:
         joined = {key: torch.cat([row.tokens[key] for row in rows])[None] for key in rows[0].tokens}
         positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
         return {**joined, "position_ids": positions, "labels": torch.cat(labels)[None]}
+
+
+def _sha256(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=lambda v: repr(sorted(map(repr, v)) if isinstance(v, set) else v))
+    return hashlib.sha256(text.encode()).hexdigest()

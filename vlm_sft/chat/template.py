@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from PIL import Image
 
 from vlm_sft.chat.messages import ROLES, Message, text_of, with_texts
-from vlm_sft.common import eos_ids
+from vlm_sft.common import ends_within, eos_ids
 
 Render = Callable[[Sequence[Message]], str]
 Style = Callable[[Sequence[Message]], list[Message]]
@@ -34,6 +35,7 @@ Spans = dict[tuple[int, int], tuple[int | None, int]]
 _OTHER_MEDIA = ("<video>", "<audio>")  # as datasets write them, whatever the model knows
 # One private-use character before and one after each text; plane 16 holds no assigned character.
 _FIRST_MARK = 0x100000
+_LIMIT_S = 10.0  # of a rendering; 100 messages take milliseconds
 _MARK = re.compile("[\U00100000-\U0010fffd]")
 
 
@@ -85,10 +87,15 @@ class ChatTemplate:
             raise ValueError(f"stop_token={self.stop_token!r} is not a token of {type(processor.tokenizer).__name__}")
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The template's own text of the messages as they are."""
+        """The template's own text of the messages as they are. Raises `ValueError` where it fails or does not end."""
         given, tools = without_tools(messages)
         settings = {"add_generation_prompt": add_generation_prompt, **(self.kwargs or {}), **tools}
-        return str(self.processor.apply_chat_template(given, tokenize=False, **settings))
+        try:
+            with ends_within(_LIMIT_S):
+                return str(self.processor.apply_chat_template(given, tokenize=False, **settings))
+        except Exception as error:  # a template may raise anything
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            raise ValueError(f"the chat template fails with {kind}{error or type(error).__name__}") from error
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text that the model continues, equal to what is trained before the answer to these messages."""
@@ -165,8 +172,8 @@ class ChatTemplate:
         for style in (list, _system_as_string, _as_strings):
             try:
                 plain = self.render(style(messages), prompt)
-            except Exception as error:  # a template may raise anything
-                refusal = refusal or f"refuses the conversation: {error}; fix the messages"
+            except ValueError as error:
+                refusal = refusal or f"refuses the conversation: {error.__cause__ or error}; fix the messages"
                 continue
             texts = _find_texts(messages, lambda these, style=style: self.render(style(these), prompt), plain)  # type: ignore[misc]
             missing = [
@@ -331,7 +338,7 @@ def _marked(
     ]
     try:
         rendered = render(marked)
-    except Exception:  # a template that checks its texts
+    except ValueError:  # a template that checks its texts
         return None
     places: dict[int, list[int]] = defaultdict(list)
     for count, match in enumerate(_MARK.finditer(rendered)):

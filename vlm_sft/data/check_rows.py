@@ -69,7 +69,8 @@ class Fault:
 class CheckReport:
     """`faults` in the order of the rows; `repairs` counts the images that are read differently from how they are
     stored; `columns` holds the tokens of each row [N] (0 for bad ones); `known` rows were remembered; `keys` [N] are
-    equal for rows of equal content, b"" for bad ones; `numbers` [N] are those of the rows in their source."""
+    equal for rows of equal content, b"" for bad ones; `numbers` [N] are those of the rows in their
+    source; `contents` and `written` [N] tell each row and its files again."""
 
     rows: int
     checked_with: str
@@ -81,6 +82,8 @@ class CheckReport:
     numbers: Any = ()
     sources: Any = ()
     answers: Any = ()
+    contents: Any = ()
+    written: Any = ()
 
     @property
     def keep(self) -> list[int]:
@@ -121,7 +124,8 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class Checked:
-    """How a dataset went through `check_rows`: with which collator (its fingerprint, and `max_length` beside it)."""
+    """How a dataset went through `check_rows`: with which collator (its fingerprint, and `max_length` beside it), a
+    digest of what its rows hold, images told by bytes or by name and size, and one of when their files were written."""
 
     on_bad_rows: str
     collator: str
@@ -129,6 +133,8 @@ class Checked:
     rows: int | None = None
     bad: int | None = None
     cached: int | None = None
+    content: str | None = None
+    written: str | None = None
 
 
 _CHECKED: dict[str, Checked] = {}  # by fingerprint; a stream, which has none, holds its own as `checked`
@@ -188,7 +194,7 @@ def check_rows(
                 f"{len(both):,} rows of {other} stand in {name} as well: {where}" + ", ..." * (len(both) > _SHOWN)
             )
     for name, split in splits.items():
-        counts: tuple[int, ...] = ()
+        counts: tuple[Any, ...] = ()
         if report := reports.get(name):
             if (report.answers >= 0).any():
                 print_main(
@@ -198,8 +204,10 @@ def check_rows(
                 split = one_answer_rows(split, report.sources, report.answers, report.columns)
             else:
                 split = _with_columns(split, report.columns)
-            split = split.select(report.keep) if drop and report.faults else split
-            counts = (report.rows, report.bad_rows, report.known)
+            kept = report.keep if drop and report.faults else range(report.rows)
+            split = split.select(kept) if len(kept) < report.rows else split
+            content, written = _digest(report.contents[kept], report.answers[kept]), _digest(report.written[kept])
+            counts = (report.rows, report.bad_rows, report.known, content, written)
         elif name not in stored and on_bad_rows != "ignore":
             rows_of, reader = getattr(split, "stored", (split, None))
             check = _StreamCheck(reader, collator if drop else None, max_bad_fraction, collator.split)
@@ -224,7 +232,7 @@ def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None
     if len(fresh):
         write_cache(cache, fresh)
     order = np.argsort(places[:, 0], kind="stable")
-    sources, numbers, was_known, answers = places[order].T
+    sources, numbers, was_known, answers, contents, written = places[order].T
     known = len(np.unique(sources[was_known > 0]))
     values, texts = found.values[order], found.notes
     notes = values[:, 3]
@@ -249,8 +257,12 @@ def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None
         "known from before"
     )
     counts = {repair: count for repair, count in repairs.most_common() if count}
-    told = (tuple(faults), counts, columns, known, keys, numbers, sources, answers)
+    told = (tuple(faults), counts, columns, known, keys, numbers, sources, answers, contents, written)
     return CheckReport(len(sources), with_what, *told)
+
+
+def _digest(*arrays: Any) -> str:
+    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=16).hexdigest()
 
 
 class _Finding(NamedTuple):
@@ -261,6 +273,8 @@ class _Finding(NamedTuple):
     known: bool
     answer: int  # the message that the row is to end with; -1 for the whole row
     fresh: dict[bytes, Record]  # what is to be remembered
+    content: bytes
+    written: int
 
 
 class _Rows:
@@ -322,12 +336,13 @@ class _Rows:
                 remedy = "raise it, set truncation='trim', or drop the row"
                 record = record._replace(faults=[f"{told}{settings.max_length}; {remedy}"])
         known, place = bool(key) and not look.looked_at, -1 if answer is None else answer
-        return _Finding(look.index, look.number, key, record, known, place, fresh)
+        return _Finding(look.index, look.number, key, record, known, place, fresh, look.content, look.written)
 
 
 def _look_at_all(rows: Any, num_proc: int | None) -> tuple[Records, Any, Records]:
     """What was found, each process of a launched run looking at its share; of each finding the place and the number of
-    its row, whether it was known, and its answer [N, 4]; and what is to be remembered."""
+    its row, whether it was known, its answer, a digest of what it holds, and when its files were written [N, 6]; and
+    what is to be remembered."""
     state = PartialState()
     share = range(state.process_index, len(rows), state.num_processes)
     if num_proc is None:
@@ -340,7 +355,8 @@ def _look_at_all(rows: Any, num_proc: int | None) -> tuple[Records, Any, Records
         with tqdm(total=len(share), desc="Checking", unit=" rows", disable=not state.is_main_process) as progress:
             for finding in itertools.chain.from_iterable(batches):
                 found.add(finding.key, finding.record)
-                places.extend((finding.place, finding.number, finding.known, finding.answer))
+                content = int.from_bytes(finding.content[:8], "little", signed=True)
+                places.extend((finding.place, finding.number, finding.known, finding.answer, content, finding.written))
                 for key, record in finding.fresh.items():
                     fresh.add(key, record)
                 progress.update()
@@ -350,7 +366,7 @@ def _look_at_all(rows: Any, num_proc: int | None) -> tuple[Records, Any, Records
     for its_found, its_fresh, its_places in gather_object([(found, fresh, places)]):
         whole.extend(its_found)
         to_keep.extend(its_fresh)
-        places_of.append(np.array(its_places).reshape(-1, 4))
+        places_of.append(np.array(its_places).reshape(-1, 6))
     return whole, np.concatenate(places_of), to_keep
 
 

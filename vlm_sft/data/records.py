@@ -126,6 +126,8 @@ class Look:
         self.index, self.number, self.name, self.reader = index, index, f"row {index}", reader
         self.folder = reader.folder if reader else None
         self.key: bytes | None = None
+        self.content = b""  # a digest of what the row holds, wherever its files lie
+        self.written = 0  # when its files were, the last of them, in nanoseconds
         self.looked_at = False
         self.decoded = Conversation([], [])
         self.encoded: EncodedRow | None = None
@@ -146,10 +148,15 @@ class Look:
         check_turns(messages)
         self.decoded = Conversation(messages, [])
         where = self.folder and (os.path.realpath(self.folder.path), self.folder.allow_outside)
-        digest = hashlib.blake2b(json.dumps([messages, where]).encode(), digest_size=16)
+        content = hashlib.blake2b(json.dumps(messages).encode(), digest_size=16)
+        place = hashlib.blake2b(repr(where).encode(), digest_size=16)
         for image in self.images:
-            digest.update(_identity(image, self.folder))
-        self.key = digest.digest()
+            what, lies, written = _identity(image, self.folder)
+            content.update(what)
+            place.update(lies)
+            self.written = max(self.written, written)
+        self.content = content.digest()
+        self.key = hashlib.blake2b(self.content + place.digest(), digest_size=16).digest()
 
     @property
     def lasts(self) -> bool:
@@ -209,17 +216,18 @@ def encode_together(looks: Sequence[Look], collator: Any) -> None:
         look.encoded = row
 
 
-def _identity(image: Any, folder: ImageFolder | None) -> bytes:
-    """Equal for equal images: by their encoded bytes, their file with its size and time, or their pixels."""
+def _identity(image: Any, folder: ImageFolder | None) -> tuple[bytes, bytes, int]:
+    """What tells an image: its encoded bytes, its pixels, or the name and size of its file; where its file lies, and
+    when it was written (in nanoseconds)."""
     with suppress(ValueError):  # such as a data URL that is none
         image = source_of(image)
     data: bytes | bytearray = b""
-    about = repr(image) if isinstance(image, str) else type(image).__name__
+    about, place, written = repr(image) if isinstance(image, (str, Path)) else type(image).__name__, "", 0
     if isinstance(image, (str, Path)) and folder:
         with suppress(OSError, ValueError):  # such as no file
-            about = os.path.realpath(os.path.join(folder.path, image))
-            found = os.stat(about)
-            about = f"{about!r} {found.st_size} {found.st_mtime_ns}"
+            place = os.path.realpath(os.path.join(folder.path, image))
+            found = os.stat(place)
+            about, place, written = f"{about} {found.st_size}", f"{place!r} {found.st_mtime_ns}", found.st_mtime_ns
     elif isinstance(image, PILImage):
         about = repr((image.mode, image.size, image.getpalette(), sorted(map(repr, image.info.items()))))
         with suppress(Exception):  # one that was opened and is damaged
@@ -228,7 +236,8 @@ def _identity(image: Any, folder: ImageFolder | None) -> bytes:
         about, data = f"{image.dtype} {image.shape}", image.tobytes()
     else:
         data = image if isinstance(image, (bytes, bytearray)) else repr(image).encode()
-    return about.encode("utf-8", "backslashreplace") + hashlib.blake2b(data).digest()
+    what, place_bytes = (text.encode("utf-8", "backslashreplace") for text in (about, place))
+    return what + hashlib.blake2b(data).digest(), place_bytes, written
 
 
 def _shown(image: PILImage) -> PILImage:
@@ -295,7 +304,7 @@ def cache_file(made_by: str) -> Path:
 def read_cache(file: Path) -> Records:
     """What an earlier pass found. Says so where the file cannot be read."""
     try:
-        return Records(pq.read_table(file) if file.is_file() else None)
+        return Records(pq.read_table(file, page_checksum_verification=True) if file.is_file() else None)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         print_main(f"{file} cannot be read ({error}); all rows are checked again")
         return Records()
@@ -309,7 +318,7 @@ def write_cache(file: Path, fresh: Records) -> None:
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(fresh.table(), part)
+        pq.write_table(fresh.table(), part, write_page_checksum=True)
         part.replace(file)
     except OSError as error:
         print_main(f"what was found of the rows cannot be kept ({error}); the next start checks all of them again")

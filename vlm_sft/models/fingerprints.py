@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
 
-from vlm_sft.common import base_of, is_quantized
+from vlm_sft.common import base_of
 from vlm_sft.models.hardware import dtype_name
 from vlm_sft.upstream import commit_of
 
 TRAINING_BASE = "training_base.json"
+_PLACE = Path(".cache/huggingface/base_model")  # huggingface_hub uploads nothing of this folder
+_WEIGHTS = "model.safetensors"
 _SAMPLES = 16
 
 
@@ -37,6 +41,15 @@ def differences(recorded: Any, found: Any, *, path: str = "") -> list[str]:
     return [] if recorded == found else [f"{path}: recorded {recorded!r}, now {found!r}"]
 
 
+def shareable(name: str) -> str:
+    """The name as others may see it: a Hub id or a relative path as it is, an absolute path relative to the working
+    directory or, outside of it, as `.../` and its last part."""
+    path = Path(name).expanduser()
+    if not path.is_absolute():
+        return name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f".../{path.name}"
+
+
 def base_settings(model: Any) -> dict[str, Any]:
     """Where the (PEFT-wrapped) model's base came from and how it was loaded."""
     base = base_of(model)
@@ -44,7 +57,7 @@ def base_settings(model: Any) -> dict[str, Any]:
     quantization: Any = getattr(config, "quantization_config", None)
     return plain(
         {
-            "base_model_name_or_path": config.name_or_path,
+            "base_model_name_or_path": shareable(config.name_or_path),
             "revision": commit_of(config),
             "model_type": config.model_type,
             "dtype": dtype_name(config.dtype or base.dtype),
@@ -53,46 +66,93 @@ def base_settings(model: Any) -> dict[str, Any]:
     )
 
 
-def training_base(model: nn.Module) -> dict[str, Any]:
-    """`base_settings`, and of each parameter outside adapters a line `shape kind digest`.
+def training_base(model: Any) -> dict[str, Any]:
+    """`base_settings`, and the `stored_weights` of the base."""
+    config = base_of(model).config
+    return {**base_settings(model), "weights": stored_weights(config.name_or_path, commit_of(config))}
 
-    A digest covers 16 values of the parameter, so another base of the same shapes is told apart. The kind says how
-    these are stored: a dtype, or how they were quantized and where. Takes the model before it is sharded.
+
+def stored_weights(name_or_path: str, revision: str | None = None) -> dict[str, str]:
+    """A line `shape dtype values` for each tensor in the safetensors of a model: 16 of its values, as hex.
+
+    They are read from the files, so they are the same however the model is loaded: quantized, in another dtype, on a
+    GPU, sharded. Empty for a model that was made in memory.
     """
-    settings, weights = base_settings(model), {}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or ".modules_to_save." in name or parameter.is_meta or not parameter.numel():
-            continue
-        # PEFT puts the adapted layer under `base_layer`, and a module that it trains whole under `original_module`.
-        bare = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
-        packing: Any = getattr(parameter, "quant_state", None)
-        shape = "x".join(map(str, parameter.shape if packing is None else packing.shape))
-        kind, values = dtype_name(parameter.dtype), parameter.detach().flatten()
-        if packing is not None:
-            kind, values = packing.quant_type, values.view(torch.uint8)  # whatever dtype they are stored in
-        if is_quantized(parameter):
-            # A GPU rounds differently from a CPU, and another dtype to other values.
-            kind = f"{kind}/{settings['dtype']}/{parameter.device.type}"
-        spread = torch.linspace(0, len(values) - 1, min(_SAMPLES, len(values)), dtype=torch.float64).long()
-        sample = values[spread.to(values.device)].cpu().view(torch.uint8).numpy()
-        weights[bare] = f"{shape} {kind} {hashlib.sha256(sample.tobytes()).hexdigest()[:12]}"
-    return {**settings, "weights": weights}
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        try:
+            local: dict[str, Any] = {"local_files_only": True, "allow_patterns": "*.safetensors*"}
+            folder = Path(snapshot_download(name_or_path, revision=revision, **local))
+        except (OSError, ValueError):  # nowhere, or no name at all
+            return {}
+    index = folder / "model.safetensors.index.json"
+    files = {*json.loads(index.read_text("utf-8"))["weight_map"].values()} if index.is_file() else {_WEIGHTS}
+    weights = {}
+    for file in sorted(folder / name for name in files if name_or_path and (folder / name).is_file()):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                weights[name] = _line(tensors.get_tensor(name))  # mapped: only what is looked at is read
+    return weights
+
+
+def _line(tensor: Tensor) -> str:
+    spread = torch.linspace(0, tensor.numel() - 1, min(_SAMPLES, tensor.numel()), dtype=torch.float64).long()
+    values = tensor.flatten()[spread].view(torch.uint8).numpy().tobytes().hex()
+    return f"{'x'.join(map(str, tensor.shape)) or '1'} {dtype_name(tensor.dtype)} {values or '-'}"
 
 
 def weight_differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """One line for each recorded weight that is not found, has another shape, or stored alike another digest."""
-    faults = []
+    """One line for each recorded weight that is not found, has another shape, or other values: after rounding, where
+    one is a copy in another dtype. A weight may have another name, as copies of other versions of transformers have."""
+    faults, lines = [], {*found.values()}
     for name, was in recorded.items():
-        (shape, kind, _), (its_shape, its_kind, _) = was.split(), found.get(name, "none none none").split()
-        if found.get(name) != was and (shape != its_shape or kind == its_kind):
-            faults.append(f"{name}: recorded {was!r}, now {found.get(name)!r}")
+        its = found.get(name)
+        if its == was or (its is None and was in lines) or (its is not None and _equal_when_rounded(was, its)):
+            continue
+        told = ("absent" if line is None else " ".join(line.split()[:2]) for line in (was, its))
+        faults.append(f"{name}: recorded {next(told)}, now {next(told)} of other values" if its else f"{name}: absent")
     return faults
 
 
+def _equal_when_rounded(was: str, its: str) -> bool:
+    (shape, *first), (its_shape, *second) = was.split(), its.split()
+    if shape != its_shape or first[0] == second[0]:
+        return False
+    a, b = (torch.frombuffer(bytearray.fromhex(values), dtype=getattr(torch, kind)) for kind, values in (first, second))
+    return (
+        a.is_floating_point()
+        and b.is_floating_point()
+        and (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a))
+    )
+
+
+def write_training_base(folder: Path, base: Mapping[str, Any], place: str) -> None:
+    """Writes into an adapter's folder which base it was trained on, and, where no upload takes it along, the place of
+    the base on this machine; paths of this machine leave what PEFT has written."""
+    (folder / TRAINING_BASE).write_text(json.dumps(base, indent=1) + "\n", encoding="utf-8")
+    if place != base["base_model_name_or_path"]:
+        (folder / _PLACE).parent.mkdir(parents=True, exist_ok=True)
+        (folder / _PLACE).write_text(place, encoding="utf-8")
+        for file in filter(Path.is_file, (folder / "adapter_config.json", folder / "README.md")):
+            names = (place, str(base["base_model_name_or_path"]))
+            was, told = (json.dumps(name)[1:-1] if file.suffix == ".json" else name for name in names)
+            file.write_text(file.read_text("utf-8").replace(was, told), encoding="utf-8")
+
+
 def read_training_base(folder: Path) -> Any:
-    """What `training_base` recorded next to an adapter; None where nothing is."""
+    """What `training_base` recorded next to an adapter; None where nothing is. Raises ValueError for a damaged file."""
     file = folder / TRAINING_BASE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); take it from a checkpoint of the same run") from error
+
+
+def place_of_base(folder: Path, named: str | None) -> str | None:
+    """Where the base that an adapter names lies on the machine that trained it, if it still does; else the name."""
+    place = (folder / _PLACE).read_text("utf-8") if (folder / _PLACE).is_file() else ""
+    there = place and Path(place).is_dir() and Path(named or "").name == Path(place).name
+    return place if there else named
 
 
 def model_settings(model: Any) -> dict[str, Any]:

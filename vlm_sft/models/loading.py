@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -29,9 +30,11 @@ from transformers.utils.hub import resolve_revision
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from vlm_sft.common import base_of, listed
-from vlm_sft.models.fingerprints import read_training_base, training_base, weight_differences
+from vlm_sft.distributed import print_main
+from vlm_sft.models.fingerprints import place_of_base, read_training_base, stored_weights, weight_differences
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype, own_device
+from vlm_sft.models.manifest import MANIFEST, verify_checkpoint
 from vlm_sft.models.parts import parts_of, root_of
 from vlm_sft.models.quantization import nf4_config
 from vlm_sft.upstream import (
@@ -238,6 +241,7 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
     if options["device_map"] is None and not zero3:
         # Without a map, transformers would put a quantized model onto the GPU, whole, also where it is to be sharded.
         options["device_map"] = {"": torch.device("cpu") if is_sharded() else own_device()}
+    check_files(name)
     from_pretrained: Any = AutoModelForImageTextToText.from_pretrained
     try:
         model, info = from_pretrained(
@@ -269,11 +273,12 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
 
 def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable: bool, **options: Any) -> PeftModel:
     folder = name if Path(name).is_dir() else snapshot_download(name, revision=revision)
-    adapter = PeftConfig.from_pretrained(folder)
+    check_files(folder)
+    adapter = read_adapter_config(folder)
     if not Path(folder, ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder!r} holds an adapter_config.json but no {ADAPTER_WEIGHTS}; save the adapter again.")
     trained_on = read_training_base(Path(folder)) or {}
-    named = base_model or adapter.base_model_name_or_path
+    named = base_model or place_of_base(Path(folder), adapter.base_model_name_or_path)
     if options["quantization_config"] == "auto":
         recorded = trained_on.get("quantization_config")
         options["quantization_config"] = BitsAndBytesConfig(**recorded) if recorded else None  # type: ignore[no-untyped-call]
@@ -287,10 +292,13 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
             f"The adapter in {name!r} was trained on {adapter.base_model_name_or_path!r}, which did not load from "
             f"{named!r}: {error} Pass base_model= the folder or Hub name of that base."
         ) from error
-    if other := weight_differences(trained_on.get("weights", {}), training_base(base)["weights"]):
+    recorded = trained_on.get("weights")
+    if not recorded:
+        print_main(f"{name!r} does not say what the weights of its base were, so {named!r} is taken as it is")
+    elif other := weight_differences(recorded, stored_weights(base.name_or_path, at_revision)):
         raise ValueError(
             f"{base.name_or_path!r} is not the base that the adapter in {folder!r} was trained on; {len(other)} of "
-            f"{len(trained_on['weights'])} weights differ: {'; '.join(other[:3])}. Pass base_model= the right one."
+            f"{len(recorded)} weights differ: {'; '.join(other[:3])}. Pass base_model= the right one."
         )
     if Path(folder, "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(folder)
@@ -308,6 +316,33 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
             f"({listed(missing)}) and {len(left)} left over ({listed(left)})."
         )
     return model
+
+
+def check_files(folder: str | Path) -> None:
+    """Raises ValueError for a folder whose safetensors do not open, or differ from its manifest."""
+    faults = verify_checkpoint(folder) if Path(folder, MANIFEST).is_file() else []
+    for file in [] if faults else sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            faults.append(f"{file.name} is damaged ({error})")
+    if faults:
+        raise ValueError(
+            f"{folder}: {'; '.join(faults)}. Take the folder of a checkpoint, or train or download it again; where "
+            f"weights were changed on purpose, delete {MANIFEST}."
+        )
+
+
+def read_adapter_config(folder: str | Path) -> Any:
+    """PEFT's config of an adapter. Raises ValueError for one that cannot be read, such as of another version."""
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{Path(folder, 'adapter_config.json')} cannot be read ({type(error).__name__}: {first_line(error)}); save "
+            "the adapter again, or install the PEFT that wrote it"
+        ) from error
 
 
 def _flash_attention_runs(model: Any) -> bool:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
-from vlm_sft.models.fingerprints import TRAINING_BASE, read_training_base
+from vlm_sft.models.fingerprints import TRAINING_BASE, place_of_base, read_training_base
 from vlm_sft.models.hardware import dtype_name
-from vlm_sft.models.loading import ADAPTER_WEIGHTS, load_model, load_processor
+from vlm_sft.models.loading import ADAPTER_WEIGHTS, load_model, load_processor, read_adapter_config
 
 Base = Literal["as-trained", "original"]
 
@@ -92,6 +92,10 @@ def merge(
     expected = _answers(model, _questions(processor))
     with model.disable_adapter():
         bare = _answers(model, _questions(processor), new_tokens=0)
+    if not _distance(expected.prompt, bare.prompt):
+        raise ValueError(
+            f"the adapter in {adapter} has no effect: the base gives the same logits without it, so nothing was trained"
+        )
     reference_dtype = model.dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or reference_dtype
     if tolerance is None:
@@ -143,8 +147,9 @@ def _check(adapter: Path, out: Path, base: str) -> dict[str, Any]:
         faults.append(f"{out} exists already; choose another folder, or remove it")
     if faults:
         raise ValueError("; ".join(faults))
-    config = PeftConfig.from_pretrained(str(adapter))
+    config = read_adapter_config(adapter)
     named = {name: getattr(config, name) for name in ("base_model_name_or_path", "revision")}
+    named["base_model_name_or_path"] = place_of_base(adapter, named["base_model_name_or_path"])
     return (recorded or {}) | {name: value for name, value in named.items() if value}
 
 

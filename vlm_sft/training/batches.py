@@ -1,9 +1,11 @@
-"""Batches of rows of one length, in an order that is the same on every process and after a resume.
+"""Batches in an order that is the same on every process and after a resume, also where they are of one length.
 
 transformers groups by the column `length` (`check_rows` adds it) for `train_sampling_strategy="group_by_length"` and
 `"batch_rebalance"`. `GroupByLength` fixes what it leaves to chance (5.23): the order of the first comes from the global
 random state, which differs between processes after an epoch and is not there again when an epoch is resumed; the second
 resumes on several processes in the order of the first epoch. Rows would be skipped and others trained twice.
+Each start of a loader draws a seed for its workers from the state that dropout draws from, persistent workers at the
+first start alone, so that a run which is resumed would draw once more: here it comes from the seed and the epoch.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
+from vlm_sft.upstream import seed_workers
+
 
 class GroupByLength(TrainerCallback):
     """Draws the order of each epoch from `data_seed` (else `seed`) and the epoch alone; every row comes once an epoch.
@@ -22,6 +26,7 @@ class GroupByLength(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self._loader: Any = None
         self._sampler: Any = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -33,8 +38,9 @@ class GroupByLength(TrainerCallback):
             )
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        rows, column = kwargs["train_dataloader"].dataset, args.length_column_name
-        self._sampler = _sampler_of(kwargs["train_dataloader"])
+        self._loader = kwargs["train_dataloader"]
+        rows, column = self._loader.dataset, args.length_column_name
+        self._sampler = _sampler_of(self._loader)
         if not isinstance(self._sampler, (LengthGroupedSampler, BatchRebalanceSampler)):
             return
         if column not in getattr(rows, "column_names", ()):
@@ -50,6 +56,7 @@ class GroupByLength(TrainerCallback):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)
+        seed_workers(self._loader, _seed(args) + epoch)
         if isinstance(self._sampler, LengthGroupedSampler):
             self._sampler.generator = torch.Generator().manual_seed(_seed(args) + epoch)
         elif isinstance(self._sampler, BatchRebalanceSampler):

@@ -6,15 +6,12 @@ Use `SafeCheckpoints()` as a callback, and `trainer.train(resume_from_checkpoint
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib.metadata
-import json
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -27,30 +24,61 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vlm_sft.common import listed
+from vlm_sft.common import base_of, listed
 from vlm_sft.distributed import any_rank, on_main, print_main
-from vlm_sft.models.fingerprints import TRAINING_BASE, data_settings, differences, model_settings, plain, training_base
+from vlm_sft.models.fingerprints import (
+    data_settings,
+    differences,
+    model_settings,
+    plain,
+    read_training_base,
+    training_base,
+    weight_differences,
+    write_training_base,
+)
 from vlm_sft.models.loading import ADAPTER_WEIGHTS
+from vlm_sft.models.manifest import MANIFEST, read_manifest, verify_checkpoint, write_manifest
 from vlm_sft.training.optim import RATES
 from vlm_sft.upstream import restore_adapter, save_with_own_names
 
-MANIFEST = "manifest.json"
-# What a checkpoint's optimizer and scheduler bring along whatever the flags say, and what decides the order of rows.
-_SETTINGS = (
-    *("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("lr_scheduler_type", "warmup_steps", "bf16", "fp16"),
-    *("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"),
-)
+# What changes no trained number: how is logged, evaluated, saved and reported, where, and by how many workers. What is
+# to be equal is all else. The rows of a step, however they are split, are compared as `rows_per_step`.
+_FREE_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "include_", "do_", "dataloader_")
+_FREE = {
+    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "debug", "skip_memory_metrics"),
+    *(
+        "per_device_eval_batch_size",
+        "prediction_loss_only",
+        "batch_eval_metrics",
+        "label_names",
+        "torch_empty_cache_steps",
+    ),
+    *("bf16_full_eval", "fp16_full_eval", "auto_find_batch_size", "enable_jit_checkpoint", "local_rank", "use_cache"),
+    *(
+        "resume_from_checkpoint",
+        "restore_callback_states_from_checkpoint",
+        "remove_unused_columns",
+        "trust_remote_code",
+    ),
+    *("fsdp", "fsdp_config", "deepspeed", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+}
 # What may change on purpose, and is printed.
-_NOTES = ("num_train_epochs", "max_steps", "world_size")
+_NOTES = (
+    *("num_train_epochs", "max_steps", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading", "tf32", "use_cpu"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "ignore_data_skip"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+)
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 class SafeCheckpoints(TrainerCallback):
     """Makes each checkpoint of the Trainer complete or absent, and refuses to resume one of another run.
 
-    - The last file of a save is `manifest.json`, with size and sha256 of every other. Without it, or where a file
+    - The last file of a save is `manifest.json`, with size and xxh3 hash of every other. Without it, or where a file
       differs, a checkpoint does not count; the next run moves it to `incomplete-checkpoint-N`.
+    - A resume compares all that the run is made of, by name, but for what changes no trained number (`_FREE`), and is
+      announced in one line.
     - Checkpoints of a full fine-tune keep the names of its parameters (`upstream.save_with_own_names`), or a resume and
       `load_best_model_at_end` would change nothing. The final `save_model` writes the Hub's names.
     - SIGTERM: the step is finished and saved, and the process exits with 0. Two runs never share an `output_dir`.
@@ -60,6 +88,8 @@ class SafeCheckpoints(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self.made_of: Mapping[str, Any] = {}  # further settings that must be equal; `prove` knows collator and rows
+        self.noted: Mapping[str, Any] = {}  # further ones that may change, and are printed
         self._checked: Path | None = None
         self._terminated = False
         self._former_handler: Any = None
@@ -67,8 +97,10 @@ class SafeCheckpoints(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         _check_arguments(args)
-        self._model_settings = model_settings(kwargs["model"])
-        self._base = training_base(kwargs["model"]) if hasattr(kwargs["model"], "peft_config") else None
+        model = kwargs["model"]
+        self._model_settings = model_settings(model)
+        self._base = training_base(model) if hasattr(model, "peft_config") else None
+        self._place = str(base_of(model).config.name_or_path)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         output_dir, model = Path(str(args.output_dir)), extract_model_from_parallel(kwargs["model"])
@@ -78,6 +110,7 @@ class SafeCheckpoints(TrainerCallback):
         if state.global_step:
             on_main(lambda: self.check(_folder(args, state), self._settings, model))
             _restore_adapter(model, _folder(args, state))
+            print_main(_announcement(args, state, kwargs["train_dataloader"]))
         on_main(lambda: _move_incomplete(output_dir, state.global_step))
         if isinstance(model, PreTrainedModel):
             # On this one instance, because no argument of the Trainer reaches `save_original_format`.
@@ -107,9 +140,9 @@ class SafeCheckpoints(TrainerCallback):
         folder = _folder(args, state)
         PartialState().wait_for_everyone()
         if args.should_save:
-            _write_base(folder, self._base)
+            self.write_base(folder)
             resumable = not args.save_only_model
-            write_manifest(folder, {"resumable": resumable, "settings": self._settings, "notes": _notes(args)})
+            write_manifest(folder, {"resumable": resumable, "settings": self._settings, "notes": self.notes(args)})
         PartialState().wait_for_everyone()
         if self._terminated:
             print_main(f"SIGTERM: saved {folder}; stopped after {state.global_step} of {state.max_steps} steps")
@@ -121,17 +154,31 @@ class SafeCheckpoints(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint:
             _restore_adapter(model, Path(state.best_model_checkpoint))
         if args.should_save:
-            _write_base(Path(str(args.output_dir)), self._base)
+            self.write_base(Path(str(args.output_dir)))
         if self._locked is not None:
             self._locked.close()
         if self._former_handler is not None:
             signal.signal(signal.SIGTERM, self._former_handler)
 
+    def write_base(self, folder: Path) -> None:
+        """Writes beside an adapter which base it was trained on."""
+        if self._base is not None:
+            write_training_base(folder, self._base, self._place)
+
     def settings(self, args: TrainingArguments, dataset: Any, rates: Mapping[str, float] | None) -> dict[str, Any]:
         """All that must be equal between a checkpoint and the run that resumes it."""
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         own = {"rows_per_step": rows, "data": data_settings(dataset), RATES: rates, "sharding": _sharding(args)}
-        return plain({**{name: getattr(args, name) for name in _SETTINGS}, **self._model_settings, **own})
+        own |= {"dataloader_drop_last": args.dataloader_drop_last}  # the rest of the loader changes no number
+        free = _FREE.union(_NOTES)
+        everything: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call]
+        asked = {n: v for n, v in everything.items() if n not in free and not n.startswith(_FREE_PREFIXES)}
+        return plain({**asked, **self._model_settings, **own, **self.made_of})
+
+    def notes(self, args: TrainingArguments) -> dict[str, Any]:
+        """What may differ, and is then printed."""
+        versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+        return plain({**{n: getattr(args, n, None) for n in _NOTES}, **self.noted, "versions": versions})
 
     def check(self, folder: Path, settings: dict[str, Any], model: nn.Module) -> None:
         """Raises `ValueError` for a checkpoint that is not complete or not of this run, with all that differs."""
@@ -143,12 +190,18 @@ class SafeCheckpoints(TrainerCallback):
 
     def compare(self, folder: Path, settings: dict[str, Any], model: nn.Module) -> None:
         """`check` for a checkpoint that is known to be complete."""
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
+        if not manifest["resumable"]:
+            raise ValueError(
+                f"{folder} was saved with --save_only_model: no optimizer, no scheduler, no random state to resume "
+                "with; move it away to train anew, or choose another --output_dir"
+            )
         # The Trainer drops the columns that nothing reads, so a checkpoint may know fewer than the dataset has.
         columns = {name: settings["data"]["columns"].get(name) for name in manifest["settings"]["data"]["columns"]}
         found = differences(manifest["settings"], settings | {"data": settings["data"] | {"columns": columns}})
-        if not manifest["resumable"]:
-            found.append("it was saved with --save_only_model: no optimizer, no scheduler, no random state")
+        if self._base is not None:
+            recorded = (read_training_base(folder) or {}).get("weights", {})
+            found += [f"base weight {line}" for line in weight_differences(recorded, self._base["weights"])[:6]]
         found += _key_differences(folder, model)
         if found:
             listed = "\n  ".join([f"{folder} belongs to another run:", *found])
@@ -200,7 +253,7 @@ def latest_checkpoint(trainer: Any) -> str | None:
                 print_main(f"{folder} is skipped: {'; '.join(faults)}")
                 continue
             guard.compare(folder, guard.settings(args, trainer.train_dataset, rates), trainer.model)
-            for line in differences(_read_manifest(folder)["notes"], _notes(args)):
+            for line in differences(read_manifest(folder)["notes"], guard.notes(args)):
                 print_main(f"{folder} is resumed; {line}")
             return str(folder)
         return None
@@ -208,73 +261,18 @@ def latest_checkpoint(trainer: Any) -> str | None:
     return on_main(find)
 
 
-def verify_checkpoint(folder: str | Path) -> list[str]:
-    """What is missing from a checkpoint or differs from its manifest; nothing if it is complete."""
-    folder = Path(folder)
-    try:
-        files = _read_manifest(folder)["files"]
-    except FileNotFoundError:
-        return [f"it has no {MANIFEST}, so its save did not end"]
-    except (ValueError, KeyError):
-        return [f"its {MANIFEST} is damaged"]
-    faults = []
-    for name, recorded in files.items():
-        if not (folder / name).is_file():
-            faults.append(f"{name} is missing")
-        elif (size := (folder / name).stat().st_size) != recorded["size"]:
-            faults.append(f"{name} has {size} bytes instead of {recorded['size']}")
-    if faults:
-        return faults
-    digests = _digests(folder / name for name in files)
-    return [f"{n} has changed" for n, digest in zip(files, digests, strict=True) if digest != files[n]["sha256"]]
-
-
-def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Forces every file to the disk, then lists them in the manifest, which appears whole or not at all."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    for path in (*paths, *{path.parent for path in paths}):
-        _flush(path)
-    files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, _digests(paths), strict=True)
-    }
-    unfinished = folder / f"{MANIFEST}.tmp"
-    unfinished.write_text(json.dumps({**content, "files": files}, indent=1) + "\n", encoding="utf-8")
-    _flush(unfinished)
-    unfinished.replace(folder / MANIFEST)
-    _flush(folder)
-    _flush(folder.parent)
-
-
-def _write_base(folder: Path, base: Mapping[str, Any] | None) -> None:
-    if base is not None:
-        (folder / TRAINING_BASE).write_text(json.dumps(base, indent=1) + "\n", encoding="utf-8")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-
-
-def _digests(paths: Iterable[Path]) -> list[str]:
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return list(pool.map(digest, paths))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _notes(args: TrainingArguments) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    return plain({**{name: getattr(args, name) for name in _NOTES}, "versions": versions})
+def _announcement(args: TrainingArguments, state: TrainerState, loader: Any) -> str:
+    """The line that a resume begins with."""
+    if state.global_step >= state.max_steps:
+        done = f"is finished: {state.global_step} of {state.max_steps} steps are done, so nothing more is trained"
+        return f"{args.output_dir} {done}; for more, raise --max_steps or --num_train_epochs"
+    done = f"resumes after step {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.2f}"
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    epoch = (
+        -(-len(loader) // args.gradient_accumulation_steps) if isinstance(loader.dataset, Sized) else state.max_steps
+    )
+    skipped = 0 if args.ignore_data_skip else state.global_step % epoch
+    return f"{args.output_dir}: {done}; the rows of {skipped} steps of this epoch, {rows} each, are skipped"
 
 
 def _sharding(args: TrainingArguments) -> str | None:
@@ -297,7 +295,7 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 def _check_room(folder: Path) -> None:
     """Raises before a save that the disk cannot take, going by the last one: torch's own error names no cause."""
     saved = [former for former in _checkpoints(folder.parent).values() if (former / MANIFEST).is_file()]
-    needed = sum(file["size"] for file in _read_manifest(saved[-1])["files"].values()) if saved else 0
+    needed = sum(file.stat().st_size for file in saved[-1].rglob("*")) if saved else 0
     if (free := shutil.disk_usage(folder.parent).free) < needed:
         raise ValueError(f"no room for {folder.name}: {saved[-1]} takes {needed} bytes, {free} bytes are free")
 

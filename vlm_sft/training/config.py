@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
+from huggingface_hub import whoami
 from transformers import TrainingArguments
 from trl import SFTConfig  # type: ignore[attr-defined]
 
-from vlm_sft.distributed import print_main
+from vlm_sft.distributed import on_main, print_main
 from vlm_sft.models.hardware import best_worker_count, set_hardware_defaults
+from vlm_sft.models.loading import first_line
 from vlm_sft.upstream import use_one_gpu
 
 # What SFTConfig adds to the Trainer's arguments and still acts when the rows are made by a collator of one's own
@@ -85,6 +88,9 @@ class RecipeDefaults(SFTConfig):
 
     `set_hardware_defaults` fills in precision and optimizer; `hardware_changes` says what it replaced. Without a
     launcher one GPU of several is used, and a line says how to use all.
+
+    Without evaluations or saves there is no best model to load. Raises ValueError for an output folder that this locale
+    cannot spell, and for a push to the Hub that could not be made.
     """
 
     # For load_model, as in sdpa or flash_attention_2; None: the best that runs here
@@ -112,7 +118,20 @@ class RecipeDefaults(SFTConfig):
             self.generation_batch_size = min(8, self.per_device_eval_batch_size)
         if self.save_steps is None:
             self.save_steps = self.eval_steps or 500
-        self.hardware_changes = set_hardware_defaults(self)
+        self.hardware_changes = []
+        if self.load_best_model_at_end and "no" in (idle := (self.eval_strategy, self.save_strategy)):
+            self.load_best_model_at_end = False
+            self.hardware_changes.append(
+                f"the last weights are kept, as --{('eval', 'save')[idle.index('no')]}_strategy is no"
+            )
+        self.hardware_changes += set_hardware_defaults(self)
+        try:
+            str(self.output_dir).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"--output_dir {str(self.output_dir)!a} is not spelled in the characters of this locale "
+                f"({sys.getfilesystemencoding()}), and the weights could not be written: set PYTHONUTF8=1"
+            ) from None
         super().__post_init__()  # type: ignore[no-untyped-call]
         if use_one_gpu(self):
             print_main(
@@ -120,6 +139,19 @@ class RecipeDefaults(SFTConfig):
                 f"accelerate_configs/multi_gpu.yaml --num_processes {torch.cuda.device_count()} RECIPE"
             )
         refuse_inert_settings(self)
+        if self.push_to_hub:
+            on_main(_check_login)
+
+
+def _check_login() -> None:
+    """Raises ValueError before anything is loaded, where the Trainer would fail once all is."""
+    try:
+        whoami()
+    except Exception as error:  # no token, a wrong one, no network, each by classes of its own
+        raise ValueError(
+            f"--push_to_hub: the Hub cannot be reached, or knows no login ({first_line(error)}). Log in with `hf auth "
+            "login` or set HF_TOKEN, or leave it out and upload the folder afterwards"
+        ) from error
 
 
 def refuse_inert_settings(args: Any) -> None:

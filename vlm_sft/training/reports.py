@@ -28,7 +28,7 @@ from huggingface_hub import ModelCard
 from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 
-from vlm_sft.models.fingerprints import base_settings, data_settings, model_settings, plain
+from vlm_sft.models.fingerprints import base_settings, data_settings, model_settings, plain, shareable
 
 _COSTS = re.compile(r"_runtime$|_per_second$|_num_tokens$|_generation_s$|^epoch$")  # run.json holds them
 _TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
@@ -46,7 +46,7 @@ def write_reports(
     facts: Mapping[str, Any],
     held_out: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `loss.png`, `run.json` and the model card into the output folder of a run that has come to its end.
+    """Writes `loss.png`, the model card and, last, `run.json` into the folder of a run that has come to its end.
 
     `settings` are the recipe's own, among them `dataset_name`; `facts` are what was proven before the first step;
     `held_out` tells which rows were not trained on. Call it after `trainer.save_model()`, where PEFT leaves a card of
@@ -59,10 +59,20 @@ def write_reports(
         plot_loss(history, output / "loss.png", title=output.name)
     times = {name: value for entry in history for name, value in entry.items() if name in _TIMES}
     recorded = {"recipe": dict(settings), "training": trainer.args.to_dict()}
-    everything = {"settings": recorded, "proof": facts, "results": times | dict(results), "held_out": held_out}
-    write_run_json(output / "run.json", model=trainer.model, datasets=datasets, **everything)
     name = settings.get("dataset_name")
     write_model_card(trainer, dataset_name=name, datasets=datasets, results=results, facts=facts)
+    everything = {"settings": recorded, "proof": facts, "results": times | dict(results), "held_out": held_out}
+    everything["steps"] = min(trainer.state.global_step, trainer.state.max_steps)
+    write_run_json(output / "run.json", model=trainer.model, datasets=datasets, **everything)
+
+
+def recorded_results(output: Path, steps: int) -> dict[str, Any] | None:
+    """The results in the `run.json` of a run that ended after so many steps; None where there is none of it."""
+    try:
+        record = json.loads((output / "run.json").read_text("utf-8"))
+        return dict(record["results"]) if record["steps"] == steps else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_run_json(path: str | Path, *, model: Any, datasets: Mapping[str, Any], **facts: Any) -> None:
@@ -117,10 +127,7 @@ def _scrubbed(value: Any, name: str = "") -> Any:
             return [_scrubbed(item) for item in value]
         case str():
             text = _SECRET_VALUE.sub("(hidden)", value)
-            if not text.startswith("~") and not Path(text).is_absolute():
-                return text.replace(str(Path.home()), "~")
-            path = Path(text).expanduser()
-            return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else f".../{path.name}"
+            return shareable(text).replace(str(Path.home()), "~")
     return value
 
 
@@ -209,4 +216,4 @@ def write_model_card(
 
 def _on_hub(name: str | None) -> bool:
     """Of what lies in a folder, only the name is told."""
-    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    return name is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
