@@ -307,7 +307,12 @@ CASES = [
         "named error",
         "is a list; expected a dict",
     ),
-    talk("unknown part", say(("user", [{"type": "video"}]), ("assistant", "a")), "named error", "has the type 'video'|video and sound are not"),
+    talk(
+        "unknown part",
+        say(("user", [{"type": "video"}]), ("assistant", "a")),
+        "named error",
+        "has the type 'video'|video and sound are not",
+    ),
     talk("unknown role", say(("bot", "q"), ("assistant", "a")), "named error", "has the role 'bot'; expected one of"),
     talk(
         "tool role", say(("user", "q"), ("tool", "r"), ("assistant", "a")), "named error", "is from tool; expected ass"
