@@ -130,7 +130,7 @@ def test_opting_out_is_kept() -> None:
         (
             talk([part("video")], "b"),
             None,
-            r"messages\[0\].content\[0\] has the type 'video'; expected 'text' or 'image'",
+            r"messages\[0\].content\[0\] is a part of the kind 'video': video and sound are not",
         ),
         (talk([{"text": "a"}], "b"), None, "has the type None"),
         (talk([part("text")], "b"), None, r"content\[0\] is a text part whose text is None"),
