@@ -9,7 +9,7 @@ import torch
 from vlm_sft.chat.audit import AuditReport
 from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.chat.messages import text_of
-from vlm_sft.common import base_of
+from vlm_sft.common import base_of, listed
 from vlm_sft.data.check_rows import Checked, rows_checked
 from vlm_sft.data.rows import drawn_seed, unpacked
 from vlm_sft.distributed import print_main
@@ -190,3 +190,19 @@ def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, 
 
 def _sized(rows: Any) -> bool:
     return hasattr(rows, "__len__")
+
+
+def check_optimizer(optimizer: Any, model: Any) -> None:
+    """Raises unless the optimizer's groups hold the trainable weights, all of them and no others. DeepSpeed's hold flat
+    copies, which cannot be told apart."""
+    if type(optimizer).__name__.startswith("DeepSpeed"):
+        return
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    asked = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    forgotten = {name for name, weight in asked.items() if id(weight) not in held}
+    others = len(held - {id(weight) for weight in asked.values()})
+    if forgotten or others:
+        raise ValueError(
+            f"the optimizer holds {others} tensors that do not train, and lacks {len(forgotten)} that should "
+            f"({listed(forgotten)}): let the Trainer make it, or give it exactly the weights with requires_grad"
+        )

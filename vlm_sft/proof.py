@@ -28,6 +28,7 @@ from vlm_sft.chat.packing import check_padding_free
 from vlm_sft.checks import (
     check_captions,
     check_flags,
+    check_optimizer,
     check_pass,
     check_pieces,
     check_router_loss,
@@ -113,7 +114,7 @@ class Gate(TrainerCallback):
         self.batch_size = size
         random = rng_state()  # nothing below may change a trained number
         _refuse_exchanged(trainer, proof, state)
-        _check_optimizer(kwargs["optimizer"], trainer.model)
+        check_optimizer(kwargs["optimizer"], trainer.model)
         noise_by_conversation(trainer)
         proof.facts["forward"] = _forward(trainer, proof)
         print_main(f"{'forward':<11}{proof.facts['forward']}")
@@ -381,22 +382,6 @@ def _refuse_exchanged(trainer: Any, proof: Proof, state: TrainerState) -> None:
     if faults:
         raise ValueError(
             f"exchanged after prove(): {'; '.join(faults)}. Change it before prove(trainer, ...), which comes last"
-        )
-
-
-def _check_optimizer(optimizer: Any, model: Any) -> None:
-    """Raises unless the optimizer's groups hold the trainable weights, all of them and no others. DeepSpeed's hold flat
-    copies, which cannot be told apart."""
-    if type(optimizer).__name__.startswith("DeepSpeed"):
-        return
-    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    asked = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    forgotten = {name for name, weight in asked.items() if id(weight) not in held}
-    others = len(held - {id(weight) for weight in asked.values()})
-    if forgotten or others:
-        raise ValueError(
-            f"the optimizer holds {others} tensors that do not train, and lacks {len(forgotten)} that should "
-            f"({listed(forgotten)}): let the Trainer make it, or give it exactly the weights with requires_grad"
         )
 
 
