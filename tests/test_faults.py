@@ -125,6 +125,7 @@ def test_any_process_killed_at_any_step_and_the_run_goes_on(
 ) -> None:
     """With workers and grouping; VLM_SFT_KILLS and VLM_SFT_SEED as in test_kills.py."""
     more = ("--dataloader_num_workers", 1, "--dataloader_persistent_workers", "True")
+    more += ("--dataloader_multiprocessing_context", "fork")  # those of a fork server would not know the recipe
     whole = flags_of(LORA, tmp_path / "whole", *more)
     together(losses_of, LORA[0], whole, config=config)
     draw = random.Random(f"{os.environ.get('VLM_SFT_SEED', '0')} {config}")

@@ -76,6 +76,7 @@ def train(base: Path, folder: Path, kind: str, at: int, result: Path) -> None:
     ]
     settings: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
     settings |= {"per_device_train_batch_size": 1, "neftune_noise_alpha": 5.0, "dataloader_num_workers": 2}
+    settings["dataloader_multiprocessing_context"] = "fork"  # as in a run of its own, not in one from a fork server
     settings |= {"eval_on_start": False, "save_total_limit": 3, "load_best_model_at_end": False, "answers": False}
     how = KINDS[kind]
     data = {"train": vlm_sft.load_conversations(write(rows[:8], folder.parent / "rows"), eval_fraction=0)["train"]}
