@@ -28,9 +28,7 @@ SHAPES: dict[str, tuple[tuple[Any, ...], tuple[int, ...]]] = {
     "LLaVA-v1.6-Mistral-7B": ((4096, 32, 14336, 32, 8, 128, 32064, False), (1024, 24, 4096, 336, 14)),
     "Qwen2.5-VL-7B": ((3584, 28, 18944, 28, 4, 128, 152064, False), (1280, 32, 3420, 896, 14)),
     "Qwen2.5-VL-3B": ((2048, 36, 11008, 16, 2, 128, 151936, True), (1280, 32, 3420, 896, 14)),
-    "Qwen3-VL-4B": ((2560, 36, 9728, 32, 8, 128, 151936, True), (1024, 24, 4096, 512, 16)),
     "SmolVLM2-2.2B": ((2048, 24, 8192, 32, 32, 64, 49280, False), (1152, 27, 4304, 384, 14)),
-    "Gemma 3 4B": ((2560, 34, 10240, 8, 4, 256, 262208, True), (1152, 27, 4304, 896, 14)),
     "InternVL3-8B": ((3584, 28, 18944, 28, 4, 128, 151674, False), (1024, 24, 4096, 448, 14)),
 }
 WAYS: dict[str, dict[str, Any]] = {
@@ -42,16 +40,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "full, 8 DDP": {"method": "full", "gpus": 8},
     "full, 8 FSDP2 or ZeRO-3": {"method": "full", "gpus": 8, "strategy": "fsdp2"},
 }
-# Recipe -> its model, and what differs from the recipe's own defaults, which are read from the recipe.
+# Recipe -> its model (not Qwen3.5's linear attention, nor Gemma 4's embeddings of each layer), and what differs from the recipe's own defaults, which are read from the recipe.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llava15_sft": ("LLaVA-1.5-7B", {}),
     "llava_pretrain": ("LLaVA-1.5-7B", {"tokens": 704}),  # a caption of 128 tokens at most after its image
     "llava_finetune_full": ("LLaVA-1.5-7B", {"gpus": 8, "strategy": "fsdp2"}),
     "llava_next_sft": ("LLaVA-v1.6-Mistral-7B", {}),
     "qwen2_5_vl_sft": ("Qwen2.5-VL-7B", {}),
-    "qwen3_vl_sft": ("Qwen3-VL-4B", {}),
     "smolvlm_sft": ("SmolVLM2-2.2B", {}),
-    "gemma3_sft": ("Gemma 3 4B", {}),
     "internvl_sft": ("InternVL3-8B", {}),
     "table_to_markdown_sft": ("Qwen2.5-VL-3B", {}),
 }

@@ -78,7 +78,8 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
     `require_stop_token=False`: answers are trained without one, as captions are; one that has it is then a fault.
     Raises `ValueError` naming the rows.
     """
-    examples = [{**row, "row": row.get("row", place)} for place, row in _sample(rows, num_rows)]
+    sampled = [{**row, "row": row.get("row", place)} for place, row in _sample(rows, num_rows)]
+    examples = [part for row in sampled for part in collator.split(row)]
     if not examples:
         raise ValueError("there are no rows to audit; expected at least one")
     batches = [examples[n : n + _BATCH_SIZE] for n in range(0, len(examples), _BATCH_SIZE)]

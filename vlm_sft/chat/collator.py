@@ -165,7 +165,8 @@ class ChatCollator:
         """The row; or one for each of its trained answers, where the template renders earlier answers differently from
         how the model is asked for them. Raises as `encode` does."""
         try:
-            self._read(example, 0)
+            if "packed" not in example:
+                self._read(example, 0)
         except RenderedDifferently:
             conversation = normalise(example["messages"], example.get("images"))
             pieces = [one_answer(conversation, answer) for answer in answers_of(conversation.messages)]
