@@ -40,8 +40,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "full, 8 DDP": {"method": "full", "gpus": 8},
     "full, 8 FSDP2 or ZeRO-3": {"method": "full", "gpus": 8, "strategy": "fsdp2"},
 }
-# Recipe -> its model, and what differs from the recipe's own defaults, which are read from the recipe. Not here: Qwen3.5's
-# linear attention and Gemma 4's embeddings of each layer, which the estimate does not know.
+# Recipe -> its model, and what differs from the defaults, which are read from the recipe. Not here: Qwen3.5's linear
+# attention and Gemma 4's embeddings of each layer, which the estimate does not know.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llava15_sft": ("LLaVA-1.5-7B", {}),
     "llava_pretrain": ("LLaVA-1.5-7B", {"tokens": 704}),  # a caption of 128 tokens at most after its image
