@@ -390,11 +390,11 @@ def show_images_differently(model: Any, processor: Any) -> None:
 @pytest.mark.parametrize(
     ("fault", "cells"),
     [
-        (spoil_weights, [False, False, False, True, True]),
-        (count_other_patches, [False, False, False, True, False]),
-        (end_elsewhere, [False, True, False, False, False]),
-        (show_images_differently, [False, False, True, False, False]),
-        (None, [True, False, True, False, False]),
+        (spoil_weights, [False, False, False, True, True, False, False]),
+        (count_other_patches, [False, False, False, True, False, False, False]),
+        (end_elsewhere, [False, True, False, False, False, False, False]),
+        (show_images_differently, [False, False, True, False, False, False, False]),
+        (None, [True, False, True, False, False, False, False]),
     ],
 )
 def test_each_cell_of_the_family_table_can_fail(fault, cells, monkeypatch, tiny_model, tiny_processor, capsys):

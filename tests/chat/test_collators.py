@@ -458,7 +458,7 @@ def test_a_processor_that_changes_the_text_without_reporting_is_refused(tiny_pro
         return plain_call(self, text=[each.replace("Yes.", "Yes, I am.") for each in text], **options)
 
     monkeypatch.setattr(type(processor), "__call__", call)
-    with pytest.raises(ValueError, match=r"does not end with '</s>' once it is tokenized"):
+    with pytest.raises(ValueError, match="LlavaProcessor adds text that it does not report"):
         collator([example])
 
 

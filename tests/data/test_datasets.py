@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import normalise, text_of
+from vlm_sft.data import datasets as module
 from vlm_sft.data.datasets import load_conversations
 from vlm_sft.data.files import read_rows
-from vlm_sft.data.rows import drawn_seed
+from vlm_sft.data.rows import Readers, drawn_seed
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -329,11 +330,13 @@ def test_the_split_that_is_trained_on_is_not_held_out(folder: Path) -> None:
     assert trained | held_out == {*names}
 
 
-def test_at_most_a_fifth_is_held_out(folder: Path) -> None:
+def test_as_many_are_held_out_as_asked_for(folder: Path) -> None:
     path = write(folder / "a.jsonl", [{"prompt": str(n), "response": "x"} for n in range(20)])
-    for asked, held_out in ((3, 3), (4, 4), (5, 4), (20, 4), (100, 4)):
+    for asked, held_out in ((3, 3), (5, 5), (19, 19), (None, 4)):
         loaded = load_conversations(path, max_eval_rows=asked)
         assert {key: len(rows) for key, rows in loaded.items()} == {"train": 20 - held_out, "test": held_out}
+    with pytest.raises(ValueError, match=r"--num_eval_rows 20 of 20 rows leaves none to train on"):
+        load_conversations(path, max_eval_rows=20)
 
 
 def test_a_test_split_is_made_where_there_is_none(folder: Path) -> None:
@@ -497,7 +500,8 @@ def test_no_row_fetches_or_leaves_the_folder(folder: Path, name: str, stored: st
         assert load_conversations(path, allow_outside=True)["train"][0]["images"][0].size == (12, 8)
 
 
-def test_rows_travel_to_workers(folder: Path) -> None:
+def test_rows_travel_to_workers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "READERS", Readers())  # those of other tests hold local functions
     path = write(folder / "a.jsonl", [{"messages": chat(n), "images": [f"pictures/{n}.png"]} for n in range(4)])
     rows = load_conversations(path, eval_fraction=0)["train"]
     assert len(pickle.dumps(rows)) < 10_000

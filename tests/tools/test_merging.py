@@ -304,7 +304,7 @@ def answers(tokens: list[int], logits: torch.Tensor) -> _Answers:
 
 
 def test_generation_may_part_at_a_near_tie_only() -> None:
-    bare, steps = answers([], torch.ones(0, 4)), torch.eye(4)
+    bare, steps = answers([], torch.ones(0, 4))._replace(prompt=[torch.zeros(1, 4)]), torch.eye(4)
     tie = steps.clone()
     tie[2] = torch.tensor([0.0, 0.0, 1.0, 1.001])
     _compare(answers([0, 1, 2, 3], tie), answers([0, 1, 3, 0], tie), bare, 1e-3)
