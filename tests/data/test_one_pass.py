@@ -59,7 +59,7 @@ def test_a_flipped_bit_in_what_is_remembered_is_never_believed(
     known = records.Records()
     for n in range(50):
         known.add(bytes([n + 1] * 16), records.Record(n, 3, 2, [f"fault {n}"] * (n % 3), []))
-    held = known.table()
+    held = known.table().to_pylist()
     records.write_cache(file, known)
     content, unread = file.read_bytes(), 0
     for _ in range(300):
@@ -67,7 +67,7 @@ def test_a_flipped_bit_in_what_is_remembered_is_never_believed(
         damaged[at] ^= 1 << random_.randrange(8)
         file.write_bytes(damaged)
         found = records.read_cache(file)
-        assert not len(found) or found.table().equals(held), at
+        assert all(row in held for row in found.table().to_pylist()), at  # fewer rows are only checked again
         unread += not len(found)
     assert unread > 100
     assert "cannot be read" in capsys.readouterr().err
