@@ -56,6 +56,18 @@ def test_models_that_mix_conversations_are_refused(family, tiny_model, tiny_proc
         check_padding_free(tiny_model(family), ChatCollator(tiny_processor(family)), ROWS)
 
 
+def test_a_row_of_each_kind_is_looked_at(tiny_model, tiny_processor):
+    """Gemma 3 keeps texts apart, and mixes those with images."""
+    model, collator = tiny_model("gemma3"), ChatCollator(tiny_processor("gemma3"))
+    texts = [{"messages": [ask(f"Hello {n}"), answer("Hi")], "images": [], "row": n} for n in range(4)]
+    assert check_padding_free(model, collator, texts) < 1e-4
+    late = {"messages": [ask("Look: ", None), answer("A cat.")], "images": [picture(40, 40)], "row": 9}
+    for other in (ROWS[0], ROWS[2], late):
+        for rows in ([*texts, other], [{"packed": [*texts, other]}]):
+            with pytest.raises(ValueError, match="does not keep the conversations of a row apart"):
+                check_padding_free(model, collator, rows)
+
+
 def test_qwen_needs_its_own_positions(tiny_model, tiny_processor):
     with pytest.raises(ValueError, match="does not keep the conversations of a row apart"):
         check_padding_free(tiny_model("qwen2_5_vl"), ChatCollator(tiny_processor("qwen2_5_vl")), ROWS)

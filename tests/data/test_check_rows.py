@@ -16,6 +16,7 @@ from families import TEN
 from PIL import Image
 
 from vlm_sft import ChatCollator, check_rows, load_conversations
+from vlm_sft.chat.audit import audit
 from vlm_sft.data.check_rows import CheckReport, check_report
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -350,3 +351,49 @@ def test_the_columns_are_the_collators_own(family: str, tiny_processor: Callable
         "image_tokens": [int(row.image.sum()) for row in encoded],
         "trained_tokens": [int((row.labels != -100).sum()) for row in encoded],
     }
+
+
+def turns(*texts: str, image: bool = False, untrained: int | None = None) -> dict[str, Any]:
+    """A conversation, user and assistant in turn; the answer in message `untrained` is not trained on."""
+    messages: list[dict[str, Any]] = []
+    for n, text in enumerate(texts):
+        content = [{"type": "image"}] * (image and n == 0) + [{"type": "text", "text": text}]
+        messages.append({"role": ("user", "assistant")[n % 2], "content": content, "train": n != untrained})
+    return {"messages": messages, "images": [noise()] * image}
+
+
+def test_a_thinking_template_makes_a_row_of_each_answer(
+    tiny_processor: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each with its history as inference has it; the reasoning in an answer stays where the template puts it."""
+    collator = ChatCollator(tiny_processor("qwen3_5"), chat_template_kwargs={"enable_thinking": True})
+    thought = "<think>\nTwo and two.\n</think>\n\nFour."
+    rows = [
+        turns("What is it?", "A cat.", "Sure?", "Yes.", "2 + 2?", thought, image=True),
+        turns("Alone?", "Yes, alone."),
+        turns("One?", "1.", "Two?", "2.", "Three?", "3.", untrained=3),
+    ]
+    data = Dataset.from_list([{**row, "row": 10 + n} for n, row in enumerate(rows)])
+    for start in range(2):
+        found = check_rows({"train": data}, collator)["train"]
+        said = capsys.readouterr().err
+        assert "train: 3 rows became 6, each with one answer to train on: the chat template renders earlier" in said
+        assert f"{3 * start} of them known from before" in said
+        assert found["row"][:] == [10, 10, 10, 11, 12, 12]
+        assert [len(found[n]["messages"]) for n in range(6)] == [2, 4, 6, 2, 2, 6]
+        batch = collator([found[n] for n in range(6)])
+        learned = [collator.processor.tokenizer.decode(ids[ids != -100]) for ids in batch["labels"]]
+        assert [text.rpartition("</think>")[2].strip() for text in learned] == [
+            f"{answer}<|im_end|>" for answer in ("A cat.", "Yes.", "Four.", "Yes, alone.", "1.", "3.")
+        ]
+        assert "Two and two." in learned[2]
+        assert found["length"][:] == batch["attention_mask"].sum(1).tolist()
+        assert found["trained_tokens"][:] == (batch["labels"] != -100).sum(1).tolist()
+        assert found["image_tokens"][:] == [found["image_tokens"][0]] * 3 + [0] * 3
+        assert set(audit(collator, found).prompts) == {"equal those of inference"}
+    blank = [*rows, turns("And?", "Fine.", "More?", " ")]
+    with pytest.raises(ValueError, match=r"row 3\n.*messages\[3\] is a blank answer"):
+        check_rows(Dataset.from_list([{**row, "row": n} for n, row in enumerate(blank)]), collator)
+    assert len(check_rows(Dataset.from_list(rows).select([1]), collator)) == 1
+    plain = check_rows(data, ChatCollator(tiny_processor("qwen2_5_vl")))
+    assert len(plain) == 3
