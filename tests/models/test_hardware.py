@@ -186,3 +186,18 @@ def test_a_compiler_is_asked_for_before_the_rows_are_read(
     else:
         with pytest.raises(ValueError, match=rf"^{missing}, .*apt-get install gcc python3-dev"):
             look()
+
+
+@pytest.mark.parametrize("use_cpu", [False, True])
+def test_an_accelerator_that_was_never_tried_is_refused_in_a_sentence(
+    use_cpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
+    args = SimpleNamespace(use_cpu=use_cpu, bf16=False, fp16=False, optim="adamw_torch", dataloader_pin_memory=True)
+    args.accelerator_config = None
+    if use_cpu:
+        set_hardware_defaults(args)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(ValueError, match=r"accelerator of this machine is 'hpu', .*pass --use_cpu"):
+            set_hardware_defaults(args)  # type: ignore[arg-type]

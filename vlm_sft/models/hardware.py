@@ -52,9 +52,16 @@ def set_hardware_defaults(args: TrainingArguments) -> list[str]:
     NVIDIA or AMD GPU to page from. Under FSDP, which shards optimizer states, the config's own bitsandbytes optimizer
     gives way to `adamw_torch_fused`, and one that was asked for is refused. A launch with FSDP shards on CPUs too.
 
-    Raises ValueError for that, and where TRL's head could not be compiled (`check_compiler`).
+    Raises ValueError for that, for an accelerator of another kind than NVIDIA's, AMD's, Intel's and Apple's, and where
+    TRL's head could not be compiled (`check_compiler`).
     """
     args.use_cpu |= not torch.accelerator.is_available()  # without it, processes on CPUs would train apart
+    device = torch.accelerator.current_accelerator()
+    if not args.use_cpu and device is not None and device.type not in ("cuda", "mps", "xpu"):
+        raise ValueError(
+            f"the accelerator of this machine is {device.type!r}, on which nothing here was ever tried; expected cuda "
+            "(NVIDIA or AMD), xpu or mps. To train on its CPU, pass --use_cpu"
+        )
     if args.bf16 is None and not args.fp16:
         args.bf16, args.fp16 = best_dtype() == torch.bfloat16, best_dtype() == torch.float16
     shard_on_cpu(args)
