@@ -276,16 +276,16 @@ class ChatTemplate:
             text = self.render([{"role": "user", "content": content}], True)
             return self.processor(text=[text], images=[[*images]] if images else None, images_kwargs=pixels)
 
-        pixels, small, wide = {"return_tensors": "pt"}, Image.new("RGB", (64, 48)), Image.new("RGB", (256, 48))
+        pixels, images = {"return_tensors": "pt"}, [Image.new("RGB", (width, 48)) for width in (64, 48, 96, 256)]
         try:
-            with_image, without = encode(small), encode()
+            with_image, without = encode(images[0]), encode()
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{type(self.processor).__name__} cannot encode a question as a chat has it: {error}; choose a chat "
                 "model, or write a collator of your own"
             ) from error
         try:
-            encode(small, wide)
+            encode(*images)
         except Exception as error:  # each processor has its own
             raise ValueError(
                 f"{type(self.processor).__name__} cannot encode images of different shapes together: "
