@@ -27,6 +27,7 @@ OTHERS = sorted({path.stem for path in (ROOT / "recipes").glob("*.py")} - {SHARE
 # What a copier may leave out or change without a word: it changes no trained number, and no reader is misled.
 SETTINGS = {
     "vlm_sft.evaluate_answers: num_rows=": "how many held-out rows are answered and shown",
+    "vlm_sft.load_conversations: eval_fraction=": "how many of the drawn rows are held out",
 }
 FAMILY = {
     "llava15_sft": "llava15",
