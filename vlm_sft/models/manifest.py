@@ -73,7 +73,7 @@ def _flush(path: Path) -> None:
 
 
 def _digest_of(file: Path) -> str:
-    """The xxh3 hash of a file: it tells damage, at some 20 GB a second from memory, a thirtieth of a save's time."""
+    """The xxh3 hash of a file: it tells damage, and costs little beside the save (`benchmarks/checkpoints.py`)."""
     with file.open("rb") as opened:
         if not file.stat().st_size:
             return ""
