@@ -57,8 +57,8 @@ BOX_SCALES = {
     "Qwen3VLProcessor": "0-1000",
     "InternVLProcessor": "0-1000",
 }
-"""In what the families of these processors write boxes, of the image as the model sees it, after the processor's resize.
-Nothing in transformers 5.23 says so, and no test can: where your model's report says otherwise, pass `to=`."""
+"""In what the families of these processors write boxes, of the image as the model sees it, after the resize. Nothing in
+transformers 5.23 says so, and no test can: where your model's report says otherwise, pass `to=`."""
 
 
 def flash_attentions(model: PreTrainedModel) -> list[str]:
