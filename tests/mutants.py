@@ -114,8 +114,8 @@ MUTANTS = [
     Mutant("a 16-bit weight trains", "models/freezing.py", "parameter.data.to(torch.float32)", "parameter.data", "models/test_freezing.py"),
     Mutant("modes are not restored", "common.py", "module.training = training", "pass", "chat/test_packing.py:losses_and_gradients"),
     # The gate
-    Mutant("another collator passes", "proof.py", "if trainer.data_collator is not held[\"collator\"]:", "if False:", "test_proof.py:exchanged"),
-    Mutant("other rows pass", "proof.py", "if rows is not held[name] or", "if False and", "test_proof.py:exchanged"),
+    Mutant("another collator passes", "proof.py", "\"trainer.data_collator\": collator,", "\"trainer.data_collator\": None,", "test_proof.py:exchanged"),
+    Mutant("other rows pass", "proof.py", "\"trainer.train_dataset\": (train, getattr(train, \"_fingerprint\", None)),", "\"trainer.train_dataset\": None,", "test_proof.py:exchanged"),
     Mutant("another optimizer passes", "checks.py", "if forgotten or others:", "if False:", "test_proof.py:optimizer|exchanged"),
     Mutant("a finished run writes its record again", "proof.py", "if self.recorded is not None:\n            proof", "if False:\n            proof", "training/test_resume.py:finished"),
     Mutant("a pickle with paths stays", "proof.py", "(output / TRAINING_ARGS_NAME).unlink(missing_ok=True)", "pass", "training/test_resume.py:finished"),
@@ -137,7 +137,7 @@ MUTANTS = [
     Mutant("two runs share a folder", "training/checkpoints.py", "fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "training/test_checkpoints.py:share_a_folder"),
     Mutant("settings are not compared", "training/checkpoints.py", "        if found:", "        if False:", "training/test_checkpoints.py:another_run"),
     Mutant("the base is not compared", "training/checkpoints.py", "weight_differences(recorded, self._base[\"weights\"])[:6]", "()", "training/test_resume.py:file_changed"),
-    Mutant("the Hub's names in a checkpoint", "training/checkpoints.py", "save = save_with_own_names if is_checkpoint", "save = save_with_own_names if False", "training/test_checkpoints.py:keep_the_names"),
+    Mutant("the Hub's names in a checkpoint", "upstream.py", "save_original_format=not is_checkpoint", "save_original_format=True", "training/test_checkpoints.py:keep_the_names"),
     Mutant("a full disk is noticed too late", "training/checkpoints.py", ".free) < needed", ".free) < 0", "training/test_checkpoints.py:without_room"),
     # Bases and merges
     Mutant("another base passes", "models/fingerprints.py", "its == was or", "True or", "models/test_fingerprints.py"),

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from trl import SFTConfig
 
-from vlm_sft import ChatCollator, RecipeDefaults, load_processor, proof, upstream
+from vlm_sft import ChatCollator, RecipeDefaults, checks, load_processor, proof, upstream
 from vlm_sft.models import hardware, loading, quantization
 from vlm_sft.models.adapters import lora_config
 from vlm_sft.models.freezing import cast_trainable_to_fp32
@@ -174,9 +174,9 @@ def test_in_bfloat16_as_on_a_gpu_packed_weights_train_as_in_one_process(flags_of
 
 def fp16_over_bf16(flags: list[object]) -> None:
     """A CPU's autocast knows no float16: it is said, as a GPU's would say it."""
-    check = proof.check_storage
-    said = SimpleNamespace(accelerator=SimpleNamespace(mixed_precision="fp16"))
-    proof.check_storage = lambda trainer, packing: check(said, packing)
+    check = checks.check_storage
+    said = SimpleNamespace(mixed_precision="fp16")
+    checks.check_storage = lambda trainer: check(SimpleNamespace(model=trainer.model, accelerator=said))
     shares(QLORA[0], [*flags, "--bf16", "True"], torch.bfloat16)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from proven import TRAINS, Pieces, RecipeArguments, RecipeConfig, pieces
 from recipe_data import chats
+from runs import Collate
 from transformers import EarlyStoppingCallback, TrainingArguments
 from trl import SFTConfig
 
@@ -169,6 +170,10 @@ def other_setting_of_the_collator(run: Pieces) -> None:
     run.trainer.data_collator = run.collator.with_settings(train_on="all")
 
 
+def collator_of_another_kind(run: Pieces) -> None:
+    run.trainer.data_collator = Collate(run.processor)
+
+
 def other_chat_template(run: Pieces) -> None:
     run.processor.chat_template += " "
 
@@ -201,6 +206,10 @@ def other_steps(run: Pieces) -> None:
     run.trainer.args.max_steps = 3
 
 
+def other_rates_by_part(run: Pieces) -> None:
+    run.trainer.optimizer_cls_and_kwargs = vlm_sft.lr_by_part(run.trainer.args, {"language": 0.1})
+
+
 def own_optimizer(run: Pieces) -> None:
     weights = [weight for weight in run.trainer.model.parameters() if weight.requires_grad]
     run.trainer.optimizer = torch.optim.SGD(weights[1:], lr=0.1)
@@ -209,16 +218,18 @@ def own_optimizer(run: Pieces) -> None:
 @pytest.mark.parametrize(
     ("exchange", "told"),
     [
-        (other_collator, "data_collator is another collator"),
-        (other_setting_of_the_collator, "data_collator is another collator"),
-        (other_chat_template, "the collator or its processor has other settings"),
-        (other_rows, "train_dataset is another dataset"),
-        (other_held_out_rows, "eval_dataset is another dataset"),
-        (other_model, "trainer.model is another model"),
-        (unfrozen_head, r"other weights train: .*lm_head\.weight now"),
+        (other_collator, r"exchanged after prove\(\): trainer.data_collator\. Change it before prove"),
+        (other_setting_of_the_collator, "trainer.data_collator; settings of the collator or its processor"),
+        (collator_of_another_kind, "trainer.data_collator; settings of the collator or its processor"),
+        (other_chat_template, r"prove\(\): settings of the collator or its processor\. "),
+        (other_rows, r"prove\(\): trainer.train_dataset\. "),
+        (other_held_out_rows, r"prove\(\): trainer.eval_dataset\. "),
+        (other_model, r"prove\(\): trainer.model; "),
+        (unfrozen_head, r"trainable weights: .*lm_head\.weight now"),
         (frozen_adapter, "lora_A.* no longer"),
-        (other_rate, r"--learning_rate is 0\.0001 and was 0\.01"),
-        (other_steps, "--max_steps is 3 and was 4"),
+        (other_rate, r"--learning_rate 0\.0001, was 0\.01"),
+        (other_steps, "--max_steps 3, was 4"),
+        (other_rates_by_part, r"prove\(\): trainer.optimizer_cls_and_kwargs\. "),
         (own_optimizer, r"lacks 1 that should .*lora_"),
     ],
 )

@@ -274,8 +274,10 @@ def test_transformers_saves_a_model_under_other_names(tiny_model: Callable[..., 
     model = tiny_model("llava15")
     model.save_pretrained(tmp_path / "hub")
     assert not saved(tmp_path / "hub") & set(model.state_dict())
-    upstream.save_with_own_names(model, tmp_path / "own", max_shard_size="1GB")
-    assert saved(tmp_path / "own") == set(model.state_dict())
+    upstream.save_with_own_names(model, tmp_path / "checkpoint-1", max_shard_size="1GB")
+    assert saved(tmp_path / "checkpoint-1") == set(model.state_dict())
+    upstream.save_with_own_names(model, tmp_path / "final")
+    assert saved(tmp_path / "final") == saved(tmp_path / "hub")
 
 
 # -- what other modules use in place

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -14,9 +16,15 @@ from vlm_sft.data.check_rows import Checked, rows_checked
 from vlm_sft.data.rows import drawn_seed, unpacked
 from vlm_sft.distributed import print_main
 from vlm_sft.models.loading import loaded_from
+from vlm_sft.models.quantization import check_quantized
 from vlm_sft.tools.memory import of_run
 from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
 from vlm_sft.upstream import is_sharded
+
+# What an evaluation of SFTTrainer reports by itself (trl 1.16, transformers 5.23).
+_REPORTED = {
+    *("loss", "mean_token_accuracy", "entropy", "num_tokens", "runtime", "samples_per_second", "steps_per_second")
+}
 
 
 def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
@@ -51,35 +59,42 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
 def costs(model: Any) -> dict[str, str]:
     """A line on adapters that cost more than they need to, where the model has such."""
     dropout = max((c.lora_dropout for c in getattr(model, "peft_config", {}).values() if c.use_dora), default=0)
-    said = (
-        "DoRA with dropout multiplies each adapted matrix twice: a step of some 1.7 times LoRA's; with lora_dropout 0"
-    )
-    return {"costs": f"{said} (here {dropout:g}) it costs about as much as LoRA"} if dropout else {}
+    if not dropout:
+        return {}
+    return {
+        "costs": "DoRA with dropout multiplies each adapted matrix twice: a step of some 1.7 times LoRA's; with "
+        f"lora_dropout 0 (here {dropout:g}) it costs about as much as LoRA"
+    }
 
 
-def memory_of(trainer: Any) -> str:
-    """A line on what the run takes of its GPU; for a model whose config reads like no other, why there is none."""
+def memory_of(trainer: Any) -> dict[str, str]:
+    """A line on what the run takes of its GPU, where it has one; for a model whose config reads like no other, why
+    there is no estimate."""
+    if trainer.args.use_cpu or not torch.accelerator.is_available():
+        return {}
     rows = trainer.train_dataset
     known = "length" in (rows.column_names or ())
     longest = max(rows.with_format(None)["length"][:]) if known else trainer.args.max_length or 2048
     try:
-        return of_run(trainer, longest)
+        return {"memory": of_run(trainer, longest)}
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return f"not estimated for this model: {error}"
+        return {"memory": f"not estimated for this model: {error}"}
 
 
-def check_storage(trainer: Any, packing: Any) -> None:
-    """Raises where FSDP would cast packed 4-bit weights, as it casts all floats to the run's precision: of other bits
-    than they are stored in, they would be other weights."""
-    if not is_sharded():
-        return
+def check_storage(trainer: Any) -> str:
+    """What is quantized. Raises unless that is what should be, and where FSDP would cast packed weights, as it casts
+    all floats to the run's precision: of other bits than they are stored in, they would be other weights."""
+    packing = getattr(base_of(trainer.model).config, "quantization_config", None)
+    if packing is None:
+        return "nothing"
     stored = getattr(packing, "bnb_4bit_quant_storage", None)
     computed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision, stored)
-    if stored != computed:
+    if is_sharded() and stored != computed:
         raise ValueError(
             f"under FSDP the 4-bit weights are stored as {stored}, and would be cast to {computed} bit by bit: pass "
             f"the flag of what they are stored in (--bf16, --fp16), or nf4_config(..., compute_dtype={computed})"
         )
+    return str(check_quantized(trainer.model))
 
 
 def check_pieces(trainer: Any, collator: Any) -> None:
@@ -105,10 +120,7 @@ def check_pieces(trainer: Any, collator: Any) -> None:
             f"{name}: the processor is of revision {processor_revision}, the model of {revision}; pass "
             "revision=args.model_revision to load_processor and load_model alike"
         )
-
-
-def check_router_loss(trainer: Any) -> None:
-    """Raises where TRL 1.16 would fail at the first step: it knows the number of experts by one name alone."""
+    # TRL 1.16 knows the number of experts by one name alone, and would fail at the first step.
     texts = base_of(trainer.model).config.get_text_config()
     if getattr(trainer, "aux_loss_enabled", False) and not hasattr(texts, "num_experts"):
         raise ValueError(
@@ -117,8 +129,9 @@ def check_router_loss(trainer: Any) -> None:
         )
 
 
-def check_pass(trainer: Any, collator: Any, rows: Any) -> Checked:
+def check_pass(trainer: Any, collator: Any) -> Checked:
     """What `check_rows` said of the training rows. Raises where they, or the held-out rows, did not pass through it."""
+    rows = trainer.train_dataset
     splits = {"train_dataset": rows} | ({"eval_dataset": trainer.eval_dataset} if trainer.eval_dataset else {})
     for name, split in splits.items():
         if (checked := rows_checked(split)) is None:
@@ -190,6 +203,66 @@ def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, 
 
 def _sized(rows: Any) -> bool:
     return hasattr(rows, "__len__")
+
+
+def plan_of(trainer: Any, answers: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
+    """Optimizer steps of the whole run, and lines on them and on its evaluations. `answers`: name -> metric of answers.
+
+    Raises `ValueError` for a plan that cannot be meant: a warm-up as long as the run, a best-model metric that nothing
+    reports or whose wrong end is taken for the best, one held-out row to choose the best weights by.
+    """
+    args, held_out = trainer.args, trainer.eval_dataset
+    epochs, per_epoch, _, _, rows_a_step, _, steps = trainer.set_initial_training_values(
+        args, trainer.get_train_dataloader()
+    )
+    warmup = args.get_warmup_steps(steps)
+    chosen = "eval_" + (args.metric_for_best_model or "loss").removeprefix("eval_")
+    faults = _choice_faults(trainer, chosen, answers) if args.load_best_model_at_end and held_out is not None else []
+    if warmup >= max(steps, 1):
+        faults.append(
+            f"the warm-up takes {warmup} of the run's {steps} steps, so the learning rate never reaches "
+            f"--learning_rate {args.learning_rate:g}: --warmup_steps 0, or a share of the steps as in --warmup_steps "
+            "0.03"
+        )
+    if faults:
+        raise ValueError("this run cannot be meant so: " + "; ".join(faults))
+    whole = "" if args.max_steps > 0 else f" ({epochs} x {per_epoch} an epoch)"
+    scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    evaluations, saves = (_times(args, what, steps, epochs) for what in ("eval", "save"))
+    count = f"{len(held_out) if isinstance(held_out, Sized) else 0:,}"
+    best = f"best by {chosen}" if args.load_best_model_at_end else "the last weights are kept"
+    return steps, {
+        "steps": f"{steps:,}{whole} of {rows_a_step} rows; warm-up {warmup:,}, {scheduler}, peak learning rate "
+        f"{args.learning_rate:g}",
+        "checks": f"{evaluations} evaluations on {count} held-out rows, {saves} saves; {best}",
+    }
+
+
+def _choice_faults(trainer: Any, chosen: str, answers: Mapping[str, Any]) -> list[str]:
+    faults, name = [], chosen.removeprefix("eval_")
+    if isinstance(trainer.eval_dataset, Sized) and len(trainer.eval_dataset) < 2:
+        faults.append(
+            "one held-out row would choose the best weights: hold out more (--num_eval_rows), or "
+            "--load_best_model_at_end False"
+        )
+    if trainer.compute_metrics is None and name not in (*_REPORTED, *answers):
+        known = ", ".join(f"eval_{metric}" for metric in ("loss", *answers))
+        faults.append(f"--metric_for_best_model {chosen} is reported by nothing; reported are {known}")
+    if name in answers:
+        meant = not getattr(answers[name], "lower_is_better", False)
+        if bool(trainer.args.greater_is_better) != meant:
+            faults.append(
+                f"--greater_is_better {not meant} takes the worst {chosen} for the best: --greater_is_better {meant}"
+            )
+    return faults
+
+
+def _times(args: Any, what: str, steps: int, epochs: int) -> int:
+    """How often the run evaluates or saves."""
+    strategy, every = getattr(args, f"{what}_strategy"), getattr(args, f"{what}_steps") or 1
+    if strategy in ("no", "epoch"):
+        return 0 if strategy == "no" else epochs
+    return steps // max(1, math.ceil(steps * every) if every < 1 else int(every))
 
 
 def check_optimizer(optimizer: Any, model: Any) -> None:

@@ -23,20 +23,10 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.generic import is_flash_attention_requested
 
+from vlm_sft import checks
 from vlm_sft.chat.audit import AuditReport, audit, check_embedding, check_forward, check_stops, draw_mask
+from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.chat.packing import check_padding_free
-from vlm_sft.checks import (
-    check_captions,
-    check_flags,
-    check_optimizer,
-    check_pass,
-    check_pieces,
-    check_router_loss,
-    check_storage,
-    costs,
-    memory_of,
-    row_facts,
-)
 from vlm_sft.common import base_of, listed, restore_rng, rng_state
 from vlm_sft.data.rows import held_out_record
 from vlm_sft.distributed import on_main, print_main
@@ -46,12 +36,10 @@ from vlm_sft.models.adapters import check_trains
 from vlm_sft.models.freezing import cast_trainable_to_fp32
 from vlm_sft.models.manifest import write_manifest
 from vlm_sft.models.parts import parts_of
-from vlm_sft.models.quantization import check_quantized
 from vlm_sft.training.batches import GroupByLength
 from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig, StopOnNaN, explain_out_of_memory
 from vlm_sft.training.checkpoints import SafeCheckpoints
 from vlm_sft.training.neftune import noise_by_conversation
-from vlm_sft.training.plan import Plan, plan_of
 from vlm_sft.training.reports import recorded_results, write_reports
 from vlm_sft.upstream import widen_once
 
@@ -79,7 +67,9 @@ class Proof:
     facts: dict[str, str]
     report: AuditReport
     flags: Mapping[str, Any]
-    held: Mapping[str, Any]  # by identity or value, to be found again when training begins
+    held: Mapping[str, Any]  # what must be found again when training begins
+    steps: int
+    batch_size: int
     results: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -114,7 +104,7 @@ class Gate(TrainerCallback):
         self.batch_size = size
         random = rng_state()  # nothing below may change a trained number
         _refuse_exchanged(trainer, proof, state)
-        check_optimizer(kwargs["optimizer"], trainer.model)
+        checks.check_optimizer(kwargs["optimizer"], trainer.model)
         noise_by_conversation(trainer)
         proof.facts["forward"] = _forward(trainer, proof)
         print_main(f"{'forward':<11}{proof.facts['forward']}")
@@ -129,7 +119,7 @@ class Gate(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         proof = self._proven("evaluate()")
-        if self.trainer.data_collator is not proof.held["collator"]:
+        if self.trainer.data_collator is not proof.held["trainer.data_collator"]:
             raise ValueError("evaluate(): the trainer's data_collator was exchanged after prove(); make a new trainer")
 
     def on_train_end(
@@ -197,66 +187,58 @@ def prove(
             "prove() was called already for this trainer, or it has trained: prove a trainer once, before train(); for "
             "other settings make a new model and trainer"
         )
-    if not any(c.model is base_of(trainer.model) for c in _callbacks(trainer, RestoreGenerationConfig)):
+    model, collator, rows = trainer.model, trainer.data_collator, trainer.train_dataset
+    if not any(c.model is base_of(model) for c in _callbacks(trainer, RestoreGenerationConfig)):
         raise ValueError("prove(): vlm_sft.guards(model) was given another model than SFTTrainer; give both the same")
-    collator, rows = trainer.data_collator, trainer.train_dataset
-    nothing_held_out = isinstance(trainer.eval_dataset, Sized) and not len(trainer.eval_dataset)
-    flags = check_flags(trainer, args)
-    check_pieces(trainer, collator)
-    check_router_loss(trainer)
-    checked = check_pass(trainer, collator, rows)
+    flags = checks.check_flags(trainer, args)
+    checks.check_pieces(trainer, collator)
+    checked = checks.check_pass(trainer, collator)
     changes = list(getattr(trainer.args, "hardware_changes", ()))
-    if nothing_held_out:
+    answers = _callbacks(trainer, AnswerEvaluation)
+    if isinstance(trainer.eval_dataset, Sized) and not len(trainer.eval_dataset):
         trainer.eval_dataset, trainer.args.eval_on_start, trainer.args.load_best_model_at_end = None, False, False
         trainer.args.eval_strategy = IntervalStrategy.NO
         changes.append("no row is held out (--num_eval_rows 0), so nothing is evaluated")
-    model = trainer.model
+    elif require_answers and not answers:
+        raise ValueError(
+            "no held-out row is answered, so samples.html and the metrics of answers would be missing: call "
+            "vlm_sft.evaluate_answers(trainer, data['test'], METRICS) before prove, or pass require_answers=False"
+        )
+    if answers and trainer.eval_dataset is None:
+        raise ValueError("held-out rows are to be answered, but none are evaluated: pass eval_dataset=data['test']")
     narrow = [weight for weight in model.parameters() if weight.requires_grad and weight.dtype != torch.float32]
     widen_once(model)
     cast_trainable_to_fp32(model)
     if narrow:
         changes.append(f"{len(narrow)} trainable tensors cast to float32")
     parts = check_trains(model, trains)
-    if (packing := getattr(base_of(model).config, "quantization_config", None)) is not None:
-        quantized = str(check_quantized(model))
-        check_storage(trainer, packing)
-    else:
-        quantized = "nothing"
-    if require_answers and not nothing_held_out and not _callbacks(trainer, AnswerEvaluation):
-        raise ValueError(
-            "no held-out row is answered, so samples.html and the metrics of answers would be missing: call "
-            "vlm_sft.evaluate_answers(trainer, data['test'], METRICS) before prove, or pass require_answers=False"
-        )
-    if _callbacks(trainer, AnswerEvaluation) and trainer.eval_dataset is None:
-        raise ValueError("held-out rows are to be answered, but none are evaluated: pass eval_dataset=data['test']")
+    quantized = checks.check_storage(trainer)
     report = audit(collator, rows, num_rows, require_stop_token=require_stop_token)
     if not require_stop_token:
-        check_captions(report)
+        checks.check_captions(report)
     check_embedding(report.rows, model)
     check_stops(collator, report.rows, base_of(model).generation_config)
     random = rng_state()
-    plan = plan_of(trainer, _answer_metrics(trainer))
+    steps, plan = checks.plan_of(trainer, {name: metric for each in answers for name, metric in each.metrics.items()})
     restore_rng(random)
-    changes += _library_changes(trainer, model)
     explain_out_of_memory(trainer)
     facts = {
         "trains": "\n".join(parts.lines()),
         "parts": str(parts_of(model)),
         "quantized": quantized,
-        **costs(model),
-        **row_facts(trainer, checked, report),
-        **plan.facts,
-        "changed": "; ".join(changes) or "nothing",
+        **checks.costs(model),
+        **checks.row_facts(trainer, checked, report),
+        **plan,
+        "changed": "; ".join([*changes, *_library_changes(trainer)]),
+        **checks.memory_of(trainer),
     }
-    if torch.accelerator.is_available() and not trainer.args.use_cpu:
-        facts["memory"] = memory_of(trainer)
     (saver,) = _callbacks(trainer, SafeCheckpoints)
-    saver.made_of = {"collator": collator.made_of(), "rows": checked.content}
+    rates = (trainer.optimizer_cls_and_kwargs or (None, {}))[1].get("lr_by_part")
+    saver.made_of = {"collator": collator.made_of(), "rows": checked.content, "lr_by_part": rates}
     saver.noted = {"image_files_written": checked.written}
-    shortest = report.shortest
-    proof = Proof(facts, report, flags, _held(trainer, collator, plan))
+    proof = Proof(facts, report, flags, _held(trainer), steps, trainer.args.train_batch_size)
     gate.trainer, gate.proof = trainer, proof
-    print_main(f"{proof}\n{shortest.name:<11}{draw_mask(shortest, collator.processor.tokenizer)}")
+    print_main(f"{proof}\n{report.shortest.name:<11}{draw_mask(report.shortest, collator.processor.tokenizer)}")
     return proof
 
 
@@ -298,87 +280,52 @@ def _callbacks(trainer: Any, kind: type) -> list[Any]:
     return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind)]
 
 
-def _answer_metrics(trainer: Any) -> dict[str, bool]:
-    """Metric of generated answers -> whether less is better."""
-    return {
-        name: getattr(metric, "lower_is_better", False)
-        for evaluation in _callbacks(trainer, AnswerEvaluation)
-        for name, metric in evaluation.metrics.items()
+def _library_changes(trainer: Any) -> list[str]:
+    """What the library changed on these instances, beside what `prove` itself changes."""
+    base, args = base_of(trainer.model), trainer.args
+    changes = {
+        "the frozen tower stays out of autograd": "enable_input_require_grads" in vars(base),
+        "batches of rows of one length, in an order drawn from --seed and the epoch": (
+            args.train_sampling_strategy == "group_by_length"
+        ),
+        "NEFTune's noise is scaled by each conversation's own length": args.neftune_noise_alpha is not None,
+        f"attention is {base.config._attn_implementation}": is_flash_attention_requested(base.config),
+        "rows come without padding": trainer.data_collator.settings.padding_free,
+        "checkpoints keep the names of parameters and end with a manifest": True,
+        "the random state and the generation config are kept over evaluations": True,
+        "a step that runs out of memory says why": True,
     }
+    return [change for change, is_so in changes.items() if is_so]
 
 
-def _library_changes(trainer: Any, model: Any) -> list[str]:
-    """What the library changed on these instances, beside what `prove` itself casts."""
-    base = base_of(model)
-    changes = []
-    if "enable_input_require_grads" in vars(base):
-        changes.append("the frozen tower stays out of autograd")
-    if trainer.args.train_sampling_strategy == "group_by_length":
-        changes.append("batches of rows of one length, in an order drawn from --seed and the epoch")
-    if trainer.args.neftune_noise_alpha is not None:
-        changes.append("NEFTune's noise is scaled by each conversation's own length")
-    if is_flash_attention_requested(base.config):
-        changes.append(f"attention is {base.config._attn_implementation}")
-    if trainer.data_collator.settings.padding_free:
-        changes.append("rows come without padding")
-    return [
-        *changes,
-        "checkpoints keep the names of parameters and end with a manifest",
-        "the random state and the generation config are kept over evaluations",
-        "a step that runs out of memory says why",
-    ]
-
-
-def _held(trainer: Any, collator: Any, plan: Plan) -> dict[str, Any]:
-    """What must be the same when training begins; compared by identity, but for what is a value."""
+def _held(trainer: Any) -> dict[str, Any]:
+    """What must be the same when training begins, by name: objects (compared by identity) and settings."""
+    model = extract_model_from_parallel(trainer.model, keep_torch_compile=False)
+    collator, train, held_out = trainer.data_collator, trainer.train_dataset, trainer.eval_dataset
     return {
-        "model": extract_model_from_parallel(trainer.model, keep_torch_compile=False),
-        "collator": collator,
-        "settings": collator.settings,
-        "processor": collator.fingerprint(),
-        "train_dataset": trainer.train_dataset,
-        "eval_dataset": trainer.eval_dataset,
-        "rows": [getattr(rows, "_fingerprint", None) for rows in (trainer.train_dataset, trainer.eval_dataset)],
-        "trainable": _trainable(trainer.model),
-        "args": _settings(trainer.args),
-        "steps": plan.steps,
-        "batch_size": trainer.args.train_batch_size,
+        "trainer.model": model,
+        "trainable weights": frozenset(name for name, weight in model.named_parameters() if weight.requires_grad),
+        "trainer.data_collator": collator,
+        "settings of the collator or its processor": isinstance(collator, ChatCollator) and collator.made_of(),
+        "trainer.train_dataset": (train, getattr(train, "_fingerprint", None)),
+        "trainer.eval_dataset": (held_out, getattr(held_out, "_fingerprint", None)),
+        "trainer.optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs,
+        **{f"--{name}": str(value) for name, value in trainer.args.to_dict().items()},
     }
-
-
-def _trainable(model: Any) -> frozenset[str]:
-    bare = extract_model_from_parallel(model, keep_torch_compile=False)
-    return frozenset(name for name, weight in bare.named_parameters() if weight.requires_grad)
-
-
-def _settings(args: Any) -> dict[str, str]:
-    return {name: str(value) for name, value in args.to_dict().items()}
 
 
 def _refuse_exchanged(trainer: Any, proof: Proof, state: TrainerState) -> None:
     """Raises where the loop is about to train something else than `prove` saw."""
-    held = proof.held
-    faults = []
-    if extract_model_from_parallel(trainer.model, keep_torch_compile=False) is not held["model"]:
-        faults.append("trainer.model is another model")
-    trainable = _trainable(trainer.model)
-    if trainable != held["trainable"]:
-        faults.append(
-            f"other weights train: {listed(trainable - held['trainable'])} now, "
-            f"{listed(held['trainable'] - trainable)} no longer"
-        )
-    if trainer.data_collator is not held["collator"]:
-        faults.append("trainer.data_collator is another collator")
-    elif (trainer.data_collator.settings, trainer.data_collator.fingerprint()) != (held["settings"], held["processor"]):
-        faults.append("the collator or its processor has other settings")
-    for name, fingerprint in zip(("train_dataset", "eval_dataset"), held["rows"], strict=True):
-        rows = getattr(trainer, name)
-        if rows is not held[name] or getattr(rows, "_fingerprint", None) != fingerprint:
-            faults.append(f"trainer.{name} is another dataset")
-    now = _settings(trainer.args)
-    faults += [f"--{name} is {now[name]} and was {was}" for name, was in held["args"].items() if now[name] != was]
-    if state.max_steps != held["steps"] and state.train_batch_size == held["batch_size"]:
-        faults.append(f"{state.max_steps} steps would run, {held['steps']} were planned")
+    found, faults = _held(trainer), []
+    for name, was in proof.held.items():
+        if (now := found[name]) == was:
+            continue
+        if isinstance(was, frozenset):
+            faults.append(f"{name}: {listed(now - was)} now, {listed(was - now)} no longer")
+        else:
+            faults.append(f"{name} {now}, was {was}" if name.startswith("--") else name)
+    if state.max_steps != proof.steps and state.train_batch_size == proof.batch_size:
+        faults.append(f"{state.max_steps} steps would run, {proof.steps} were planned")
     if faults:
         raise ValueError(
             f"exchanged after prove(): {'; '.join(faults)}. Change it before prove(trainer, ...), which comes last"

@@ -38,6 +38,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
 
@@ -229,13 +230,15 @@ def commit_of(config: PreTrainedConfig) -> str | None:
 
 
 def save_with_own_names(model: PreTrainedModel, folder: str | os.PathLike[str], **options: Any) -> None:
-    """Saves a model under the names of its parameters.
+    """`save_pretrained` that writes a checkpoint under the names of the model's parameters, and all else as the Hub has
+    it.
 
     By default transformers 5.23 writes the Hub's older names. Its Trainer finds none of them when it resumes from such
     a checkpoint or loads the best one, and continues with the weights it has. No argument of the Trainer reaches
     `save_original_format`.
     """
-    type(model).save_pretrained(model, folder, save_original_format=False, **options)
+    is_checkpoint = Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    type(model).save_pretrained(model, folder, save_original_format=not is_checkpoint, **options)
 
 
 def limit_pixels(image_processor: Any, max_pixels: int) -> None:

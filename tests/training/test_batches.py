@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from datasets import Dataset
 from runs import rows as picture_rows
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
@@ -138,18 +136,6 @@ def test_a_length_column_that_would_be_dropped_is_refused(tmp_path: Path) -> Non
         args = SFTConfig(str(tmp_path), train_sampling_strategy=strategy, **CPU)
         with pytest.raises(ValueError, match=rf"{strategy} .*remove_unused_columns False"):
             GroupByLength().on_init_end(args, TrainerState(), TrainerControl())
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_rows_without_lengths_are_refused_with_a_sentence(strategy: str, twin: Any, tmp_path: Path) -> None:
-    """Where the Trainer takes the lengths from `input_ids`, images are not counted."""
-    _, processor = twin()
-    rows = Dataset.from_list([{"input_ids": [1, 2]}, {"input_ids": [3]}])
-    args = SFTConfig(str(tmp_path), train_sampling_strategy=strategy, remove_unused_columns=False, **CPU)
-    trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=rows, processing_class=processor.tokenizer)
-    loader = trainer.get_train_dataloader()
-    with pytest.raises(ValueError, match=rf"{strategy}, but the training rows have no column 'length'; add it with"):
-        GroupByLength().on_train_begin(args, TrainerState(), TrainerControl(), train_dataloader=loader)
 
 
 def one_of_two(rank: int, port: int, folder: str, output: str) -> None:

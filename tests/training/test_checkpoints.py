@@ -20,6 +20,7 @@ import runs
 import torch
 import transformers
 from peft import LoraConfig
+from proven import RecipeConfig, pieces
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
@@ -33,10 +34,10 @@ from vlm_sft.training.checkpoints import (
     SafeCheckpoints,
     _checkpoints,
     _key_differences,
-    _save_pretrained,
     latest_checkpoint,
 )
 from vlm_sft.training.optim import lr_by_part
+from vlm_sft.upstream import save_with_own_names
 
 FOUR = ("llava15", "qwen2_5_vl", "smolvlm", "gemma3")
 
@@ -115,7 +116,7 @@ def test_a_resumed_full_fine_tune_is_bit_equal(family: str, tiny_dir: Any, tmp_p
 def test_checkpoints_keep_the_names_that_the_trainer_looks_for(family: str, tiny_model: Any, tmp_path: Path) -> None:
     model = tiny_model(family)
     held = runs.weights(model)
-    _save_pretrained(model, tmp_path / "checkpoint-1")
+    save_with_own_names(model, tmp_path / "checkpoint-1")
     assert _key_differences(tmp_path / "checkpoint-1", model) == []
     with torch.no_grad():
         for parameter in model.parameters():
@@ -129,7 +130,7 @@ def test_checkpoints_keep_the_names_that_the_trainer_looks_for(family: str, tiny
 @pytest.mark.parametrize("family", ["llava15", "llava_next", "qwen2_vl", "qwen2_5_vl", "gemma3", "internvl"])
 def test_names_of_the_hub_are_noticed(family: str, tiny_model: Any, tmp_path: Path) -> None:
     model = tiny_model(family)
-    _save_pretrained(model, tmp_path / "final")
+    save_with_own_names(model, tmp_path / "final")
     missing, unknown = _key_differences(tmp_path / "final", model)
     assert "of the model are not in it" in missing
     assert "in it are not the model's" in unknown
@@ -480,27 +481,32 @@ def test_another_base_is_refused(broken: Path, llava: Path, tmp_path: Path) -> N
 def test_other_rates_by_part_are_refused(llava: Path, tmp_path: Path) -> None:
     """Those of the checkpoint's optimizer would be used, without a word."""
 
-    def run(rates: dict[str, float]) -> Any:
-        trainer = untrained(llava, tmp_path)
-        trainer.optimizer_cls_and_kwargs = lr_by_part(trainer.args, rates)
-        return trainer
+    def run(rates: dict[str, float] | None) -> Any:
+        held_out = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
+        optimizer = rates and lr_by_part(RecipeConfig(str(tmp_path), **held_out), rates)
+        whole = {"projector": "full", "language": "full"}
+        given = {"optimizer_cls_and_kwargs": optimizer}
+        made = pieces(llava, tmp_path, trains=whole, answers=False, given=given, save_steps=2, **held_out)
+        made.prove(whole, require_answers=False)
+        return made.trainer
 
     first = run({"projector": 0.002})
     first.train()
-    shutil.rmtree(tmp_path / "checkpoint-4")
+    shutil.rmtree(tmp_path / "output/checkpoint-4")
     again = run({"projector": 0.002})
     again.train(resume_from_checkpoint=latest_checkpoint(again))
     assert runs.same(runs.weights(first.model), runs.weights(again.model))
+    shutil.rmtree(tmp_path / "output/checkpoint-4")
     for rates, said in (
         ({"projector": 0.005}, "projector: recorded 0.002, now 0.005"),
-        ({"projector": 0.002, "head": 0.1}, "head: recorded None, now 0.1"),
+        ({"projector": 0.002, "language": 0.1}, "language: recorded None, now 0.1"),
     ):
         with pytest.raises(ValueError, match=rf"belongs to another run:\n  lr_by_part\.{said}"):
             latest_checkpoint(run(rates))
     with pytest.raises(ValueError, match=r"lr_by_part\.projector: recorded 0\.002, now 0\.005"):
-        run({"projector": 0.005}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        run({"projector": 0.005}).train(resume_from_checkpoint=str(tmp_path / "output/checkpoint-2"))
     with pytest.raises(ValueError, match=r"lr_by_part: recorded \{.*, now None"):
-        latest_checkpoint(untrained(llava, tmp_path))
+        latest_checkpoint(run(None))
 
 
 def test_other_parameters_are_refused(broken: Path, llava: Path, tiny_model: Any) -> None:

@@ -33,8 +33,8 @@ def drawn(monkeypatch):
 
 
 def test_plot_holds_the_history(tmp_path, drawn):
-    plot_loss(HISTORY[::-1], tmp_path / "new" / "loss.png")
-    assert Image.open(tmp_path / "new" / "loss.png").size == (1350, 810)
+    plot_loss(HISTORY[::-1], tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size == (1350, 810)
     upper, lower = drawn[0].axes
     lines = {str(line.get_label()): line.get_xydata().tolist() for line in upper.lines}
     assert lines["training, 2 at the end"] == [[1, 4], [2, 3], [3, 2.5], [4, 2]]

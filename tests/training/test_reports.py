@@ -24,8 +24,8 @@ from vlm_sft.training.reports import write_reports, write_run_json
 def report(path: Path, **options) -> tuple[dict, str]:
     """run.json as read back, and as text."""
     defaults = {"settings": {}, "datasets": {}, "results": {}}
-    write_run_json(path / "new" / "run.json", **defaults | options)
-    text = (path / "new" / "run.json").read_text()
+    write_run_json(path / "run.json", **defaults | options)
+    text = (path / "run.json").read_text()
     return json.loads(text), text
 
 

@@ -1,11 +1,10 @@
 """Batches in an order that is the same on every process and after a resume, also where they are of one length.
 
-transformers groups by the column `length` (`check_rows` adds it) for `train_sampling_strategy="group_by_length"` and
-`"batch_rebalance"`. `GroupByLength` fixes what it leaves to chance (5.23): the order of the first comes from the global
-random state, which differs between processes after an epoch and is not there again when an epoch is resumed; the second
-resumes on several processes in the order of the first epoch. Rows would be skipped and others trained twice.
-Each start of a loader draws a seed for its workers from the state that dropout draws from, persistent workers at the
-first start alone, so that a run which is resumed would draw once more: here it comes from the seed and the epoch.
+transformers groups by the column `length`, which `check_rows` adds. Left to itself (5.23) it draws the order of
+`group_by_length` from the global random state, which differs between processes after an epoch and is not there again
+when an epoch is resumed, and resumes `batch_rebalance` on several processes in the order of the first epoch: rows would
+be skipped and others trained twice. And each start of a loader draws a seed for its workers from the state that dropout
+draws from, persistent workers at the first start alone, so that a resumed run would draw once more.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from vlm_sft.upstream import seed_workers
 class GroupByLength(TrainerCallback):
     """Draws the order of each epoch from `data_seed` (else `seed`) and the epoch alone; every row comes once an epoch.
 
-    Raises `ValueError` where the Trainer would drop the lengths or the rows have none.
+    Raises `ValueError` where the Trainer would drop the lengths.
     """
 
     def __init__(self) -> None:
@@ -39,20 +38,12 @@ class GroupByLength(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._loader = kwargs["train_dataloader"]
-        rows, column = self._loader.dataset, args.length_column_name
         self._sampler = _sampler_of(self._loader)
-        if not isinstance(self._sampler, (LengthGroupedSampler, BatchRebalanceSampler)):
-            return
-        if column not in getattr(rows, "column_names", ()):
-            raise ValueError(
-                f"--train_sampling_strategy {args.train_sampling_strategy}, but the training rows have no column "
-                f"{column!r}; add it with check_rows(...), or set --train_sampling_strategy random"
-            )
         if isinstance(self._sampler, LengthGroupedSampler):
             # All rows of a step, or the order would be another one on another number of processes.
             self._sampler.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             # As a column, each length would be read from the dataset, with its whole row, each time it is compared.
-            self._sampler.lengths = rows.with_format(None)[column][:]
+            self._sampler.lengths = self._loader.dataset.with_format(None)[args.length_column_name][:]
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)

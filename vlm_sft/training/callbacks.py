@@ -34,23 +34,11 @@ class RestoreGenerationConfig(TrainerCallback):
 
     def __init__(self, model: Any) -> None:
         self.model: Any = base_of(model)
-        self.loaded = copy.deepcopy(self.model.generation_config)
+        self.loaded: Any = copy.deepcopy(self.model.generation_config)
         self.use_cache = getattr(self.model.config, "use_cache", None)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._restore()
-        try:
-            with TemporaryDirectory() as folder:
-                self.model.generation_config.save_pretrained(folder)
-        except ValueError as error:
-            raise ValueError(
-                f"This generation config could not be saved after training: {error} Change model.generation_config "
-                "first, for instance do_sample=True where a temperature is set."
-            ) from error
-
-    def _restore(self) -> None:
-        restored: Any = copy.deepcopy(self.loaded)
-        changed = self.model.generation_config
+        restored, changed = copy.deepcopy(self.loaded), self.model.generation_config
         ends = eos_ids(restored.eos_token_id)
         if added := [token for token in eos_ids(changed.eos_token_id) if token not in ends]:
             restored.eos_token_id = [*ends, *added]
@@ -62,15 +50,23 @@ class RestoreGenerationConfig(TrainerCallback):
             self.model.config.use_cache = self.use_cache
         elif hasattr(self.model.config, "use_cache"):
             del self.model.config.use_cache
+        try:
+            with TemporaryDirectory() as folder:
+                restored.save_pretrained(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"This generation config could not be saved after training: {error} Change model.generation_config "
+                "first, for instance do_sample=True where a temperature is set."
+            ) from error
 
 
 class KeepRandomState(TrainerCallback):
     """An evaluation changes no number of the training around it: the random state before it is put back after it.
 
     Without this, the loader of an evaluation draws a seed from the state that dropout and NEFTune draw from, so
-    `eval_steps` and `eval_on_start` would change the weights. Must be the last callback: the state is taken after all
-    else in `on_train_begin`, `on_step_end` and `on_epoch_end`, and put back after all else in `on_evaluate`, such as
-    generated answers. The next checkpoint is saved after that (transformers 5.23), so a resume stays exact.
+    `eval_steps` and `eval_on_start` would change the weights. Must be the last callback: it takes the state after all
+    else has drawn from it, and puts it back after all else in `on_evaluate`, such as generated answers. The next
+    checkpoint is saved after that (transformers 5.23), so a resume stays exact.
     """
 
     def __init__(self) -> None:
@@ -97,12 +93,12 @@ class StopOnNaN(TrainerCallback):
     """Stops before the optimizer steps on a loss or gradient that is NaN or infinite, and names the rows.
 
     The Trainer (transformers 5.23) takes that step, keeps its loss out of the log and saves the wreck. `max_skipped`
-    such steps may be skipped instead, without an update.
+    such steps may be skipped instead, without an update. Rows are named by the batch's `rows` [B], numbers that are
+    taken out before the model sees them; without, by their place in the step.
 
-    Rows are named by the batch's `rows` [B], numbers that are taken out before the model sees them; without, by their
-    place in the step. With the fp16 gradient scaler an infinite gradient alone is not a fault as long as the scale is
-    at least 1: the scaler skips the step and lowers its scale. DeepSpeed steps inside `backward`: there the stop comes
-    after the step and before the next save.
+    With the fp16 gradient scaler an infinite gradient alone is not a fault as long as the scale is at least 1: the
+    scaler skips the step and lowers its scale. DeepSpeed steps inside `backward`: there the stop comes after the step
+    and before the next save.
     """
 
     def __init__(self, *, max_skipped: int = 0) -> None:
@@ -158,14 +154,14 @@ class StopOnNaN(TrainerCallback):
 
     def _named(self, *, bad_only: bool) -> list[str]:
         names = []
-        for place, (rows, bad) in enumerate(self._seen):
+        for place, (rows, bad) in enumerate(self._seen, 1):
             if bad_only and not bad.any():
                 continue
             if rows is None:
-                names.append(f"batch {place + 1} of {len(self._seen)} (without the numbers of its rows)")
-                continue
-            told = rows[bad] if bad_only and bad.shape == rows.shape else rows
-            names += [f"row {row}" for row in told.tolist() if row >= 0]  # below: the collator's own blank image
+                names.append(f"batch {place} of {len(self._seen)} (without the numbers of its rows)")
+            else:
+                told = rows[bad] if bad_only and bad.shape == rows.shape else rows
+                names += [f"row {row}" for row in told.tolist() if row >= 0]  # below: the collator's own blank image
         return names
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import os
+import math
 import shutil
 import signal
 import threading
@@ -38,29 +38,18 @@ from vlm_sft.models.fingerprints import (
 )
 from vlm_sft.models.loading import ADAPTER_WEIGHTS
 from vlm_sft.models.manifest import MANIFEST, read_manifest, verify_checkpoint, write_manifest
-from vlm_sft.training.optim import RATES
 from vlm_sft.upstream import restore_adapter, save_with_own_names
 
 # What changes no trained number: how is logged, evaluated, saved and reported, where, and by how many workers. What is
 # to be equal is all else. The rows of a step, however they are split, are compared as `rows_per_step`.
 _FREE_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "include_", "do_", "dataloader_")
 _FREE = {
-    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "debug", "skip_memory_metrics"),
-    *(
-        "per_device_eval_batch_size",
-        "prediction_loss_only",
-        "batch_eval_metrics",
-        "label_names",
-        "torch_empty_cache_steps",
-    ),
-    *("bf16_full_eval", "fp16_full_eval", "auto_find_batch_size", "enable_jit_checkpoint", "local_rank", "use_cache"),
-    *(
-        "resume_from_checkpoint",
-        "restore_callback_states_from_checkpoint",
-        "remove_unused_columns",
-        "trust_remote_code",
-    ),
-    *("fsdp", "fsdp_config", "deepspeed", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "debug", "local_rank"),
+    *("per_device_eval_batch_size", "generation_batch_size", "batch_eval_metrics", "prediction_loss_only"),
+    *("bf16_full_eval", "fp16_full_eval", "auto_find_batch_size", "label_names", "skip_memory_metrics", "use_cache"),
+    *("resume_from_checkpoint", "restore_callback_states_from_checkpoint", "remove_unused_columns"),
+    *("trust_remote_code", "torch_empty_cache_steps", "enable_jit_checkpoint", "fsdp", "fsdp_config", "deepspeed"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
 }
 # What may change on purpose, and is printed.
 _NOTES = (
@@ -77,10 +66,8 @@ class SafeCheckpoints(TrainerCallback):
 
     - The last file of a save is `manifest.json`, with size and xxh3 hash of every other. Without it, or where a file
       differs, a checkpoint does not count; the next run moves it to `incomplete-checkpoint-N`.
-    - A resume compares all that the run is made of, by name, but for what changes no trained number (`_FREE`), and is
-      announced in one line.
-    - Checkpoints of a full fine-tune keep the names of its parameters (`upstream.save_with_own_names`), or a resume and
-      `load_best_model_at_end` would change nothing. The final `save_model` writes the Hub's names.
+    - A resume compares all that the run is made of but what changes no trained number (`_FREE`).
+    - Checkpoints of a full fine-tune keep the names of its parameters (`upstream.save_with_own_names`).
     - SIGTERM: the step is finished and saved, and the process exits with 0. Two runs never share an `output_dir`.
     - Beside an adapter lies `training_base.json`: the base it was trained on, as merging needs it.
 
@@ -88,7 +75,7 @@ class SafeCheckpoints(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.made_of: Mapping[str, Any] = {}  # further settings that must be equal; `prove` knows collator and rows
+        self.made_of: Mapping[str, Any] = {}  # further settings that must be equal, which `prove` knows
         self.noted: Mapping[str, Any] = {}  # further ones that may change, and are printed
         self._checked: Path | None = None
         self._terminated = False
@@ -105,24 +92,20 @@ class SafeCheckpoints(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         output_dir, model = Path(str(args.output_dir)), extract_model_from_parallel(kwargs["model"])
         on_main(lambda: self._lock(output_dir))
-        rates = getattr(kwargs["optimizer"], "defaults", {}).get(RATES)
-        self._settings = self.settings(args, kwargs["train_dataloader"].dataset, rates)
+        self._settings = self.settings(args, kwargs["train_dataloader"].dataset)
         if state.global_step:
             on_main(lambda: self.check(_folder(args, state), self._settings, model))
             _restore_adapter(model, _folder(args, state))
             print_main(_announcement(args, state, kwargs["train_dataloader"]))
-        on_main(lambda: _move_incomplete(output_dir, state.global_step))
-        if isinstance(model, PreTrainedModel):
-            # On this one instance, because no argument of the Trainer reaches `save_original_format`.
-            model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
-        if threading.current_thread() is threading.main_thread():
-            self._former_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             # A finished run, resumed in the middle of an epoch, takes one more step (transformers 5.23).
             for group in kwargs["optimizer"].param_groups:
                 group["lr"] = 0.0
+        on_main(lambda: _move_incomplete(output_dir, state.global_step))
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = MethodType(save_with_own_names, model)  # type: ignore[method-assign]
+        if threading.current_thread() is threading.main_thread():
+            self._former_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if any_rank(self._terminated):
@@ -165,10 +148,9 @@ class SafeCheckpoints(TrainerCallback):
         if self._base is not None:
             write_training_base(folder, self._base, self._place)
 
-    def settings(self, args: TrainingArguments, dataset: Any, rates: Mapping[str, float] | None) -> dict[str, Any]:
+    def settings(self, args: TrainingArguments, dataset: Any) -> dict[str, Any]:
         """All that must be equal between a checkpoint and the run that resumes it."""
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        own = {"rows_per_step": rows, "data": data_settings(dataset), RATES: rates, "sharding": _sharding(args)}
+        own = {"rows_per_step": _rows_per_step(args), "data": data_settings(dataset), "sharding": _sharding()}
         own |= {"dataloader_drop_last": args.dataloader_drop_last}  # the rest of the loader changes no number
         free = _FREE.union(_NOTES)
         everything: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call]
@@ -180,16 +162,13 @@ class SafeCheckpoints(TrainerCallback):
         versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
         return plain({**{n: getattr(args, n, None) for n in _NOTES}, **self.noted, "versions": versions})
 
-    def check(self, folder: Path, settings: dict[str, Any], model: nn.Module) -> None:
-        """Raises `ValueError` for a checkpoint that is not complete or not of this run, with all that differs."""
+    def check(self, folder: Path, settings: dict[str, Any], model: nn.Module, *, complete: bool = False) -> None:
+        """Raises `ValueError` for a checkpoint that is not `complete`, or not of this run with all that differs; once,
+        since a large one takes minutes to read."""
         if folder == self._checked:
             return
-        if faults := verify_checkpoint(folder):
+        if not complete and (faults := verify_checkpoint(folder)):
             raise ValueError(f"cannot resume from {folder}: {'; '.join(faults)}")
-        self.compare(folder, settings, model)
-
-    def compare(self, folder: Path, settings: dict[str, Any], model: nn.Module) -> None:
-        """`check` for a checkpoint that is known to be complete."""
         manifest = read_manifest(folder)
         if not manifest["resumable"]:
             raise ValueError(
@@ -204,8 +183,8 @@ class SafeCheckpoints(TrainerCallback):
             found += [f"base weight {line}" for line in weight_differences(recorded, self._base["weights"])[:6]]
         found += _key_differences(folder, model)
         if found:
-            listed = "\n  ".join([f"{folder} belongs to another run:", *found])
-            raise ValueError(f"{listed}\nPut these settings back, or choose another --output_dir.")
+            told = "\n  ".join([f"{folder} belongs to another run:", *found])
+            raise ValueError(f"{told}\nPut these settings back, or choose another --output_dir.")
         self._checked = folder
 
     def _lock(self, output_dir: Path) -> None:
@@ -245,14 +224,13 @@ def latest_checkpoint(trainer: Any) -> str | None:
             f"complete checkpoint in --output_dir {args.output_dir} by itself; leave it out (to resume from an older "
             "one, move the newer ones away)"
         )
-    rates = dict((trainer.optimizer_cls_and_kwargs or (None, {}))[1]).get(RATES)
 
     def find() -> str | None:
         for folder in reversed(_checkpoints(Path(str(args.output_dir))).values()):
             if faults := verify_checkpoint(folder):
                 print_main(f"{folder} is skipped: {'; '.join(faults)}")
                 continue
-            guard.compare(folder, guard.settings(args, trainer.train_dataset, rates), trainer.model)
+            guard.check(folder, guard.settings(args, trainer.train_dataset), trainer.model, complete=True)
             for line in differences(read_manifest(folder)["notes"], guard.notes(args)):
                 print_main(f"{folder} is resumed; {line}")
             return str(folder)
@@ -263,23 +241,32 @@ def latest_checkpoint(trainer: Any) -> str | None:
 
 def _announcement(args: TrainingArguments, state: TrainerState, loader: Any) -> str:
     """The line that a resume begins with."""
+    done = f"{state.global_step} of {state.max_steps}"
     if state.global_step >= state.max_steps:
-        done = f"is finished: {state.global_step} of {state.max_steps} steps are done, so nothing more is trained"
-        return f"{args.output_dir} {done}; for more, raise --max_steps or --num_train_epochs"
-    done = f"resumes after step {state.global_step} of {state.max_steps}, epoch {state.epoch or 0:.2f}"
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    epoch = (
-        -(-len(loader) // args.gradient_accumulation_steps) if isinstance(loader.dataset, Sized) else state.max_steps
-    )
+        return (
+            f"{args.output_dir} is finished: {done} steps are done, so nothing more is trained; for more, raise "
+            "--max_steps or --num_train_epochs"
+        )
+    sized = isinstance(loader.dataset, Sized)
+    epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if sized else state.max_steps
     skipped = 0 if args.ignore_data_skip else state.global_step % epoch
-    return f"{args.output_dir}: {done}; the rows of {skipped} steps of this epoch, {rows} each, are skipped"
+    return (
+        f"{args.output_dir}: resumes after step {done}, epoch {state.epoch or 0:.2f}; the rows of {skipped} steps of "
+        f"this epoch, {_rows_per_step(args)} each, are skipped"
+    )
 
 
-def _sharding(args: TrainingArguments) -> str | None:
-    """Whose files a checkpoint holds: FSDP and DeepSpeed read no others, DeepSpeed none of another number."""
-    if (kind := PartialState().distributed_type) == DistributedType.DEEPSPEED:
-        return f"DeepSpeed on {args.world_size} processes"
-    return "FSDP" if kind == DistributedType.FSDP else None
+def _rows_per_step(args: TrainingArguments) -> int:
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _sharding() -> str | None:
+    """Whose own files a checkpoint holds, loaded strictly and by names: FSDP and DeepSpeed read no others, DeepSpeed
+    none of another number of processes."""
+    state = PartialState()
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        return f"DeepSpeed on {state.num_processes} processes"
+    return "FSDP" if state.distributed_type == DistributedType.FSDP else None
 
 
 def _checkpoints(output_dir: Path) -> dict[int, Path]:
@@ -316,52 +303,42 @@ def _move_incomplete(output_dir: Path, step: int) -> None:
 
 
 def _restore_adapter(model: nn.Module, folder: Path) -> None:
-    """What the Trainer has loaded by PEFT, which loses some families' adapters. FSDP and DeepSpeed load by names."""
-    if isinstance(model, PeftModel) and not _loads_by_itself():
+    """What the Trainer has loaded by PEFT, which loses some families' adapters."""
+    if isinstance(model, PeftModel) and not _sharding():
         missing, left = restore_adapter(model, folder / ADAPTER_WEIGHTS)
         if missing or left:
             raise ValueError(f"{folder / ADAPTER_WEIGHTS} lacks {listed(missing)}, and {listed(left)} fit nowhere")
 
 
-def _loads_by_itself() -> bool:
-    return PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
 def _key_differences(folder: Path, model: nn.Module) -> list[str]:
     """What the Trainer would leave as it is in the model, or in the file, without an error."""
-    if _loads_by_itself() or hasattr(model, "peft_config"):
-        return []  # FSDP and DeepSpeed load files of their own, strictly
-    held, saved = model.state_dict(), set[str]()
+    if _sharding() or hasattr(model, "peft_config"):
+        return []
+    saved = set[str]()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             saved |= set(tensors.keys())
-    there = {tensor.data_ptr() for name, tensor in held.items() if name in saved}
-    # A tied weight is saved under one of its names.
-    missing = [name for name, tensor in held.items() if name not in saved and tensor.data_ptr() not in there]
-    unknown = sorted(saved - held.keys())
-    told = ((missing, "of the model are not in it"), (unknown, "in it are not the model's"))
-    return [f"{len(names)} tensors {where}, such as {names[0]}" for names, where in told if names]
-
-
-def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    is_checkpoint = Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-    save = save_with_own_names if is_checkpoint else type(model).save_pretrained
-    save(model, save_directory, **kwargs)
+    held = model.state_dict().keys()
+    tied = getattr(model, "all_tied_weights_keys", {}).keys()  # saved under the other name
+    found = {"of the model are not in it": held - saved - tied, "in it are not the model's": saved - held}
+    return [f"{len(names)} tensors {where}, such as {min(names)}" for where, names in found.items() if names]
 
 
 def _check_arguments(args: TrainingArguments) -> None:
     # The Trainer deletes old checkpoints before the manifest of the new one is written.
     least = 3 if args.metric_for_best_model is not None else 2
-    defeating = {
-        "--hub_token would be written in clear text into training_args.bin of every checkpoint; log in with "
-        "`hf auth login` or set HF_TOKEN instead": args.hub_token is not None,
-        "--enable_jit_checkpoint saves past this callback, which saves on SIGTERM itself; leave it out": (
-            args.enable_jit_checkpoint
-        ),
-        f"--save_total_limit {args.save_total_limit} deletes the last good checkpoint before the new is proven; at "
-        f"least {least} here (the new one, the last one, the best one), or None": (
-            0 < (args.save_total_limit or 0) < least
-        ),
-    }
-    if faults := [fault for fault, is_so in defeating.items() if is_so]:
+    faults = []
+    if args.hub_token is not None:
+        faults.append(
+            "--hub_token would be written in clear text into training_args.bin of every checkpoint; log in with `hf "
+            "auth login` or set HF_TOKEN instead"
+        )
+    if args.enable_jit_checkpoint:
+        faults.append("--enable_jit_checkpoint saves past this callback, which saves on SIGTERM itself; leave it out")
+    if 0 < (args.save_total_limit or 0) < least:
+        faults.append(
+            f"--save_total_limit {args.save_total_limit} deletes the last good checkpoint before the new is proven; at "
+            f"least {least} here (the new one, the last one, the best one), or None"
+        )
+    if faults:
         raise ValueError("SafeCheckpoints: " + "; ".join(faults))

@@ -16,9 +16,6 @@ from transformers import Trainer, TrainingArguments
 
 from vlm_sft.models.parts import PARTS, part_of, parts_of
 
-RATES = "lr_by_part"
-"""The keyword by which an optimizer gets its rates, and the default under which a checkpoint finds them."""
-
 
 def lr_by_part(args: TrainingArguments, learning_rates: Mapping[str, float]) -> tuple[Any, dict[str, Any]]:
     """What to pass as `optimizer_cls_and_kwargs=`, so that the named parts train at learning rates of their own.
@@ -37,9 +34,9 @@ def lr_by_part(args: TrainingArguments, learning_rates: Mapping[str, float]) -> 
     faults += [f"{part}: {rate} is negative" for part, rate in rates.items() if rate < 0]
     if faults:
         raise ValueError(f"lr_by_part: {'; '.join(sorted(faults))}; the parts are {', '.join(PARTS)}")
-    # A callable that is not an optimizer class is one the Trainer calls, with the model it is about to train, to get
-    # what makes the optimizer: only then are adapters in place and parameters final.
-    return lambda: partial(_build, args=args), {RATES: rates}
+    # What is not an optimizer class the Trainer calls, for what makes the optimizer of the model it is about to train:
+    # only then are adapters in place and parameters final.
+    return lambda: partial(_build, args=args), {"lr_by_part": rates}
 
 
 def _build(model: nn.Module, *, args: TrainingArguments, lr_by_part: dict[str, float]) -> torch.optim.Optimizer:
@@ -48,8 +45,6 @@ def _build(model: nn.Module, *, args: TrainingArguments, lr_by_part: dict[str, f
         name = getattr(args.optim, "value", args.optim)
         raise ValueError(f"--optim {name} makes its own parameter groups; choose another one for lr_by_part")
     optimizer: torch.optim.Optimizer = optimizer_class(_groups(model, args, lr_by_part), **settings)
-    # Not in the groups: those of a resumed run are its checkpoint's.
-    optimizer.defaults[RATES] = lr_by_part
     if settings.get("optim_bits") == 8:
         _keep_embeddings_in_32_bit(model)
     return optimizer
@@ -66,7 +61,6 @@ def _groups(model: nn.Module, args: TrainingArguments, rates: Mapping[str, float
             members[part_of(name, parts), name in decaying].append(parameter)
     if idle := rates.keys() - {part for part, _ in members}:
         raise ValueError(f"lr_by_part: nothing trains in {', '.join(sorted(idle))}; drop its rate, or train the part")
-    # The parts without a rate of their own come first, so that the logged rate is `args.learning_rate`.
     return [
         {
             "params": members[part, decays],
@@ -74,7 +68,7 @@ def _groups(model: nn.Module, args: TrainingArguments, rates: Mapping[str, float
             "weight_decay": args.weight_decay if decays else 0.0,
             "part": part,
         }
-        for part in sorted(PARTS, key=rates.__contains__)
+        for part in sorted(PARTS, key=rates.__contains__)  # so that the rate of the first, logged, is `learning_rate`
         for decays in (True, False)
         if members[part, decays]
     ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -57,13 +56,18 @@ def write_reports(
     output, history = Path(trainer.args.output_dir), trainer.state.log_history
     if any({"loss", "eval_loss"} & entry.keys() for entry in history):  # not so in a run shorter than logging_steps
         plot_loss(history, output / "loss.png", title=output.name)
+    _write_model_card(trainer, settings.get("dataset_name"), datasets, results, facts)
     times = {name: value for entry in history for name, value in entry.items() if name in _TIMES}
-    recorded = {"recipe": dict(settings), "training": trainer.args.to_dict()}
-    name = settings.get("dataset_name")
-    write_model_card(trainer, dataset_name=name, datasets=datasets, results=results, facts=facts)
-    everything = {"settings": recorded, "proof": facts, "results": times | dict(results), "held_out": held_out}
-    everything["steps"] = min(trainer.state.global_step, trainer.state.max_steps)
-    write_run_json(output / "run.json", model=trainer.model, datasets=datasets, **everything)
+    write_run_json(
+        output / "run.json",
+        model=trainer.model,
+        datasets=datasets,
+        settings={"recipe": dict(settings), "training": trainer.args.to_dict()},
+        proof=facts,
+        results=times | dict(results),
+        held_out=held_out,
+        steps=min(trainer.state.global_step, trainer.state.max_steps),
+    )
 
 
 def recorded_results(output: Path, steps: int) -> dict[str, Any] | None:
@@ -101,7 +105,6 @@ def write_run_json(path: str | Path, *, model: Any, datasets: Mapping[str, Any],
         },
         **facts,
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(_scrubbed(plain(record)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -140,45 +143,40 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, tit
     """
     import pandas as pd  # half a second
 
-    train, evaluation, rate = (_series(log_history, key) for key in ("loss", "eval_loss", "learning_rate"))
-    if not (len(train) or len(evaluation)):
+    def by_step(key: str) -> Any:  # of a step logged twice (resumed), the later value
+        values = {float(entry["step"]): entry[key] for entry in log_history if key in entry and "step" in entry}
+        return pd.Series(values, dtype=float).sort_index()
+
+    train, evaluation = by_step("loss"), by_step("eval_loss")
+    if train.empty and evaluation.empty:
         raise ValueError("log_history holds neither 'loss' nor 'eval_loss'; train or evaluate first")
+    broken = [step for series in (train, evaluation) for step in series.index[~np.isfinite(series)]]
+    train, evaluation = (series[np.isfinite(series)] for series in (train, evaluation))
+    smooth = train.rolling(2 * (len(train) // 30) + 1, center=True, min_periods=1).mean()  # less at both ends
     figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [5, 1]})
-    broken = [step for series in (train, evaluation) for step, value in series if not math.isfinite(value)]
-    train, evaluation = (series[np.isfinite(series[:, 1])] for series in (train, evaluation))
-    window = 2 * (len(train) // 30) + 1  # less at both ends
-    smooth = pd.Series(train[:, 1]).rolling(window, center=True, min_periods=1).mean().to_numpy()
     if len(train):
-        upper.plot(*train.T, color="tab:blue", alpha=0.3, linewidth=1)
-        upper.plot(train[:, 0], smooth, color="tab:blue", label=f"training, {smooth[-1]:.3g} at the end")
+        upper.plot(train, color="tab:blue", alpha=0.3, linewidth=1)
+        upper.plot(smooth, color="tab:blue", label=f"training, {smooth.iloc[-1]:.3g} at the end")
     if len(evaluation):
-        step, best = min(evaluation.tolist(), key=lambda point: point[1])
+        step, best = evaluation.idxmin(), evaluation.min()
         label = f"evaluation, best {best:.3g} at step {step:.0f}"
-        upper.plot(*evaluation.T, color="tab:orange", marker=".", label=label)
+        upper.plot(evaluation, color="tab:orange", marker=".", label=label)
         upper.plot(step, best, color="tab:orange", marker="o", markersize=10, fillstyle="none")
     if broken:
         edge = {"transform": upper.get_xaxis_transform(), "clip_on": False}
         upper.plot(broken, [1] * len(broken), "x", color="tab:red", label=f"{len(broken)} not finite", **edge)
-    values = np.concatenate([smooth, evaluation[:, 1]])
-    falls_far = len(values) and 0 < values.min() < values.max() / 20
+    values = pd.concat([smooth, evaluation])
+    falls_far = 0 < values.min() < values.max() / 20
     upper.set(title=title, ylabel="loss", yscale="log" if falls_far else "linear")
     upper.legend()
-    lower.plot(*rate.T, color="tab:gray")
+    lower.plot(by_step("learning_rate"), color="tab:gray")
     lower.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> Any:
-    """Points [N, 2] of (step, value), by step; of a step logged twice (resumed), the later value."""
-    points = {float(entry["step"]): float(entry[key]) for entry in log_history if key in entry and "step" in entry}
-    return np.array(sorted(points.items())).reshape(-1, 2)
-
-
-def write_model_card(
+def _write_model_card(
     trainer: Any,
-    *,
     dataset_name: str | None,
     datasets: Mapping[str, Any],
     results: Mapping[str, Any],
@@ -215,5 +213,4 @@ def write_model_card(
 
 
 def _on_hub(name: str | None) -> bool:
-    """Of what lies in a folder, only the name is told."""
     return name is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
