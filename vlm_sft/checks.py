@@ -131,7 +131,7 @@ def check_pieces(trainer: Any, collator: Any) -> None:
 
 def check_pass(trainer: Any, collator: Any) -> Checked:
     """What `check_rows` said of the training rows. Raises where they, or the held-out rows, did not pass through it."""
-    rows = trainer.train_dataset
+    rows, passed = trainer.train_dataset, list[Checked]()
     splits = {"train_dataset": rows} | ({"eval_dataset": trainer.eval_dataset} if trainer.eval_dataset else {})
     for name, split in splits.items():
         if (checked := rows_checked(split)) is None:
@@ -144,8 +144,8 @@ def check_pass(trainer: Any, collator: Any) -> Checked:
                 f"the rows of {name} were checked with a collator of other settings than the trainer's; make one "
                 "collator, and give it to check_rows and to SFTTrainer"
             )
-    seed = drawn_seed(rows)
-    if seed is not None and seed != trainer.args.seed:
+        passed.append(checked)
+    if (seed := drawn_seed(rows)) not in (None, trainer.args.seed):
         raise ValueError(
             f"the held-out rows were drawn with seed={seed}, and the run has --seed {trainer.args.seed}: pass "
             "seed=training_args.seed to load_conversations"
@@ -153,39 +153,36 @@ def check_pass(trainer: Any, collator: Any) -> Checked:
     if trainer.args.train_sampling_strategy != "random" and "length" not in (rows.column_names or ()):
         trainer.args.train_sampling_strategy = "random"
         print_main("rows come in random order: without the check of all rows their lengths are not known")
-    first = rows_checked(rows)
-    assert first is not None
-    return first
+    return passed[0]
 
 
 def check_captions(report: AuditReport) -> None:
     """Raises for a row that asks something: without a stop token, only captions of an image alone are trained."""
     for row in report.rows:
-        asked = [
-            text for message in row.conversation.messages if message["role"] == "user" and (text := text_of(message))
-        ]
-        if asked:
+        if asked := "".join(text_of(each) for each in row.conversation.messages if each["role"] == "user"):
             raise ValueError(
-                f"{row.name} asks {asked[0][:60]!r}, and a caption without stop token is trained after its image alone:"
-                " return just the image in the user message (to_conversation), or leave out require_stop_token=False"
+                f"{row.name} asks {asked[:60]!r}, and a caption without stop token is trained after its image alone: "
+                "return just the image in the user message (to_conversation), or leave out require_stop_token=False"
             )
 
 
 def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, str]:
     """Lines on rows, tokens and lengths: of all training rows where they were checked, else of the audited ones."""
-    rows, held_out = trainer.train_dataset, trainer.eval_dataset
-    audited = report.facts()
-    sizes = {"to train on": rows, "held out": held_out}
+    rows, audited = trainer.train_dataset, report.facts()
+    sizes = {"to train on": rows, "held out": trainer.eval_dataset}
     counts = [
-        f"{len(split):,} {what}" if _sized(split) else f"a stream {what}" for what, split in sizes.items() if split
+        f"{len(split):,} {what}" if isinstance(split, Sized) else f"a stream {what}"
+        for what, split in sizes.items()
+        if split
     ]
-    left_out = f", {checked.bad:,} bad ones left out" if checked.on_bad_rows == "drop" and checked.bad else ""
-    unseen = "" if checked.on_bad_rows != "ignore" and _sized(rows) else "; not checked before, each is when it comes"
-    facts = {"rows": f"{', '.join(counts)}{left_out}{unseen}", "audited": audited["rows"]}
+    if checked.on_bad_rows == "drop" and checked.bad:
+        counts.append(f"{checked.bad:,} bad ones left out")
+    all_seen = checked.on_bad_rows != "ignore" and isinstance(rows, Sized)
+    seen = "" if all_seen else "; not checked before, each is when it comes"
+    facts = {"rows": f"{', '.join(counts)}{seen}", "audited": audited.pop("rows"), **audited}
     if "length" in (rows.column_names or ()):
-        lengths, images, trained = (
-            unpacked(rows).with_format(None)[name][:] for name in ("length", "image_tokens", "trained_tokens")
-        )
+        columns = unpacked(rows).with_format(None)
+        lengths, images, trained = (columns[name][:] for name in ("length", "image_tokens", "trained_tokens"))
         if not any(images):
             raise ValueError(
                 "no training row has an image, so the vision tower would see nothing: name the column that holds them, "
@@ -196,13 +193,7 @@ def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, 
         facts["tokens"] = f"{total:,}: " + ", ".join(f"{kind} {count / total:.1%}" for kind, count in kinds.items())
         median = ordered[len(ordered) // 2]
         facts["lengths"] = f"{ordered[0]:,} to {ordered[-1]:,}, median {median:,}; max_length {trainer.args.max_length}"
-    else:
-        facts |= {name: audited[name] for name in ("tokens", "lengths")}
-    return facts | {name: audited[name] for name in ("answers", "prompts")}
-
-
-def _sized(rows: Any) -> bool:
-    return hasattr(rows, "__len__")
+    return facts
 
 
 def plan_of(trainer: Any, answers: Mapping[str, Any]) -> tuple[int, dict[str, str]]:

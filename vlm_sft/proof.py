@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.generic import is_flash_attention_requested
@@ -61,8 +61,8 @@ def guards(model: Any, *, max_skipped: int = 0) -> list[TrainerCallback]:
 
 @dataclass(frozen=True)
 class Proof:
-    """What `prove` found: `facts` for the run record (subject -> sentence; "changed" is what the library changed on
-    model and trainer) and the `report` of the audited rows. `results` fills when training has ended."""
+    """What `prove` found: `facts` for the run record (subject -> sentence) and the `report` of the audited rows.
+    `results` fills when training has ended."""
 
     facts: dict[str, str]
     report: AuditReport
@@ -73,10 +73,9 @@ class Proof:
     results: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        wrapped = [
-            textwrap.wrap(f"{name:<11}{text}", 120, subsequent_indent=" " * 11) for name, text in self.facts.items()
-        ]
-        return "\n".join([self.facts["trains"], *(line for lines in wrapped[1:] for line in lines)])
+        rest = [f"{name:<11}{text}" for name, text in self.facts.items() if name != "trains"]
+        lines = [line for text in rest for line in textwrap.wrap(text, 120, subsequent_indent=" " * 11)]
+        return "\n".join([self.facts["trains"], *lines])
 
 
 class Gate(TrainerCallback):
@@ -92,9 +91,7 @@ class Gate(TrainerCallback):
     ended: bool = False
     recorded: dict[str, Any] | None = None  # the results of a run that is finished, whose record stays as it is
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         trainer, proof, size = self.trainer, self._proven("train()"), state.train_batch_size
         if self.ended or (self.batch_size is not None and (not args.auto_find_batch_size or size == self.batch_size)):
             raise ValueError(
@@ -115,16 +112,12 @@ class Gate(TrainerCallback):
             write_audit_html(proof.report, output / "audit.html")
         restore_rng(random)
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         proof = self._proven("evaluate()")
         if self.trainer.data_collator is not proof.held["trainer.data_collator"]:
             raise ValueError("evaluate(): the trainer's data_collator was exchanged after prove(); make a new trainer")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.ended = True
         trainer, proof = self.trainer, self._proven("train()")
         args.eval_on_start = self.eval_on_start
@@ -139,15 +132,8 @@ class Gate(TrainerCallback):
             _callbacks(trainer, SafeCheckpoints)[0].write_base(output)
             (output / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle with paths
             write_manifest(output, {}, files="*.safetensors")
-        splits = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
-        write_reports(
-            trainer,
-            settings=proof.flags,
-            datasets={name: rows for name, rows in splits.items() if rows is not None},
-            results=proof.results,
-            facts=proof.facts,
-            held_out=None if trainer.eval_dataset is None else held_out_record(trainer.eval_dataset),
-        )
+        held_out = None if trainer.eval_dataset is None else held_out_record(trainer.eval_dataset)
+        write_reports(trainer, settings=proof.flags, results=proof.results, facts=proof.facts, held_out=held_out)
 
     def _proven(self, what: str) -> Proof:
         if self.proof is None:
@@ -169,17 +155,14 @@ def prove(
 ) -> Proof:
     """Facts about what this trainer is about to train, once each agrees with `trains` and `args`; prints them.
 
-    Judged is what the trainer holds: that rows were checked with its collator; labels of `num_rows` real rows; that
-    exactly the parts of `trains` train, per parameter; what is quantized; dtypes; the plan of steps, warm-up,
-    evaluations and the metric that chooses the best; that each flag of `args` (a dataclass derived from
-    `vlm_sft.Arguments`, or None without a recipe) was read, and that no setting is without effect. The model's own
-    forward, the optimizer's groups, and that nothing was exchanged since, are judged when training begins.
+    Judged is what the trainer holds: that rows were checked with its collator; labels of `num_rows` real rows; which
+    parts train, per parameter; what is quantized; the plan of steps, evaluations and the choice of the best; that each
+    flag of `args` (a dataclass derived from `vlm_sft.Arguments`, or None without a recipe) was read, and no setting is
+    without effect. When training begins: the model's forward, the optimizer's groups, and that nothing was exchanged.
 
     `require_stop_token=False` for captions, which end without one and answer no question; `require_answers=False` for a
-    run that answers no held-out rows (`evaluate_answers`). Trainable weights are cast to float32 here, and the
-    trainer's steps are wrapped to explain an out-of-memory error; the last line lists all that the library changed.
-
-    Raises `ValueError` with what was found, what was expected, and the line or flag to change.
+    run that answers no held-out rows (`evaluate_answers`). Trainable weights are cast to float32 here; the last line
+    lists all that the library changed. Raises `ValueError` with what was found and the line or flag to change.
     """
     gate = _gate_of(trainer, "prove()")
     if gate.proof is not None or trainer.state.global_step:
@@ -245,9 +228,8 @@ def prove(
 def finish(trainer: Any, proof: Proof) -> dict[str, float]:
     """The results of the last evaluation; ends trackers and the group of processes.
 
-    Evaluation, weights with processor, `loss.png`, `run.json` and the model card are already written when `train()`
-    returns, so a run that ends before this line loses none of them. Raises `ValueError` for a trainer that has not
-    trained, or a proof of another one.
+    All else is already written when `train()` returns, so a run that ends before this line loses none of it. Raises
+    `ValueError` for a trainer that has not trained, or a proof of another one.
     """
     gate = _gate_of(trainer, "finish()")
     if gate.proof is not proof:
@@ -321,9 +303,8 @@ def _refuse_exchanged(trainer: Any, proof: Proof, state: TrainerState) -> None:
         if (now := found[name]) == was:
             continue
         if isinstance(was, frozenset):
-            faults.append(f"{name}: {listed(now - was)} now, {listed(was - now)} no longer")
-        else:
-            faults.append(f"{name} {now}, was {was}" if name.startswith("--") else name)
+            name += f": {listed(now - was)} now, {listed(was - now)} no longer"
+        faults.append(f"{name} {now}, was {was}" if name.startswith("--") else name)
     if state.max_steps != proof.steps and state.train_batch_size == proof.batch_size:
         faults.append(f"{state.max_steps} steps would run, {proof.steps} were planned")
     if faults:

@@ -2,17 +2,17 @@
 
 Each function here works round one fault, or reads one thing that has no public name. tests/test_upstream.py shows each
 fault on a small case and goes red when the name is gone, or when the fault is, so that the function can go too. It also
-holds what these modules rely on in place:
+holds what these modules rely on in place (transformers 5.23, accelerate 1.15, TRL 1.16, datasets 5.2):
 
 - training/batches.py: batch_size, lengths and generator of LengthGroupedSampler, seed and set_epoch of
-  BatchRebalanceSampler (transformers 5.23), below accelerate 1.15's batch samplers: to order rows by seed and epoch.
+  BatchRebalanceSampler, below accelerate's batch samplers: to order rows by seed and epoch.
 - training/optim.py: `optimizer_cls_and_kwargs` may hold a callable that makes the optimizer of a model, and
-  `get_decay_parameter_names` reads nothing of its Trainer (transformers 5.23): for rates by part.
-- training/callbacks.py: `log_probs` [B, T - 1] of TRL 1.16's fused head, to name the row of a NaN.
-- training/neftune.py: `neftune_hook_handle` of the Trainer (transformers 5.23), whose noise counts padding.
-- data/check_rows.py, proof.py: `Dataset._fingerprint` (datasets 5.2), to know rows again.
+  `get_decay_parameter_names` reads nothing of its Trainer: for rates by part.
+- training/callbacks.py: `log_probs` [B, T - 1] of TRL's fused head, to name the row of a NaN.
+- training/neftune.py: `neftune_hook_handle` of the Trainer, whose noise counts padding.
+- data/check_rows.py, proof.py: `Dataset._fingerprint`, to know rows again.
 - evaluation/callback.py, training/callbacks.py: callbacks run in the order of `callback_handler.callbacks`, and an
-  evaluation before the save of its step (transformers 5.23): answers are scored, then the random state is put back.
+  evaluation before the save of its step: answers are scored, then the random state is put back.
 """
 
 from __future__ import annotations
@@ -44,10 +44,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 
 def sees_both_ways(model: PreTrainedModel) -> bool:
     """Whether the tokens of an image may see each other in both directions: told by the masks that the model's own code
-    asks for.
-
-    FlashAttention takes no such mask, and transformers 5.23 drops it without a word (masking_utils).
-    """
+    asks for. FlashAttention takes no such mask, and transformers 5.23 drops it without a word (masking_utils)."""
     source = inspect.getsource(sys.modules[type(model).__module__])
     return "block_sequence_ids" in source or "or_mask_function" in source
 
@@ -93,9 +90,8 @@ def is_bitsandbytes_optimizer(name: str) -> bool:
 def use_one_gpu(args: TrainingArguments) -> bool:
     """Leaves the Trainer the first of several GPUs where no launcher started a process for each; whether it did.
 
-    It would wrap the model in nn.DataParallel, which TRL 1.16 refuses. CUDA_VISIBLE_DEVICES comes too late for a
-    process that has imported peft: that imports bitsandbytes, which starts CUDA. The Trainer itself sets this number
-    for a model that it does not place (transformers 5.23).
+    It would wrap the model in nn.DataParallel, which TRL 1.16 refuses; it sets this number itself for a model that it
+    does not place. CUDA_VISIBLE_DEVICES comes too late: `import peft` imports bitsandbytes, which starts CUDA.
     """
     several = bool(args.n_gpu > 1)
     args._n_gpu = min(1, args.n_gpu)
@@ -103,11 +99,8 @@ def use_one_gpu(args: TrainingArguments) -> bool:
 
 
 def shard_on_cpu(args: TrainingArguments) -> None:
-    """Makes a run that was launched with FSDP shard on CPUs too; leaves any other as it is.
-
-    accelerate 1.15 turns FSDP on only where it takes its processes for those of GPUs: on CPUs each would keep a whole
-    copy of the model, without a word.
-    """
+    """Makes a run that was launched with FSDP shard on CPUs too, where accelerate 1.15 would leave each process a whole
+    copy of the model, without a word: it turns FSDP on only where it takes its processes for those of GPUs."""
     if args.use_cpu and is_sharded():
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
         args.accelerator_config = {"use_configured_state": True}
@@ -120,32 +113,24 @@ def widen_once(model: PreTrainedModel) -> None:
     accelerate widens them on the CPU in each process: 28 GB for 7 billion, eight times on eight GPUs. What is empty
     takes no memory until it is written to. Frozen weights are mapped from the file, one copy for all processes.
     """
-    if (
-        is_fsdp_enabled()
-        and not PartialState().is_main_process
-        and not getattr(model.config, "quantization_config", None)
-    ):
+    is_packed = bool(getattr(model.config, "quantization_config", None))
+    if is_fsdp_enabled() and not PartialState().is_main_process and not is_packed:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = torch.empty_like(parameter, dtype=torch.float32)
 
 
 def name_own_layers(model: PreTrainedModel) -> None:
-    """Leaves in the model's `_no_split_modules` the layers that it has.
-
-    accelerate 1.15 splits a model for FSDP2 by these names and refuses those that are not there: CLIP's and SigLIP's
-    text layers, which no vision-language model has (transformers 5.23).
-    """
+    """Leaves in the model's `_no_split_modules`, by which accelerate 1.15 splits it for FSDP2, the layers that it has.
+    It refuses others: the text layers of CLIP and SigLIP, which no vision-language model has (transformers 5.23)."""
     own = {type(module).__name__ for module in model.modules()}
     model._no_split_modules = {name for name in model._no_split_modules or () if name in own}
 
 
 def gather_head(model: PreTrainedModel) -> None:
-    """Gathers an FSDP2 head as FSDP does it, before TRL reads its weight.
-
-    TRL 1.16 reads it past FSDP, by `full_tensor()`, whose backward takes the gradient of this process for that of all:
-    each shard of an untied head would train on the rows of one process.
-    """
+    """Gathers an FSDP2 head as FSDP does it, before TRL 1.16 reads its weight past FSDP, by `full_tensor()`, whose
+    backward takes the gradient of this process for that of all: each shard of an untied head would train on the rows of
+    one process."""
     model.base_model.register_forward_hook(partial(_gather_head, model))
 
 
@@ -156,11 +141,8 @@ def _gather_head(model: Any, *_: Any) -> None:
 
 
 def leave_out_scales(model: nn.Module) -> None:
-    """Keeps the scales of 4-bit weights out of the model's state.
-
-    bitsandbytes 0.50.2 lists them there next to each weight, although they are not parameters: torch 2.13 saves them
-    with a sharded model's adapters, and does not find their place when it loads.
-    """
+    """Keeps the scales of 4-bit weights out of the model's state, where bitsandbytes 0.50.2 lists them without being
+    parameters: torch 2.13 saves them with a sharded model's adapters, and does not find their place when it loads."""
     for module in model.modules():
         if hasattr(module, "quant_state"):
             module.register_state_dict_post_hook(_drop_scales)  # type: ignore[no-untyped-call]
@@ -193,8 +175,8 @@ def keep_packing(model: nn.Module) -> None:
 def number_images_by_row(model: Any) -> None:
     """Makes the positions of a row the same in every batch.
 
-    HunYuan-VL numbers the images of a batch through, so that those of the second row begin where the first row's end
-    (transformers 5.23, get_rope_index): it would train on other positions than it answers with.
+    HunYuan-VL numbers the images of a batch through (transformers 5.23, get_rope_index), so that those of the second
+    row begin where the first row's end: it would train on other positions than it answers with.
     """
     if model.config.model_type == "hunyuan_vl":
         model.model.get_rope_index = MethodType(_index_by_row, model.model)
@@ -205,10 +187,10 @@ def _index_by_row(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     found, taken = [], 0
     for row, types in enumerate(mm_token_type_ids):
+        this = slice(row, row + 1)
         count = int((torch.diff(types == 1, prepend=types.new_zeros(1).bool()) & (types == 1)).sum())
         grid = None if image_grid_thw is None else image_grid_thw[taken : taken + count]
-        mask = None if attention_mask is None else attention_mask[row : row + 1]
-        this = slice(row, row + 1)
+        mask = None if attention_mask is None else attention_mask[this]
         found.append(type(core).get_rope_index(core, input_ids[this], mm_token_type_ids[this], grid, mask))
         taken += count
     positions, deltas = zip(*found, strict=True)
@@ -216,11 +198,8 @@ def _index_by_row(
 
 
 def set_commit(config: PreTrainedConfig, revision: str | None) -> None:
-    """Keeps the commit that a model was read at in its config, which never writes it to config.json.
-
-    transformers kept it there itself until 5.23, whose `resolve_revision` now returns it as an attribute of the
-    revision that was asked for.
-    """
+    """Keeps the commit that a model was read at in its config, which never writes it to config.json: transformers did
+    until 5.23, whose `resolve_revision` returns it as an attribute of the revision that was asked for."""
     config._commit_hash = getattr(revision, "resolved", revision)
 
 
@@ -233,19 +212,16 @@ def save_with_own_names(model: PreTrainedModel, folder: str | os.PathLike[str], 
     """`save_pretrained` that writes a checkpoint under the names of the model's parameters, and all else as the Hub has
     it.
 
-    By default transformers 5.23 writes the Hub's older names. Its Trainer finds none of them when it resumes from such
-    a checkpoint or loads the best one, and continues with the weights it has. No argument of the Trainer reaches
-    `save_original_format`.
+    By default transformers 5.23 writes the Hub's older names. Its Trainer, of which no argument reaches
+    `save_original_format`, finds none of them when it resumes or loads the best model, and continues with what it has.
     """
     is_checkpoint = Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
     type(model).save_pretrained(model, folder, save_original_format=not is_checkpoint, **options)
 
 
 def limit_pixels(image_processor: Any, max_pixels: int) -> None:
-    """Sets the number of pixels an image may have at most.
-
-    Qwen-VL's processors have no attribute for it: they keep it as `longest_edge` of a size whose two edges are numbers
-    of pixels, while in other families they are edges (transformers 5.23). Such a processor takes `max_pixels`.
+    """Sets the number of pixels an image may have at most, which Qwen-VL's processors keep as `longest_edge` of a size
+    whose two edges are numbers of pixels, while in other families they are edges (transformers 5.23).
 
     Raises ValueError for a processor that does not count pixels, and for what is not a number of them.
     """
@@ -263,21 +239,16 @@ def limit_pixels(image_processor: Any, max_pixels: int) -> None:
 
 
 def seed_workers(loader: Any, seed: int) -> None:
-    """Lets the loader draw what it gives its workers from a generator of its own.
-
-    accelerate 1.15 keeps PyTorch's loader as `base_dataloader`, reads what it makes a resumed loader of from it, and
-    passes no attribute on that is set on its own.
+    """Lets the loader draw what it gives its workers from a generator of its own. accelerate 1.15 keeps PyTorch's
+    loader, from which it makes a resumed one, as `base_dataloader`, and passes on no attribute that is set on its own.
     """
     getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(seed)
 
 
 def lacks_dora(module: Any) -> bool:
-    """Whether PEFT 0.21.2 has no working DoRA for this layer.
-
-    It has none for other quantizers' layers, and on a CPU it breaks 8-bit ones (utils/integrations.py,
-    dequantize_module_weight): it puts a weight that lies there back as a copy without the scales, which bitsandbytes
-    0.50.2 has moved to the layer, and the second forward fails.
-    """
+    """Whether PEFT 0.21.2 has no working DoRA for this layer: it has none for other quantizers' layers, and on a CPU it
+    breaks 8-bit ones: it puts their weight back as a copy without the scales (dequantize_module_weight), which
+    bitsandbytes 0.50.2 has moved to the layer, and the second forward fails."""
     if type(module).__name__ == "Linear8bitLt":
         return bool(module.weight.device.type == "cpu")
     return not isinstance(module, nn.Linear) and type(module).__name__ != "HQQLinear"
@@ -299,9 +270,9 @@ def targets_of(config: LoraConfig, model: nn.Module) -> set[str]:
 def restore_adapter(model: PeftModel, file: Path) -> tuple[set[str], set[str]]:
     """Puts every tensor of an adapter's file into the model. Returns the names that it lacks, and those left over.
 
-    PEFT 0.21.2 renames the keys of a file by the table with which transformers reads old checkpoints: for some families
-    (DeepSeek-OCR-2) they then fit nothing, and the adapter stays as it was made, with a warning at most. So does the
-    Trainer, which loads checkpoints and the best one by PEFT.
+    PEFT 0.21.2, by which the Trainer loads checkpoints and the best one, renames a file's keys by the table with which
+    transformers reads old checkpoints: for some families (DeepSeek-OCR-2) they then fit nothing, and the adapter stays
+    as it was made, with a warning at most.
     """
     held = get_peft_model_state_dict(model, save_embedding_layers=False)
     with safe_open(file, framework="pt") as tensors:

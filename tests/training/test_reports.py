@@ -10,34 +10,38 @@ from pathlib import Path
 import runs
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
-from trl import SFTConfig
 
 from vlm_sft.chat.audit import audit
 from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.models.loading import load_processor
 from vlm_sft.tools import tiny
-from vlm_sft.training.reports import write_reports, write_run_json
+from vlm_sft.training.reports import write_reports
 
 
-def report(path: Path, **options) -> tuple[dict, str]:
-    """run.json as read back, and as text."""
-    defaults = {"settings": {}, "datasets": {}, "results": {}}
-    write_run_json(path / "run.json", **defaults | options)
-    text = (path / "run.json").read_text()
+def report(base: Path, folder: Path, *, settings: dict | None = None, **options) -> tuple[dict, str]:
+    """run.json of a trainer, as read back and as text."""
+    trainer = runs.trainer(base, folder / "out", callbacks=[], **options)
+    trainer.state.max_steps = 4
+    (folder / "out").mkdir(exist_ok=True)
+    write_reports(trainer, settings=settings or {}, results={"eval_loss": 1.5}, facts={})
+    text = (folder / "out/run.json").read_text("utf-8")
     return json.loads(text), text
 
 
-def test_run_json_tells_data_sizes_and_machine(tmp_path, tiny_model):
+def test_run_json_tells_data_sizes_and_machine(tiny_dir, tiny_model, tmp_path):
+    lora = LoraConfig(target_modules=r"model\.language_model.*\.[qv]_proj", r=4)
+    found, _ = report(tiny_dir("llava15"), tmp_path, peft_config=lora, eval_dataset=runs.rows(3))
     model = tiny_model("llava15")
-    lora = LoraConfig(target_modules=r"model\.language_model.*\.[qv]_proj")
-    data = {"train": runs.rows(8), "eval": runs.rows(3)}
-    found, _ = report(tmp_path, model=get_peft_model(model, lora), datasets=data, results={"eval_loss": 1.5})
-    assert found["model"]["trainable_parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = tiny_model("llava15").num_parameters()
-    assert found["model"]["parameters"] == whole + found["model"]["trainable_parameters"]
-    assert {split: facts["rows"] for split, facts in found["data"].items()} == {"train": 8, "eval": 3}
+    adapters = sum(
+        4 * (module.in_features + module.out_features)
+        for name, module in model.named_modules()
+        if re.fullmatch(r"model\.language_model.*\.[qv]_proj", name)
+    )
+    assert found["model"]["trainable_parameters"] == adapters
+    assert found["model"]["parameters"] == model.num_parameters() + adapters
+    assert {split: facts["rows"] for split, facts in found["data"].items()} == {"train": 8, "test": 3}
     assert found["results"] == {"eval_loss": 1.5}
     assert found["versions"]["torch"].startswith("2.")
     assert found["peak_memory_bytes"]["process"] > 50 << 20
@@ -45,37 +49,33 @@ def test_run_json_tells_data_sizes_and_machine(tmp_path, tiny_model):
     assert 0 < found["process_runtime_s"] < 3600
 
 
-def test_run_json_has_no_secret_and_no_folder_of_the_machine(tmp_path, tiny_model, monkeypatch):
+def test_run_json_has_no_secret_and_no_folder_of_the_machine(tiny_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     token = "hf_" + "x" * 34
-    plain = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "report_to": "none"}
-    training = SFTConfig(output_dir="outputs/run", hub_token=token, **plain)
-    settings = {
-        "training": vars(training) | {"pad_token": "<pad>"},
-        "recipe": {
-            "model_name_or_path": "/home/somebody/models/llava",
-            "dataset_name": str(tmp_path / "data" / "digits"),
-            "api_key": "1234",
-            "notes": [f"sent {token} to https://example.org", "see /home/somebody/notes.txt"],
-            "path": Path("/data/secret-project/photos"),
-        },
+    recipe = {
+        "model_name_or_path": "/home/somebody/models/llava",
+        "dataset_name": str(tmp_path / "data" / "digits"),
+        "api_key": "1234",
+        "pad_token": "<pad>",
+        "notes": [f"sent {token} to https://example.org", "see /home/somebody/notes.txt"],
+        "path": Path("/data/secret-project/photos"),
     }
-    found, text = report(tmp_path, model=tiny_model("llava15"), settings=settings)
+    found, text = report(tiny_dir("llava15"), tmp_path, settings=recipe, hub_token=token)
     for secret in (token, "somebody", "1234", "secret-project", str(tmp_path)):
         assert secret not in text
     assert found["settings"]["recipe"] == {
         "model_name_or_path": ".../llava",
         "dataset_name": "data/digits",
         "api_key": "(hidden)",
+        "pad_token": "<pad>",
         "notes": ["sent (hidden) to https://example.org", "see ~/notes.txt"],
         "path": ".../photos",
     }
-    assert found["settings"]["training"]["pad_token"] == "<pad>"
     assert found["settings"]["training"]["hub_token"] == "(hidden)"
 
 
-def test_run_json_names_the_commit_of_the_script(tmp_path, tiny_model, monkeypatch):
+def test_run_json_names_the_commit_of_the_script(tiny_dir, tmp_path, monkeypatch):
     import __main__
 
     script = tmp_path / "repository" / "train.py"
@@ -83,34 +83,27 @@ def test_run_json_names_the_commit_of_the_script(tmp_path, tiny_model, monkeypat
     script.write_text("")
     monkeypatch.setattr(__main__, "__file__", str(script), raising=False)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    model = tiny_model("llava15")
-    assert report(tmp_path, model=model)[0]["git"] is None
+    base = tiny_dir("llava15")
+    assert report(base, tmp_path)[0]["git"] is None
     git = ["git", "-C", str(script.parent), "-c", "user.name=a", "-c", "user.email=a@b"]
     for verb in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *verb], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert report(tmp_path, model=model)[0]["git"] == commit
+    assert report(base, tmp_path)[0]["git"] == commit
     script.write_text("print()")
     (script.parent / "outputs").write_text("not of the repository")
-    assert report(tmp_path, model=model)[0]["git"] == f"{commit}-dirty"
+    assert report(base, tmp_path)[0]["git"] == f"{commit}-dirty"
 
 
 def finished(folder: Path, base: Path, *, dataset_name: str, results: dict, **options) -> tuple[dict, ModelCard, str]:
     """run.json, the card and its text of a short run in `folder`, whose weights lie there too."""
-    trainer = runs.trainer(base, folder, callbacks=[], **options)
+    trainer = runs.trainer(base, folder, callbacks=[], eval_dataset=runs.rows(3), **options)
     trainer.train()
     trainer.save_model()
     checked = audit(ChatCollator(load_processor(base)), runs.rows(4), num_rows=2).facts()
     settings = {"dataset_name": dataset_name, "model_name_or_path": str(base)}
-    data = {"train": runs.rows(8), "test": runs.rows(3)}
     facts = {"trains": "language   DoRA\nhead       -", "audit": checked}
-    write_reports(
-        trainer,
-        settings=settings,
-        datasets=data,
-        results=results,
-        facts=facts,
-    )
+    write_reports(trainer, settings=settings, results=results, facts=facts)
     card = ModelCard.load(folder / "README.md")
     return json.loads((folder / "run.json").read_text()), card, (folder / "README.md").read_text()
 

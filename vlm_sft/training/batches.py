@@ -24,10 +24,6 @@ class GroupByLength(TrainerCallback):
     Raises `ValueError` where the Trainer would drop the lengths.
     """
 
-    def __init__(self) -> None:
-        self._loader: Any = None
-        self._sampler: Any = None
-
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         strategy = args.train_sampling_strategy
         if strategy in ("group_by_length", "batch_rebalance") and args.remove_unused_columns:
@@ -37,27 +33,26 @@ class GroupByLength(TrainerCallback):
             )
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._loader = kwargs["train_dataloader"]
-        self._sampler = _sampler_of(self._loader)
-        if isinstance(self._sampler, LengthGroupedSampler):
+        loader = kwargs["train_dataloader"]
+        if isinstance(sampler := _sampler_of(loader), LengthGroupedSampler):
             # All rows of a step, or the order would be another one on another number of processes.
-            self._sampler.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            sampler.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             # As a column, each length would be read from the dataset, with its whole row, each time it is compared.
-            self._sampler.lengths = self._loader.dataset.with_format(None)[args.length_column_name][:]
+            sampler.lengths = loader.dataset.with_format(None)[args.length_column_name][:]
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)
-        seed_workers(self._loader, _seed(args) + epoch)
-        if isinstance(self._sampler, LengthGroupedSampler):
-            self._sampler.generator = torch.Generator().manual_seed(_seed(args) + epoch)
-        elif isinstance(self._sampler, BatchRebalanceSampler):
-            self._sampler.seed = _seed(args)
-            self._sampler.set_epoch(epoch)
+        seed_workers(kwargs["train_dataloader"], _seed(args) + epoch)
+        sampler = _sampler_of(kwargs["train_dataloader"])
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(_seed(args) + epoch)
+        elif isinstance(sampler, BatchRebalanceSampler):
+            sampler.seed = _seed(args)
+            sampler.set_epoch(epoch)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # With persistent workers the same loader evaluates again: in the same order, for comparable losses.
-        sampler = _sampler_of(kwargs["eval_dataloader"])
-        if isinstance(sampler, LengthGroupedSampler):
+        if isinstance(sampler := _sampler_of(kwargs["eval_dataloader"]), LengthGroupedSampler):
             sampler.generator = torch.Generator().manual_seed(_seed(args))
 
 

@@ -26,10 +26,9 @@ class RestoreGenerationConfig(TrainerCallback):
     """Keeps `use_cache` and the generation config as loaded, in every checkpoint and in the model after training.
 
     Make it before the Trainer, which writes `use_cache=False` into the config and changes special tokens
-    (transformers 5.23). End tokens that the Trainer adds stay, and so does a pad or start token where none was set:
-    generation stops at the token that training taught.
-
-    Raises ValueError at the start of training for a generation config that could not be saved at its end.
+    (transformers 5.23). End tokens that it adds stay, and so does a pad or start token where none was set: generation
+    stops at the token that training taught. Raises ValueError at the start of training for a generation config that
+    could not be saved at its end.
     """
 
     def __init__(self, model: Any) -> None:
@@ -120,8 +119,8 @@ class StopOnNaN(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
         scaler = getattr(kwargs["optimizer"], "scaler", None)
-        bad_loss = any(bool(bad.any()) for _, bad in self._seen)
         forgiven = scaler is not None and scaler.get_scale() >= 1
+        bad_loss = any(bool(bad.any()) for _, bad in self._seen)
         if not any_rank(bad_loss or not (forgiven or _all_finite([p.grad for p in parameters]))):
             return
         named = gather_object(self._named(bad_only=True)) or gather_object(self._named(bad_only=False))
@@ -147,10 +146,10 @@ class StopOnNaN(TrainerCallback):
         if not (module.training and torch.is_grad_enabled()):
             return
         # TRL's fused head (trl 1.16) gives log-probabilities [B, T - 1], so a row can be told; others give a loss.
-        if (log_probs := getattr(output, "log_probs", None)) is not None:
-            self._seen.append((self._rows, ~torch.isfinite(log_probs.detach()).all(dim=-1)))
-        elif (loss := getattr(output, "loss", None)) is not None:
-            self._seen.append((self._rows, ~torch.isfinite(loss.detach())))
+        if (found := getattr(output, "log_probs", None)) is not None:
+            self._seen.append((self._rows, ~torch.isfinite(found.detach()).all(dim=-1)))
+        elif (found := getattr(output, "loss", None)) is not None:
+            self._seen.append((self._rows, ~torch.isfinite(found.detach())))
 
     def _named(self, *, bad_only: bool) -> list[str]:
         names = []
@@ -208,15 +207,12 @@ def _note(batch: dict[str, Any], trainer: Any, *, evaluates: bool) -> str:
             f" in a batch of {ids.shape[0]} rows of {ids.shape[1]} tokens. The longest is {name}, {lengths[longest]} "
             f"tokens of at most max_length={getattr(args, 'max_length', None)}"
         )
-    train, evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
-    if evaluates:
-        first = f"--per_device_eval_batch_size {evaluation // 2}; " if evaluation > 1 else ""
-    elif train > 1:
-        twice = f"--gradient_accumulation_steps {2 * args.gradient_accumulation_steps}"
-        first = f"--per_device_train_batch_size {train // 2} {twice} (the same step); "
-    else:
-        first = "--activation_checkpointing (slower by some 20%); "
+    size = args.per_device_eval_batch_size if evaluates else args.per_device_train_batch_size
+    twice = f" --gradient_accumulation_steps {2 * args.gradient_accumulation_steps} (the same step)"
+    smaller = f"--per_device_{'eval' if evaluates else 'train'}_batch_size {size // 2}{'' if evaluates else twice}"
+    last = "" if evaluates else "--activation_checkpointing (slower by some 20%); "
     return (
-        f"{where}.\nWays out: {first}a lower --max_length or smaller images; --load_in_4bit, or the model sharded on "
-        "several GPUs (accelerate_configs/fsdp2.yaml). What fits: python -m vlm_sft memory."
+        f"{where}.\nWays out: {f'{smaller}; ' if size > 1 else last}a lower --max_length or smaller images; "
+        "--load_in_4bit, or the model sharded on several GPUs (accelerate_configs/fsdp2.yaml). What fits: python -m "
+        "vlm_sft memory."
     )

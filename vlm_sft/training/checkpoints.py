@@ -26,16 +26,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlm_sft.common import base_of, listed
 from vlm_sft.distributed import any_rank, on_main, print_main
-from vlm_sft.models.fingerprints import (
-    data_settings,
-    differences,
-    model_settings,
-    plain,
-    read_training_base,
-    training_base,
-    weight_differences,
-    write_training_base,
-)
+from vlm_sft.models import fingerprints
+from vlm_sft.models.fingerprints import differences
 from vlm_sft.models.loading import ADAPTER_WEIGHTS
 from vlm_sft.models.manifest import MANIFEST, read_manifest, verify_checkpoint, write_manifest
 from vlm_sft.upstream import restore_adapter, save_with_own_names
@@ -67,7 +59,6 @@ class SafeCheckpoints(TrainerCallback):
     - The last file of a save is `manifest.json`, with size and xxh3 hash of every other. Without it, or where a file
       differs, a checkpoint does not count; the next run moves it to `incomplete-checkpoint-N`.
     - A resume compares all that the run is made of but what changes no trained number (`_FREE`).
-    - Checkpoints of a full fine-tune keep the names of its parameters (`upstream.save_with_own_names`).
     - SIGTERM: the step is finished and saved, and the process exits with 0. Two runs never share an `output_dir`.
     - Beside an adapter lies `training_base.json`: the base it was trained on, as merging needs it.
 
@@ -85,8 +76,8 @@ class SafeCheckpoints(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         _check_arguments(args)
         model = kwargs["model"]
-        self._model_settings = model_settings(model)
-        self._base = training_base(model) if hasattr(model, "peft_config") else None
+        self._model_settings = fingerprints.model_settings(model)
+        self._base = fingerprints.training_base(model) if hasattr(model, "peft_config") else None
         self._place = str(base_of(model).config.name_or_path)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -146,21 +137,25 @@ class SafeCheckpoints(TrainerCallback):
     def write_base(self, folder: Path) -> None:
         """Writes beside an adapter which base it was trained on."""
         if self._base is not None:
-            write_training_base(folder, self._base, self._place)
+            fingerprints.write_training_base(folder, self._base, self._place)
 
     def settings(self, args: TrainingArguments, dataset: Any) -> dict[str, Any]:
         """All that must be equal between a checkpoint and the run that resumes it."""
-        own = {"rows_per_step": _rows_per_step(args), "data": data_settings(dataset), "sharding": _sharding()}
-        own |= {"dataloader_drop_last": args.dataloader_drop_last}  # the rest of the loader changes no number
+        own = {
+            "rows_per_step": _rows_per_step(args),
+            "data": fingerprints.data_settings(dataset),
+            "sharding": _sharding(),
+            "dataloader_drop_last": args.dataloader_drop_last,  # the rest of the loader changes no number
+        }
         free = _FREE.union(_NOTES)
         everything: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call]
         asked = {n: v for n, v in everything.items() if n not in free and not n.startswith(_FREE_PREFIXES)}
-        return plain({**asked, **self._model_settings, **own, **self.made_of})
+        return fingerprints.plain({**asked, **self._model_settings, **own, **self.made_of})
 
     def notes(self, args: TrainingArguments) -> dict[str, Any]:
         """What may differ, and is then printed."""
         versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-        return plain({**{n: getattr(args, n, None) for n in _NOTES}, **self.noted, "versions": versions})
+        return fingerprints.plain({**{n: getattr(args, n, None) for n in _NOTES}, **self.noted, "versions": versions})
 
     def check(self, folder: Path, settings: dict[str, Any], model: nn.Module, *, complete: bool = False) -> None:
         """Raises `ValueError` for a checkpoint that is not `complete`, or not of this run with all that differs; once,
@@ -179,8 +174,9 @@ class SafeCheckpoints(TrainerCallback):
         columns = {name: settings["data"]["columns"].get(name) for name in manifest["settings"]["data"]["columns"]}
         found = differences(manifest["settings"], settings | {"data": settings["data"] | {"columns": columns}})
         if self._base is not None:
-            recorded = (read_training_base(folder) or {}).get("weights", {})
-            found += [f"base weight {line}" for line in weight_differences(recorded, self._base["weights"])[:6]]
+            recorded = (fingerprints.read_training_base(folder) or {}).get("weights", {})
+            lines = fingerprints.weight_differences(recorded, self._base["weights"])
+            found += [f"base weight {line}" for line in lines[:6]]
         found += _key_differences(folder, model)
         if found:
             told = "\n  ".join([f"{folder} belongs to another run:", *found])

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -45,14 +46,16 @@ def _build(model: nn.Module, *, args: TrainingArguments, lr_by_part: dict[str, f
         name = getattr(args.optim, "value", args.optim)
         raise ValueError(f"--optim {name} makes its own parameter groups; choose another one for lr_by_part")
     optimizer: torch.optim.Optimizer = optimizer_class(_groups(model, args, lr_by_part), **settings)
-    if settings.get("optim_bits") == 8:
-        _keep_embeddings_in_32_bit(model)
+    if settings.get("optim_bits") == 8:  # unstable for embeddings: the Trainer does so for optimizers that it makes
+        manager: Any = GlobalOptimManager.get_instance()  # type: ignore[no-untyped-call]
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
     return optimizer
 
 
 def _groups(model: nn.Module, args: TrainingArguments, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """One group for each part, with and without decay."""
-    # Reads nothing of the Trainer that it belongs to (transformers 5.23).
     decaying = set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))
     parts = parts_of(model)
     members: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
@@ -72,13 +75,3 @@ def _groups(model: nn.Module, args: TrainingArguments, rates: Mapping[str, float
         for decays in (True, False)
         if members[part, decays]
     ]
-
-
-def _keep_embeddings_in_32_bit(model: nn.Module) -> None:
-    """As the Trainer does for the optimizers it makes itself: 8-bit states of embeddings are unstable."""
-    from bitsandbytes.optim.optimizer import GlobalOptimManager
-
-    manager: Any = GlobalOptimManager.get_instance()  # type: ignore[no-untyped-call]
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            manager.register_module_override(module, "weight", {"optim_bits": 32})

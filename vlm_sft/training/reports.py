@@ -40,7 +40,6 @@ def write_reports(
     trainer: Any,
     *,
     settings: Mapping[str, Any],
-    datasets: Mapping[str, Any],
     results: Mapping[str, Any],
     facts: Mapping[str, Any],
     held_out: Mapping[str, Any] | None = None,
@@ -48,26 +47,32 @@ def write_reports(
     """Writes `loss.png`, the model card and, last, `run.json` into the folder of a run that has come to its end.
 
     `settings` are the recipe's own, among them `dataset_name`; `facts` are what was proven before the first step;
-    `held_out` tells which rows were not trained on. Call it after `trainer.save_model()`, where PEFT leaves a card of
-    its own.
+    `held_out` tells which rows were not trained on. No token or other secret is written, and of a path outside the
+    working directory only the last part. Call it after `trainer.save_model()`, where PEFT leaves a card of its own.
     """
     if not PartialState().is_main_process:
         return
-    output, history = Path(trainer.args.output_dir), trainer.state.log_history
-    if any({"loss", "eval_loss"} & entry.keys() for entry in history):  # not so in a run shorter than logging_steps
-        plot_loss(history, output / "loss.png", title=output.name)
+    output, state = Path(trainer.args.output_dir), trainer.state
+    if any({"loss", "eval_loss"} & entry.keys() for entry in state.log_history):  # not in one before logging_steps
+        plot_loss(state.log_history, output / "loss.png", title=output.name)
+    datasets = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
+    datasets = {split: rows for split, rows in datasets.items() if rows is not None}
     _write_model_card(trainer, settings.get("dataset_name"), datasets, results, facts)
-    times = {name: value for entry in history for name, value in entry.items() if name in _TIMES}
-    write_run_json(
-        output / "run.json",
-        model=trainer.model,
-        datasets=datasets,
-        settings={"recipe": dict(settings), "training": trainer.args.to_dict()},
-        proof=facts,
-        results=times | dict(results),
-        held_out=held_out,
-        steps=min(trainer.state.global_step, trainer.state.max_steps),
-    )
+    record = _machine() | {
+        "data": {split: data_settings(rows) for split, rows in datasets.items()},
+        "model": {
+            **model_settings(trainer.model),
+            "parameters": trainer.model.num_parameters(),
+            "trainable_parameters": trainer.model.num_parameters(only_trainable=True),
+        },
+        "settings": {"recipe": dict(settings), "training": trainer.args.to_dict()},
+        "proof": facts,
+        "results": {n: v for entry in state.log_history for n, v in entry.items() if n in _TIMES} | dict(results),
+        "held_out": held_out,
+        "steps": min(state.global_step, state.max_steps),
+    }
+    text = json.dumps(_scrubbed(plain(record)), indent=2, ensure_ascii=False)
+    (output / "run.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def recorded_results(output: Path, steps: int) -> dict[str, Any] | None:
@@ -79,33 +84,25 @@ def recorded_results(output: Path, steps: int) -> dict[str, Any] | None:
         return None
 
 
-def write_run_json(path: str | Path, *, model: Any, datasets: Mapping[str, Any], **facts: Any) -> None:
-    """Writes what a run was: versions, git commit, data, model, memory, and the `facts`, any nesting of dicts.
-
-    `datasets` maps split to dataset. No token or other secret is written, and of a path outside the working directory
-    only the last part.
-    """
+def _machine() -> dict[str, Any]:
+    """When and with what this process has run, and the memory that it took."""
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    sizes = {"parameters": model.num_parameters(), "trainable_parameters": model.num_parameters(only_trainable=True)}
-    record = {
+    gpus, unit = range(torch.cuda.device_count()), 1 if sys.platform == "darwin" else 1024
+    return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "process_runtime_s": round(time.time() - psutil.Process().create_time(), 1),
         "versions": {"python": platform.python_version()} | {name: installed.get(name) for name in _PACKAGES},
         "git": _git_state(),
         "hardware": {
-            "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "accelerators": [torch.cuda.get_device_name(i) for i in gpus],
             "cpu_cores": os.cpu_count(),
             "processes": PartialState().num_processes,
         },
-        "data": {split: data_settings(dataset) for split, dataset in datasets.items()},
-        "model": model_settings(model) | sizes,
         "peak_memory_bytes": {
-            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-            "accelerators": [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())],
+            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            "accelerators": [torch.cuda.max_memory_allocated(i) for i in gpus],
         },
-        **facts,
     }
-    Path(path).write_text(json.dumps(_scrubbed(plain(record)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _git_state() -> str | None:
@@ -129,8 +126,7 @@ def _scrubbed(value: Any, name: str = "") -> Any:
         case list():
             return [_scrubbed(item) for item in value]
         case str():
-            text = _SECRET_VALUE.sub("(hidden)", value)
-            return shareable(text).replace(str(Path.home()), "~")
+            return shareable(_SECRET_VALUE.sub("(hidden)", value)).replace(str(Path.home()), "~")
     return value
 
 
