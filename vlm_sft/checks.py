@@ -72,13 +72,16 @@ def memory_of(trainer: Any) -> dict[str, str]:
     there is no estimate."""
     if trainer.args.use_cpu or not torch.accelerator.is_available():
         return {}
-    rows = trainer.train_dataset
-    known = "length" in (rows.column_names or ())
-    longest = max(rows.with_format(None)["length"][:]) if known else trainer.args.max_length or 2048
+    lengths = _column(trainer.train_dataset, "length") or [trainer.args.max_length or 2048]
     try:
-        return {"memory": of_run(trainer, longest)}
+        return {"memory": of_run(trainer, max(lengths))}
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return {"memory": f"not estimated for this model: {error}"}
+
+
+def _column(rows: Any, name: str) -> list[int]:
+    """The column, without the rest of its rows; empty where `check_rows` did not add it."""
+    return list(rows.with_format(None)[name][:]) if name in (rows.column_names or ()) else []
 
 
 def check_storage(trainer: Any) -> str:
@@ -170,19 +173,14 @@ def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, 
     """Lines on rows, tokens and lengths: of all training rows where they were checked, else of the audited ones."""
     rows, audited = trainer.train_dataset, report.facts()
     sizes = {"to train on": rows, "held out": trainer.eval_dataset}
-    counts = [
-        f"{len(split):,} {what}" if isinstance(split, Sized) else f"a stream {what}"
-        for what, split in sizes.items()
-        if split
-    ]
+    counts = [f"{len(n):,} {what}" if isinstance(n, Sized) else f"a stream {what}" for what, n in sizes.items() if n]
     if checked.on_bad_rows == "drop" and checked.bad:
         counts.append(f"{checked.bad:,} bad ones left out")
-    all_seen = checked.on_bad_rows != "ignore" and isinstance(rows, Sized)
-    seen = "" if all_seen else "; not checked before, each is when it comes"
-    facts = {"rows": f"{', '.join(counts)}{seen}", "audited": audited.pop("rows"), **audited}
-    if "length" in (rows.column_names or ()):
-        columns = unpacked(rows).with_format(None)
-        lengths, images, trained = (columns[name][:] for name in ("length", "image_tokens", "trained_tokens"))
+    if checked.on_bad_rows == "ignore" or not isinstance(rows, Sized):
+        counts[-1] += "; not checked before, each is when it comes"
+    facts = {"rows": ", ".join(counts), "audited": audited.pop("rows"), **audited}
+    if lengths := _column(unpacked(rows), "length"):
+        images, trained = (_column(unpacked(rows), name) for name in ("image_tokens", "trained_tokens"))
         if not any(images):
             raise ValueError(
                 "no training row has an image, so the vision tower would see nothing: name the column that holds them, "
@@ -190,9 +188,9 @@ def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, 
             )
         total, ordered = sum(lengths), sorted(lengths)
         kinds = {"trained": sum(trained), "image": sum(images), "prompt": total - sum(trained) - sum(images)}
-        facts["tokens"] = f"{total:,}: " + ", ".join(f"{kind} {count / total:.1%}" for kind, count in kinds.items())
-        median = ordered[len(ordered) // 2]
-        facts["lengths"] = f"{ordered[0]:,} to {ordered[-1]:,}, median {median:,}; max_length {trainer.args.max_length}"
+        shares = ", ".join(f"{kind} {count / total:.1%}" for kind, count in kinds.items())
+        spread = f"{ordered[0]:,} to {ordered[-1]:,}, median {ordered[len(ordered) // 2]:,}"
+        facts |= {"tokens": f"{total:,}: {shares}", "lengths": f"{spread}; max_length {trainer.args.max_length}"}
     return facts
 
 

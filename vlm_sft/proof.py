@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from vlm_sft.data.rows import held_out_record
 from vlm_sft.distributed import on_main, print_main
 from vlm_sft.evaluation.callback import AnswerEvaluation
 from vlm_sft.evaluation.pages import write_audit_html
-from vlm_sft.models.adapters import check_trains
+from vlm_sft.models.adapters import Trains, check_trains
 from vlm_sft.models.freezing import cast_trainable_to_fp32
 from vlm_sft.models.manifest import write_manifest
 from vlm_sft.models.parts import parts_of
@@ -42,8 +42,6 @@ from vlm_sft.training.checkpoints import SafeCheckpoints
 from vlm_sft.training.neftune import noise_by_conversation
 from vlm_sft.training.reports import recorded_results, write_reports
 from vlm_sft.upstream import widen_once
-
-Trains = Mapping[str, str | Sequence[str]]
 
 
 def guards(model: Any, *, max_skipped: int = 0) -> list[TrainerCallback]:
@@ -69,7 +67,6 @@ class Proof:
     flags: Mapping[str, Any]
     held: Mapping[str, Any]  # what must be found again when training begins
     steps: int
-    batch_size: int
     results: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -201,8 +198,8 @@ def prove(
         checks.check_captions(report)
     check_embedding(report.rows, model)
     check_stops(collator, report.rows, base_of(model).generation_config)
-    random = rng_state()
-    steps, plan = checks.plan_of(trainer, {name: metric for each in answers for name, metric in each.metrics.items()})
+    random, metrics = rng_state(), {name: metric for each in answers for name, metric in each.metrics.items()}
+    steps, plan = checks.plan_of(trainer, metrics)
     restore_rng(random)
     explain_out_of_memory(trainer)
     facts = {
@@ -219,7 +216,7 @@ def prove(
     rates = (trainer.optimizer_cls_and_kwargs or (None, {}))[1].get("lr_by_part")
     saver.made_of = {"collator": collator.made_of(), "rows": checked.content, "lr_by_part": rates}
     saver.noted = {"image_files_written": checked.written}
-    proof = Proof(facts, report, flags, _held(trainer), steps, trainer.args.train_batch_size)
+    proof = Proof(facts, report, flags, _held(trainer), steps)
     gate.trainer, gate.proof = trainer, proof
     print_main(f"{proof}\n{report.shortest.name:<11}{draw_mask(report.shortest, collator.processor.tokenizer)}")
     return proof
@@ -288,7 +285,8 @@ def _held(trainer: Any) -> dict[str, Any]:
         "trainer.model": model,
         "trainable weights": frozenset(name for name, weight in model.named_parameters() if weight.requires_grad),
         "trainer.data_collator": collator,
-        "settings of the collator or its processor": isinstance(collator, ChatCollator) and collator.made_of(),
+        "settings of the collator or its processor": isinstance(collator, ChatCollator)
+        and (collator.settings, collator.fingerprint()),
         "trainer.train_dataset": (train, getattr(train, "_fingerprint", None)),
         "trainer.eval_dataset": (held_out, getattr(held_out, "_fingerprint", None)),
         "trainer.optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs,
@@ -305,7 +303,7 @@ def _refuse_exchanged(trainer: Any, proof: Proof, state: TrainerState) -> None:
         if isinstance(was, frozenset):
             name += f": {listed(now - was)} now, {listed(was - now)} no longer"
         faults.append(f"{name} {now}, was {was}" if name.startswith("--") else name)
-    if state.max_steps != proof.steps and state.train_batch_size == proof.batch_size:
+    if state.max_steps != proof.steps and state.train_batch_size == trainer.args.train_batch_size:
         faults.append(f"{state.max_steps} steps would run, {proof.steps} were planned")
     if faults:
         raise ValueError(
