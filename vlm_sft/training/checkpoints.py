@@ -32,17 +32,16 @@ from vlm_sft.models.loading import ADAPTER_WEIGHTS
 from vlm_sft.models.manifest import MANIFEST, read_manifest, verify_checkpoint, write_manifest
 from vlm_sft.upstream import restore_adapter, save_with_own_names
 
-# What changes no trained number: how is logged, evaluated, saved and reported, where, and by how many workers. What is
-# to be equal is all else. The rows of a step, however they are split, are compared as `rows_per_step`.
-_FREE_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "include_", "do_", "dataloader_")
-_FREE = {
+# What changes no trained number, by how its name begins: how is logged, evaluated, saved and reported, where, by how many
+# workers. What is to be equal is all else. The rows of a step, however split, are compared as `rows_per_step`.
+_FREE = (
+    *("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "include_", "do_", "dataloader_", "fsdp"),
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "debug", "local_rank"),
     *("per_device_eval_batch_size", "generation_batch_size", "batch_eval_metrics", "prediction_loss_only"),
     *("bf16_full_eval", "fp16_full_eval", "auto_find_batch_size", "label_names", "skip_memory_metrics", "use_cache"),
-    *("resume_from_checkpoint", "restore_callback_states_from_checkpoint", "remove_unused_columns"),
-    *("trust_remote_code", "torch_empty_cache_steps", "enable_jit_checkpoint", "fsdp", "fsdp_config", "deepspeed"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
-}
+    *("resume_from_checkpoint", "restore_callback_states_from_checkpoint", "remove_unused_columns", "deepspeed"),
+    *("trust_remote_code", "torch_empty_cache_steps", "enable_jit_checkpoint", "gradient_checkpointing"),
+)
 # What may change on purpose, and is printed.
 _NOTES = (
     *("num_train_epochs", "max_steps", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -147,9 +146,8 @@ class SafeCheckpoints(TrainerCallback):
             "sharding": _sharding(),
             "dataloader_drop_last": args.dataloader_drop_last,  # the rest of the loader changes no number
         }
-        free = _FREE.union(_NOTES)
         everything: dict[str, Any] = args.to_dict()  # type: ignore[no-untyped-call]
-        asked = {n: v for n, v in everything.items() if n not in free and not n.startswith(_FREE_PREFIXES)}
+        asked = {n: v for n, v in everything.items() if n not in _NOTES and not n.startswith(_FREE)}
         return fingerprints.plain({**asked, **self._model_settings, **own, **self.made_of})
 
     def notes(self, args: TrainingArguments) -> dict[str, Any]:

@@ -23,9 +23,8 @@ def lr_by_part(args: TrainingArguments, learning_rates: Mapping[str, float]) -> 
 
         trainer = SFTTrainer(..., optimizer_cls_and_kwargs=lr_by_part(args, {"projector": 2e-5}))
 
-    The optimizer is the one that `args.optim` names. A part that is not named has `args.learning_rate`; biases and
-    norms have no weight decay, as with the Trainer. The scheduler scales every group from its own rate; logged is that
-    of the first group, `args.learning_rate` where any part keeps it.
+    The optimizer is the one that `args.optim` names. A part that is not named has `args.learning_rate`, which is logged
+    where any part keeps it; biases and norms have no weight decay; the scheduler scales every group from its own rate.
 
     Raises ValueError for an unknown part, a negative rate, and, when training starts, for a part that trains nothing
     and an optimizer that makes its own groups (GaLore, Apollo, LOMO, Muon).

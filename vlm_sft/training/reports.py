@@ -55,11 +55,9 @@ def write_reports(
     output, state = Path(trainer.args.output_dir), trainer.state
     if any({"loss", "eval_loss"} & entry.keys() for entry in state.log_history):  # not in one before logging_steps
         plot_loss(state.log_history, output / "loss.png", title=output.name)
-    datasets = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
-    datasets = {split: rows for split, rows in datasets.items() if rows is not None}
-    _write_model_card(trainer, settings.get("dataset_name"), datasets, results, facts)
+    _write_model_card(trainer, settings.get("dataset_name"), results, facts)
     record = _machine() | {
-        "data": {split: data_settings(rows) for split, rows in datasets.items()},
+        "data": {split: data_settings(rows) for split, rows in _splits(trainer).items()},
         "model": {
             **model_settings(trainer.model),
             "parameters": trainer.model.num_parameters(),
@@ -82,6 +80,11 @@ def recorded_results(output: Path, steps: int) -> dict[str, Any] | None:
         return dict(record["results"]) if record["steps"] == steps else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _splits(trainer: Any) -> dict[str, Any]:
+    splits = {"train": trainer.train_dataset, "test": trainer.eval_dataset}
+    return {name: rows for name, rows in splits.items() if rows is not None}
 
 
 def _machine() -> dict[str, Any]:
@@ -131,12 +134,9 @@ def _scrubbed(value: Any, name: str = "") -> Any:
 
 
 def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "Loss") -> None:
-    """Draws the training loss (raw, and smoothed over a fifteenth of the points), the evaluation loss with its best
-    step, and the learning rate, of `trainer.state.log_history`.
-
-    The axis is logarithmic where the smoothed loss falls to a twentieth; values that are not finite are marked on the
-    upper edge. Raises `ValueError` for a history without any loss.
-    """
+    """Draws training loss (raw, and smoothed over a fifteenth of the points), evaluation loss with its best step, and
+    learning rate of `trainer.state.log_history`: on a logarithmic axis where the smoothed loss falls to a twentieth.
+    Values that are not finite are marked on the upper edge. Raises `ValueError` for a history without any loss."""
     import pandas as pd  # half a second
 
     def by_step(key: str) -> Any:  # of a step logged twice (resumed), the later value
@@ -171,23 +171,17 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, tit
     figure.savefig(path)
 
 
-def _write_model_card(
-    trainer: Any,
-    dataset_name: str | None,
-    datasets: Mapping[str, Any],
-    results: Mapping[str, Any],
-    facts: Mapping[str, Any],
-) -> None:
-    """Writes `README.md` into the output folder: TRL's card with data, method, results and lines that run the model.
+def _write_model_card(trainer: Any, dataset: str | None, results: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Writes `README.md`: TRL's card with data, method, results and lines that run the model.
 
     TRL 1.16 calls every model a text generator and links what lies in a folder as if it were on the Hub; here the task
     is image-text-to-text, and of a folder only the name is told.
     """
     output, args = Path(trainer.args.output_dir), trainer.args
     adapters = getattr(trainer.model, "peft_config", {})
-    names = {"base": base_settings(trainer.model)["base_model_name_or_path"], "data": dataset_name}
+    names = {"base": base_settings(trainer.model)["base_model_name_or_path"], "data": dataset}
     on_hub = {f"{kind}_on_hub": _on_hub(name) for kind, name in names.items()}
-    trainer.create_model_card(model_name=output.name, dataset_name=dataset_name if on_hub["data_on_hub"] else None)
+    trainer.create_model_card(model_name=output.name, dataset_name=dataset if on_hub["data_on_hub"] else None)
     card = ModelCard.load(output / "README.md", repo_type="model")
     card.data.pop("licence", None)  # TRL's placeholder; the base's license holds
     card.data.pipeline_tag = "image-text-to-text"
@@ -198,7 +192,7 @@ def _write_model_card(
         title=output.name,
         name=args.hub_model_id or output.name,
         adapters=adapters,
-        rows={split: len(data) if isinstance(data, Sized) else "streamed" for split, data in datasets.items()},
+        rows={name: len(rows) if isinstance(rows, Sized) else "streamed" for name, rows in _splits(trainer).items()},
         facts={"optimizer": getattr(args.optim, "value", args.optim), "seed": args.seed, **facts},
         results={name: f"{value:.4g}" for name, value in numbers.items() if not _COSTS.search(name)},
         procedure=card.text.partition("## Training procedure")[2],
