@@ -32,8 +32,8 @@ from vlm_sft.models.loading import ADAPTER_WEIGHTS
 from vlm_sft.models.manifest import MANIFEST, read_manifest, verify_checkpoint, write_manifest
 from vlm_sft.upstream import restore_adapter, save_with_own_names
 
-# What changes no trained number, by how its name begins: how is logged, evaluated, saved and reported, where, by how many
-# workers. What is to be equal is all else. The rows of a step, however split, are compared as `rows_per_step`.
+# What changes no trained number, by how its name begins: how is logged, evaluated, saved and reported, where, by how
+# many workers. What is to be equal is all else. The rows of a step, however split, are compared as `rows_per_step`.
 _FREE = (
     *("logging_", "log_", "eval_", "save_", "hub_", "trackio_", "ddp_", "include_", "do_", "dataloader_", "fsdp"),
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "push_to_hub", "debug", "local_rank"),
