@@ -68,8 +68,7 @@ class KeepRandomState(TrainerCallback):
     checkpoint is saved after that (transformers 5.23), so a resume stays exact.
     """
 
-    def __init__(self) -> None:
-        self._state: tuple[Any, ...] | None = None
+    _state: tuple[Any, ...] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._state = rng_state() if args.eval_on_start else None
@@ -176,23 +175,23 @@ def explain_out_of_memory(trainer: Any) -> None:
     Wraps `training_step`, `prediction_step` and `train` (whose optimizer states and generated answers take memory too)
     of this one trainer. The error stays the same object, so `auto_find_batch_size` sees it.
     """
+
+    def explained(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            except (RuntimeError, MemoryError) as error:
+                full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+                if full and ": out of memory" not in "".join(getattr(error, "__notes__", ())):
+                    batch = {} if method.__name__ == "train" else args[1]  # (model, inputs, ...)
+                    error.add_note(_note(batch, trainer, evaluates=method.__name__ == "prediction_step"))
+                raise
+
+        return call
+
     for name in ("training_step", "prediction_step", "train"):
-        setattr(trainer, name, _explained(trainer, getattr(trainer, name)))
-
-
-def _explained(trainer: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(*args, **kwargs)
-        except (RuntimeError, MemoryError) as error:
-            full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-            if full and ": out of memory" not in "".join(getattr(error, "__notes__", ())):
-                batch = {} if method.__name__ == "train" else args[1]  # (model, inputs, ...)
-                error.add_note(_note(batch, trainer, evaluates=method.__name__ == "prediction_step"))
-            raise
-
-    return call
+        setattr(trainer, name, explained(getattr(trainer, name)))
 
 
 def _note(batch: dict[str, Any], trainer: Any, *, evaluates: bool) -> str:
