@@ -213,7 +213,8 @@ def prove(
         **checks.memory_of(trainer),
     }
     (saver,) = _callbacks(trainer, SafeCheckpoints)
-    rates = (trainer.optimizer_cls_and_kwargs or (None, {}))[1].get("lr_by_part")
+    optimizer: Any = trainer.optimizer_cls_and_kwargs or (None, {})
+    rates = optimizer[1].get("lr_by_part")
     saver.made_of = {"collator": collator.made_of(), "rows": checked.content, "lr_by_part": rates}
     saver.noted = {"image_files_written": checked.written}
     proof = Proof(facts, report, flags, _held(trainer), steps)

@@ -251,7 +251,7 @@ def _announcement(args: TrainingArguments, state: TrainerState, loader: Any) -> 
 
 
 def _rows_per_step(args: TrainingArguments) -> int:
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def _sharding() -> str | None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from bitsandbytes.optim import GlobalOptimManager
+from bitsandbytes.optim.optimizer import GlobalOptimManager
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
