@@ -76,10 +76,8 @@ class Proof:
 
 
 class Gate(TrainerCallback):
-    """Lets a training begin once, and only as `prove` saw it; ends it with evaluation, weights and reports.
-
-    A beginning at another batch size (`auto_find_batch_size`) is the same training, and is judged again.
-    """
+    """Lets a training begin once (another batch size of `auto_find_batch_size` is the same one), and only as `prove`
+    saw it; ends it with evaluation, weights and reports."""
 
     trainer: Any = None
     proof: Proof | None = None
@@ -224,11 +222,8 @@ def prove(
 
 
 def finish(trainer: Any, proof: Proof) -> dict[str, float]:
-    """The results of the last evaluation; ends trackers and the group of processes.
-
-    All else is already written when `train()` returns, so a run that ends before this line loses none of it. Raises
-    `ValueError` for a trainer that has not trained, or a proof of another one.
-    """
+    """The results of the last evaluation; ends trackers and the group of processes. All else is written when `train()`
+    returns. Raises `ValueError` for a trainer that has not trained, or a proof of another one."""
     gate = _gate_of(trainer, "finish()")
     if gate.proof is not proof:
         raise ValueError(

@@ -61,11 +61,8 @@ transformers 5.23 says so, and no test can: where your model's report says other
 
 def flash_attentions(model: PreTrainedModel) -> list[str]:
     """The FlashAttentions that may run on this GPU (Ampere or newer; the third on Hopper), best first: a build that is
-    installed, or one that `kernels` fetches.
-
-    transformers 5.23 asks no model whether it takes a kernel that is named, and for "flash_attention_3" fetches vLLM's
-    build, made to serve. TRL 1.16 trains with the one named here.
-    """
+    installed, or one that `kernels` fetches. transformers 5.23 asks no model whether it takes a kernel that is named,
+    and for "flash_attention_3" fetches vLLM's build, made to serve. TRL 1.16 trains with the one named here."""
     if not model._supports_flash_attn or PartialState().device.type != "cuda":
         return []
     generation, _ = torch.cuda.get_device_capability()
@@ -88,11 +85,9 @@ def is_bitsandbytes_optimizer(name: str) -> bool:
 
 
 def use_one_gpu(args: TrainingArguments) -> bool:
-    """Leaves the Trainer the first of several GPUs where no launcher started a process for each; whether it did.
-
-    It would wrap the model in nn.DataParallel, which TRL 1.16 refuses; it sets this number itself for a model that it
-    does not place. CUDA_VISIBLE_DEVICES comes too late: `import peft` imports bitsandbytes, which starts CUDA.
-    """
+    """Leaves the Trainer the first of several GPUs where no launcher started a process for each; whether it did. It
+    would wrap the model in nn.DataParallel, which TRL 1.16 refuses; it sets this number itself for a model that it does
+    not place. CUDA_VISIBLE_DEVICES comes too late: `import peft` imports bitsandbytes, which starts CUDA."""
     several = bool(args.n_gpu > 1)
     args._n_gpu = min(1, args.n_gpu)
     return several
@@ -108,11 +103,9 @@ def shard_on_cpu(args: TrainingArguments) -> None:
 
 def widen_once(model: PreTrainedModel) -> None:
     """Leaves the trainable weights of other processes than the main one empty, in float32, where FSDP gives them the
-    main process's (`cpu_ram_efficient_loading`; accelerate 1.15 does not for 4-bit models).
-
-    accelerate widens them on the CPU in each process: 28 GB for 7 billion, eight times on eight GPUs. What is empty
-    takes no memory until it is written to. Frozen weights are mapped from the file, one copy for all processes.
-    """
+    main process's (`cpu_ram_efficient_loading`; accelerate 1.15 does not for 4-bit models). accelerate would widen them
+    on the CPU in each process: 28 GB for 7 billion, eight times on eight GPUs. What is empty takes no memory until it
+    is written to; frozen weights are mapped from the file, one copy for all processes."""
     is_packed = bool(getattr(model.config, "quantization_config", None))
     if is_fsdp_enabled() and not PartialState().is_main_process and not is_packed:
         for parameter in model.parameters():
@@ -162,22 +155,17 @@ def fit_to_shards(model: PreTrainedModel) -> None:
 
 
 def keep_packing(model: nn.Module) -> None:
-    """Leaves the 4-bit weights of a model on a CPU as they were loaded.
-
-    Where a CPU has AVX512-BF16, bitsandbytes 0.50.2 packs them again at the first forward in eval mode, for a kernel
-    that rounds to bfloat16 and passes no gradient: after an evaluation, training would fail or skip whole layers.
-    """
+    """Leaves the 4-bit weights of a model on a CPU as they were loaded. Where it has AVX512-BF16, bitsandbytes 0.50.2
+    packs them again at the first forward in eval mode, for a kernel that rounds to bfloat16 and passes no gradient:
+    after an evaluation, training would fail or skip whole layers."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def number_images_by_row(model: Any) -> None:
-    """Makes the positions of a row the same in every batch.
-
-    HunYuan-VL numbers the images of a batch through (transformers 5.23, get_rope_index), so that those of the second
-    row begin where the first row's end: it would train on other positions than it answers with.
-    """
+    """Makes the positions of a row the same in every batch. HunYuan-VL numbers the images of a batch through
+    (transformers 5.23, get_rope_index): it would train on other positions than it answers with."""
     if model.config.model_type == "hunyuan_vl":
         model.model.get_rope_index = MethodType(_index_by_row, model.model)
 
@@ -209,8 +197,7 @@ def commit_of(config: PreTrainedConfig) -> str | None:
 
 
 def save_with_own_names(model: PreTrainedModel, folder: str | os.PathLike[str], **options: Any) -> None:
-    """`save_pretrained` that writes a checkpoint under the names of the model's parameters, and all else as the Hub has
-    it.
+    """`save_pretrained` with the names of the model's parameters for a checkpoint, and the Hub's for all else.
 
     By default transformers 5.23 writes the Hub's older names. Its Trainer, of which no argument reaches
     `save_original_format`, finds none of them when it resumes or loads the best model, and continues with what it has.
@@ -255,11 +242,9 @@ def lacks_dora(module: Any) -> bool:
 
 
 def targets_of(config: LoraConfig, model: nn.Module) -> set[str]:
-    """The modules and parameters that PEFT would adapt by this config.
-
-    PEFT 0.21.2 takes some mixtures (GLM-4.5V) for an older checkpoint whose experts were layers of their own: a pattern
-    of full paths becomes a set of last names, which match in the tower too, and dense layers get no adapters.
-    """
+    """The modules and parameters that PEFT would adapt by this config. PEFT 0.21.2 takes some mixtures (GLM-4.5V) for
+    an older checkpoint whose experts were layers of their own: a pattern of full paths becomes a set of last names,
+    which match in the tower too, and dense layers get no adapters."""
     config = copy.deepcopy(config)
     convert_peft_config_for_transformers(config, model, None)
     modules = {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
@@ -269,11 +254,9 @@ def targets_of(config: LoraConfig, model: nn.Module) -> set[str]:
 
 def restore_adapter(model: PeftModel, file: Path) -> tuple[set[str], set[str]]:
     """Puts every tensor of an adapter's file into the model. Returns the names that it lacks, and those left over.
-
     PEFT 0.21.2, by which the Trainer loads checkpoints and the best one, renames a file's keys by the table with which
     transformers reads old checkpoints: for some families (DeepSeek-OCR-2) they then fit nothing, and the adapter stays
-    as it was made, with a warning at most.
-    """
+    as it was made, with a warning at most."""
     held = get_peft_model_state_dict(model, save_embedding_layers=False)
     with safe_open(file, framework="pt") as tensors:
         saved = set(tensors.keys())

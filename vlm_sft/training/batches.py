@@ -20,9 +20,7 @@ from vlm_sft.upstream import seed_workers
 
 class GroupByLength(TrainerCallback):
     """Draws the order of each epoch from `data_seed` (else `seed`) and the epoch alone; every row comes once an epoch.
-
-    Raises `ValueError` where the Trainer would drop the lengths.
-    """
+    Raises `ValueError` where the Trainer would drop the lengths."""
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         strategy = args.train_sampling_strategy

@@ -62,10 +62,9 @@ class RestoreGenerationConfig(TrainerCallback):
 class KeepRandomState(TrainerCallback):
     """An evaluation changes no number of the training around it: the random state before it is put back after it.
 
-    Without this, the loader of an evaluation draws a seed from the state that dropout and NEFTune draw from, so
-    `eval_steps` and `eval_on_start` would change the weights. Must be the last callback: it takes the state after all
-    else has drawn from it, and puts it back after all else in `on_evaluate`, such as generated answers. The next
-    checkpoint is saved after that (transformers 5.23), so a resume stays exact.
+    Without this, its loader draws a seed from the state that dropout and NEFTune draw from. Must be the last callback:
+    it takes the state after all else has drawn from it, and puts it back after all else in `on_evaluate`, such as
+    generated answers. The next checkpoint is saved after that (transformers 5.23), so a resume stays exact.
     """
 
     _state: tuple[Any, ...] | None = None

@@ -205,8 +205,8 @@ class SafeCheckpoints(TrainerCallback):
 def latest_checkpoint(trainer: Any) -> str | None:
     """The newest complete checkpoint in the trainer's `output_dir`, or None; prints which it skipped, and why.
 
-    Raises `ValueError` where that checkpoint does not belong to this run, with all that differs, for a trainer without
-    `SafeCheckpoints`, and where `resume_from_checkpoint` asks for another choice than the newest.
+    Raises `ValueError` where it does not belong to this run, with all that differs, for a trainer without
+    `SafeCheckpoints`, and where `resume_from_checkpoint` asks for another choice.
     """
     guard = next((c for c in trainer.callback_handler.callbacks if isinstance(c, SafeCheckpoints)), None)
     if guard is None:
