@@ -218,7 +218,7 @@ def prove(
         changes.append(f"{len(narrow)} trainable tensors cast to float32")
     parts = check_trains(model, trains)
     if (packing := getattr(base_of(model).config, "quantization_config", None)) is not None:
-        quantized = str(check_quantized(model))
+        _, quantized = check_quantized(model)
         check_storage(trainer, packing)
     else:
         quantized = "nothing"

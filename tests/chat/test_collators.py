@@ -546,8 +546,9 @@ def test_stop_token_is_where_generation_ends(tiny_processor, tiny_model, example
 def test_settings_are_checked_at_once(tiny_processor):
     with pytest.raises(ValueError, match=r"train_on='answers'.*truncation='cut'.*max_length=0"):
         ChatCollator(tiny_processor("llava15"), train_on="answers", truncation="cut", max_length=0)
-    with pytest.raises(ValueError, match="stop_token='<nope>' is not a token"):
-        ChatCollator(tiny_processor("llava15"), stop_token="<nope>")
+    for token in ("<nope>", "▁a"):  # the second one is in the vocabulary, and melts into the text before it
+        with pytest.raises(ValueError, match=f"stop_token='{token}' is not an added token"):
+            ChatCollator(tiny_processor("llava15"), stop_token=token)
     with pytest.raises(ValueError, match=r"itself writes '<\|im_end\|>' after an answer"):
         ChatCollator(tiny_processor("qwen2_5_vl"), stop_token="<|endoftext|>")
 

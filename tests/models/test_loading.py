@@ -446,7 +446,7 @@ def test_an_adapter_finds_its_base_as_it_was_in_training(
     model = load_model(folder)
     how = check_trains(load_model(folder, is_trainable=True), TRAINS).parts["language"].how
     assert how == "lora r 16, alpha 16 (scale 1), DoRA"
-    assert len(check_quantized(model).quantized) == 14
+    assert len(check_quantized(model)[0]) == 14
     assert not any(weight.requires_grad for weight in model.parameters())
     assert torch.equal(model(**batch("llava15")).logits, logits)
 

@@ -49,27 +49,19 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
     # It casts the features of an image to the dtype of its first parameter, and merges them with the embeddings
     # (transformers 5.23, modeling_smolvlm.py).
     if base.config.model_type == "smolvlm" and base.dtype != (held := base.get_input_embeddings().weight.dtype):
-        raise ValueError(
-            f"The tower is in {base.dtype} and the embeddings in {held}, which SmolVLM cannot merge; load it with "
-            'load_model(dtype="float32"): bf16=True or fp16=True still computes in 16 bit.'
-        )
+        found = f"The tower is in {base.dtype} and the embeddings in {held}, which SmolVLM cannot merge"
+        how = 'load it with load_model(dtype="float32"): bf16=True or fp16=True still computes in 16 bit'
+        raise ValueError(f"{found}; {how}.")
 
 
 def _train(tower: nn.Module, mode: bool = True) -> nn.Module:
     """`nn.Module.train` for what trains in the tower; the rest is in evaluation mode."""
     type(tower).train(tower, mode)
-    if mode:
-        _still(tower)
+    for module in tower.modules() if mode else ():
+        weights = [weight.requires_grad for weight in module.parameters()]
+        if weights and not any(weights):
+            module.eval()
     return tower
-
-
-def _still(module: nn.Module) -> None:
-    weights = [weight.requires_grad for weight in module.parameters()]
-    if weights and not any(weights):
-        module.eval()
-    else:
-        for child in module.children():
-            _still(child)
 
 
 def _mark_embeddings(model: Any, *, parts: ModelParts) -> None:
