@@ -75,9 +75,9 @@ def check_padding_free(model: Any, collator: ChatCollator, rows: Sequence[Mappin
         alone = torch.cat([_token_losses(model, padded([row])) for row in rows])
     difference, rounding = (float((losses - expected).abs().max()) for losses in (found, alone))
     if difference > max(1e-4, 4 * rounding):
-        found = f"{type(model).__name__}: rows without padding change the loss of a token by up to {difference:.2g}"
+        fault = f"{type(model).__name__}: rows without padding change the loss of a token by up to {difference:.2g}"
         why = f"(rounding: {rounding:.1g}), so its attention does not keep the conversations of a row apart"
-        raise ValueError(f"{found} {why}; set padding_free=False and group by length")
+        raise ValueError(f"{fault} {why}; set padding_free=False and group by length")
     return difference
 
 

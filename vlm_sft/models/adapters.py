@@ -139,8 +139,8 @@ def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
         if isinstance(module, LoraLayer)
     }
     if plan.adapts and not held:
-        found = f"TRAINS={dict(trains)} asks for adapters, and {type(plan.base).__name__} holds none"
-        raise ValueError(f"{found}; pass peft_config=lora_config(model, TRAINS) to SFTTrainer.")
+        fault = f"TRAINS={dict(trains)} asks for adapters, and {type(plan.base).__name__} holds none"
+        raise ValueError(f"{fault}; pass peft_config=lora_config(model, TRAINS) to SFTTrainer.")
     asked = {*plan.layers, *plan.experts}
     unused = {name for name in held.keys() - asked if _is_unused(name, plan.base.config, plan.parts)}
     dora = {name for name, module in held.items() if len(module.lora_magnitude_vector)}

@@ -234,7 +234,7 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
     named = base_model or place_of_base(Path(folder), adapter.base_model_name_or_path)
     if options["quantization_config"] == "auto":
         packing = trained_on.get("quantization_config")
-        options["quantization_config"] = transformers.BitsAndBytesConfig(**packing) if packing else None
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**packing) if packing else None  # type: ignore[no-untyped-call]
     if options["dtype"] == "auto":
         options["dtype"] = trained_on.get("dtype", "auto")
     at_revision = None if base_model else adapter.revision or trained_on.get("revision")

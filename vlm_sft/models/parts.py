@@ -85,8 +85,8 @@ def parts_of(model_or_config: nn.Module | PreTrainedConfig) -> ModelParts:
         names = {name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))}
         faults = [f"{path} is not in it" for paths in vars(parts).values() for path in paths if path not in names]
     if faults or parts is None:
-        names = [name.split(".") for name, _ in model.named_parameters(remove_duplicate=False)]
-        upper = dict.fromkeys(".".join(name[:2] if name[0] == "model" else name[:1]) for name in names)
+        paths = [name.split(".") for name, _ in model.named_parameters(remove_duplicate=False)]
+        upper = dict.fromkeys(".".join(path[:2] if path[0] == "model" else path[:1]) for path in paths)
         raise ValueError(
             f"The parts of {type(model).__name__} ({model_type}) cannot be told: {'; '.join(faults)}. Load it with "
             f"AutoModelForImageTextToText; where it was, call vlm_sft.register_parts({model_type!r}, vision=..., "
