@@ -13,7 +13,7 @@ from vlm_sft.common import base_of, listed
 from vlm_sft.data.check_rows import Checked, rows_checked
 from vlm_sft.data.rows import drawn_seed, unpacked
 from vlm_sft.distributed import print_main
-from vlm_sft.models.loading import loaded_from
+from vlm_sft.models.fingerprints import loaded_from
 from vlm_sft.tools.memory import of_run
 from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
 from vlm_sft.upstream import is_sharded

@@ -30,8 +30,8 @@ from transformers import (
 from vlm_sft import upstream
 from vlm_sft.models import loading
 from vlm_sft.models.adapters import check_trains, lora_config
-from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, training_base
-from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, loaded_from, read_config
+from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, loaded_from, training_base
+from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, read_config
 from vlm_sft.models.manifest import write_manifest
 from vlm_sft.models.quantization import check_quantized, nf4_config
 from vlm_sft.tools import tiny

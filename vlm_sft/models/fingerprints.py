@@ -15,11 +15,22 @@ from safetensors import safe_open
 
 from vlm_sft.common import base_of
 from vlm_sft.models.hardware import dtype_name
-from vlm_sft.upstream import commit_of
 
 TRAINING_BASE = "training_base.json"
 _PLACE = Path(".cache/huggingface/base_model")  # huggingface_hub uploads nothing of this folder
 _SAMPLES = 16
+_SOURCE = "_vlm_sft_source"  # where a model or processor keeps what `loaded_from` returns; saved by neither
+
+
+def loaded_from(model_or_processor: Any) -> tuple[str, str | None]:
+    """The name or folder given to `load_model` or `load_processor`, and its commit; else the name known, and None."""
+    named = getattr(model_or_processor, "config", None) or getattr(model_or_processor, "tokenizer", None)
+    return getattr(model_or_processor, _SOURCE, (str(getattr(named, "name_or_path", "")), None))
+
+
+def record_source(model_or_processor: Any, name: str, revision: str | None) -> None:
+    """Keeps what `loaded_from` returns."""
+    setattr(model_or_processor, _SOURCE, (name, getattr(revision, "resolved", revision)))
 
 
 def plain(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +65,7 @@ def base_settings(model: Any) -> dict[str, Any]:
     quantization: Any = getattr(config, "quantization_config", None)
     settings = {
         "base_model_name_or_path": shareable(config.name_or_path),
-        "revision": commit_of(config),
+        "revision": loaded_from(base_of(model))[1],
         "model_type": config.model_type,
         "dtype": dtype_name(config.dtype or base_of(model).dtype),
         "quantization_config": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
@@ -65,7 +76,7 @@ def base_settings(model: Any) -> dict[str, Any]:
 def training_base(model: Any) -> dict[str, Any]:
     """`base_settings`, and the `stored_weights` of the base."""
     config = base_of(model).config
-    return base_settings(model) | {"weights": stored_weights(config.name_or_path, commit_of(config))}
+    return base_settings(model) | {"weights": stored_weights(config.name_or_path, loaded_from(base_of(model))[1])}
 
 
 def stored_weights(name_or_path: str, revision: str | None = None) -> dict[str, str]:

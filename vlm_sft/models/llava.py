@@ -15,9 +15,10 @@ import transformers
 from transformers.utils.hub import resolve_revision
 
 from vlm_sft.common import eos_ids
+from vlm_sft.models.fingerprints import record_source
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.loading import check_weights, first_line, place, read_config, record_source
+from vlm_sft.models.loading import check_weights, first_line, place, read_config
 
 # Models whose decoder takes embeddings as they are; Gemma, for one, would scale the features of an image.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")

@@ -23,7 +23,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from vlm_sft import upstream
 from vlm_sft.common import base_of, listed
 from vlm_sft.distributed import print_main
-from vlm_sft.models.fingerprints import place_of_base, read_training_base, stored_weights, weight_differences
+from vlm_sft.models import fingerprints
+from vlm_sft.models.fingerprints import read_training_base, record_source, stored_weights
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype, own_device
 from vlm_sft.models.manifest import MANIFEST, verify_checkpoint
@@ -32,7 +33,6 @@ from vlm_sft.models.quantization import nf4_config
 
 AutoModelForVision2Seq = transformers.AutoModelForImageTextToText  # the name that transformers 5 dropped
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_SOURCE = "_vlm_sft_source"  # where a model or processor keeps what `loaded_from` returns; saved by neither
 
 
 def load_processor(
@@ -130,17 +130,6 @@ def check_weights(model: Any, info: Mapping[str, Any], at: str) -> None:
         raise ValueError(f"{found}. Give the complete checkpoint of this very model.")
 
 
-def loaded_from(model_or_processor: Any) -> tuple[str, str | None]:
-    """The name or folder given to `load_model` or `load_processor`, and its commit; else the name known, and None."""
-    named = getattr(model_or_processor, "config", None) or getattr(model_or_processor, "tokenizer", None)
-    return getattr(model_or_processor, _SOURCE, (str(getattr(named, "name_or_path", "")), None))
-
-
-def record_source(model_or_processor: Any, name: str, revision: str | None) -> None:
-    """Keeps what `loaded_from` returns."""
-    setattr(model_or_processor, _SOURCE, (name, getattr(revision, "resolved", revision)))
-
-
 def read_config(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The config of a vision-language model. Raises ValueError where there is none, and for a text-only model."""
     at = place(name := existing(name_or_path), revision)
@@ -217,7 +206,7 @@ def _read_model(name: str, revision: str | None, *, attn_implementation: str | N
             with contextlib.suppress(ValueError, ImportError):  # a part without FlashAttention, or nothing to fetch it
                 model.set_attn_implementation(kernel)
                 break
-    upstream.set_commit(model.config, revision)
+    record_source(model, name, revision)
     upstream.keep_packing(model)
     upstream.number_images_by_row(model)
     upstream.fit_to_shards(model)
@@ -231,7 +220,7 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
     if not Path(folder, ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder!r} holds an adapter_config.json but no {ADAPTER_WEIGHTS}; save the adapter again.")
     what, trained_on = f"adapter in {folder!r}", read_training_base(Path(folder)) or {}
-    named = base_model or place_of_base(Path(folder), adapter.base_model_name_or_path)
+    named = base_model or fingerprints.place_of_base(Path(folder), adapter.base_model_name_or_path)
     if options["quantization_config"] == "auto":
         packing = trained_on.get("quantization_config")
         options["quantization_config"] = transformers.BitsAndBytesConfig(**packing) if packing else None  # type: ignore[no-untyped-call]
@@ -247,7 +236,7 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
     recorded = trained_on.get("weights")
     if not recorded:
         print_main(f"{name!r} does not say what the weights of its base were, so {named!r} is taken as it is")
-    elif other := weight_differences(recorded, stored_weights(base.name_or_path, at_revision)):
+    elif other := fingerprints.weight_differences(recorded, stored_weights(base.name_or_path, at_revision)):
         found = f"{len(other)} of {len(recorded)} weights differ: {'; '.join(other[:3])}. Pass base_model= the right"
         raise ValueError(f"{base.name_or_path!r} is not the base that the {what} was trained on; {found} one.")
     if Path(folder, "generation_config.json").is_file():
