@@ -70,8 +70,11 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
 
     `require_stop_token=False`: answers are trained without one, as captions are; one that has it is then a fault.
     Raises `ValueError` naming the rows."""
-    sampled = [{**row, "row": row.get("row", place)} for place, row in _sample(rows, num_rows)]
-    examples = [part for row in sampled for part in collator.split(row)]
+    sampled = enumerate(islice(rows, num_rows))
+    if hasattr(rows, "__len__"):
+        count = min(num_rows, len(rows))
+        sampled = ((n, rows[n]) for n in (i * len(rows) // count for i in range(count)))
+    examples = [part for place, row in sampled for part in collator.split({"row": place, **row})]
     if not examples:
         raise ValueError("there are no rows to audit; expected at least one")
     batches = [examples[n : n + _BATCH_SIZE] for n in range(0, len(examples), _BATCH_SIZE)]
@@ -149,13 +152,6 @@ def kinds_of(row: EncodedRow) -> list[str]:
     """What each token is: "trained", "image" or "prompt"."""
     numbers = (2 * row.image + ((row.labels != IGNORE_INDEX) & ~row.image)).tolist()
     return [("prompt", "trained", "image")[number] for number in numbers]
-
-
-def _sample(rows: Any, num_rows: int) -> Iterator[tuple[int, Any]]:
-    if not hasattr(rows, "__len__"):
-        return enumerate(islice(rows, num_rows))
-    count = min(num_rows, len(rows))
-    return ((i * len(rows) // count, rows[i * len(rows) // count]) for i in range(count))
 
 
 def _check_answers(

@@ -15,11 +15,9 @@ from vlm_sft.chat.template import ChatTemplate, Edit, Rendered, edited
 def find_images(
     template: ChatTemplate, rendered: Rendered, ids: Tensor, add_special_tokens: bool, *, name: str
 ) -> tuple[list[Edit], Tensor]:
-    """What a processor that does not report it wrote in the place of each image, and the offsets of the tokens [T, 2].
-
-    Runs of the tokens `ids` [T] that only images bring, one for each placeholder or row of them. The proof: the text
-    with these in their places, tokenized again, must give the very same tokens. Raises `ValueError` where it does not.
-    """
+    """What a processor that does not report it wrote in the place of each image, and the offsets of the tokens [T, 2]:
+    runs of the tokens `ids` [T] that only images bring, one for each placeholder or row of them. The proof: the text
+    with these in their places, tokenized again, must give the very same tokens, else `ValueError`."""
     tokenizer = template.processor.tokenizer
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     groups = groupby(ids.tolist(), key=template.image_ids.__contains__)

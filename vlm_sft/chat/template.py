@@ -61,12 +61,9 @@ class Rendered(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Renders conversations by `processor.apply_chat_template(..., **kwargs)`.
-
-    `stop_token`: `"auto"` keeps the one the template writes and inserts EOS after an answer where it writes none
-    (LLaVA-1.5); a token to insert instead; `None` inserts nothing.
-    Raises `ValueError` for a processor without a chat or a pad token, and for a stop token that is unknown.
-    """
+    """Renders conversations by `processor.apply_chat_template(..., **kwargs)`. `stop_token`: `"auto"` keeps the one the
+    template writes and inserts EOS after an answer where it writes none (LLaVA-1.5); a token to insert instead; `None`
+    inserts nothing. Raises `ValueError` for a processor without a chat or a pad token, and an unknown stop token."""
 
     processor: Any
     kwargs: Mapping[str, Any] | None = None
@@ -126,10 +123,11 @@ class ChatTemplate:
             # A blank answer may leave no trace; it lies right after the prompt.
             words_start, words_end = (found[0][0], found[-1][1]) if found else (None, len(prompt))
             begin = words_end if words_start is None else words_start
-            if plain.startswith(prompt) and len(prompt) <= begin:
-                begin = len(prompt)
-            elif words_start is not None and (common := _same_but_white_space(plain[:words_start], prompt)) is not None:
-                edits.append((common, words_start, prompt[common:]))
+            same = len(_common(plain[:begin], prompt))
+            if same == len(prompt):
+                begin = same
+            elif words_start is not None and not (plain[same:begin] + prompt[same:]).strip():
+                edits.append((same, begin, prompt[same:]))
             elif number in trained:
                 raise RenderedDifferently(
                     f"messages[{number}]: the chat template renders this answer differently from its generation "
@@ -138,11 +136,11 @@ class ChatTemplate:
                 )
             start = moved(begin, edits)
             is_whole = number + 1 == len(messages) and not add_generation_prompt
-            same = _common(plain if is_whole else self.render(messages[: number + 1], style=style), plain)
-            tail = same[words_end:]  # what belongs to no other message
+            up_to_here = _common(plain if is_whole else self.render(messages[: number + 1], style=style), plain)
+            tail = up_to_here[words_end:]  # what belongs to no other message
             written = list(self.added.finditer(tail))
             # An earlier answer that the template writes differently once the conversation continues stays as it is.
-            stop = written[-1].group() if written else self.stop_to_insert if len(same) >= words_end else None
+            stop = written[-1].group() if written else self.stop_to_insert if len(up_to_here) >= words_end else None
             end = words_end + written[-1].end() if written else words_end
             if stop and not written:
                 after = end + len(tail) if tail.isspace() else end
@@ -334,12 +332,6 @@ def edited(text: str, edits: Sequence[Edit]) -> str:
 def moved(position: int, edits: Sequence[Edit]) -> int:
     """Where a position lies after the edits that end at it or before."""
     return position + sum(len(words) - (end - start) for start, end, words in edits if end <= position)
-
-
-def _same_but_white_space(text: str, prompt: str) -> int | None:
-    """The length of the common start, if only white space follows it in both."""
-    common = len(_common(text, prompt))
-    return None if text[common:].strip() or prompt[common:].strip() else common
 
 
 def _common(a: str, b: str) -> str:

@@ -85,10 +85,8 @@ def lora_config(
     tower layers whose output the model drops (LLaVA's last, by `vision_feature_layer`): no gradient would reach them.
     The projector is adapted in all its linear layers, or trained whole and saved with the adapters, except for a bare
     parameter such as LLaVA-NeXT's `image_newline`: PEFT saves modules only. The experts of a mixture are adapted where
-    they are stacked in one weight (PEFT's `target_parameters`), which knows neither dropout nor DoRA.
-
-    Raises ValueError for all that cannot be meant or made, such as a quantized part in full.
-    """
+    they are stacked in one weight (PEFT's `target_parameters`), which knows neither dropout nor DoRA. Raises ValueError
+    for all that cannot be meant or made, such as a quantized part in full."""
     if isinstance(model, PeftModel):
         how = "train these (load_model with is_trainable=True, no peft_config), or give lora_config the model without"
         raise ValueError(f"The model has adapters already: {how} them.")
@@ -126,11 +124,9 @@ def lora_config(
 
 
 def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
-    """How each part of this model trains, once that is what `trains` says; wrapped or not, from `requires_grad`.
-
-    The asked layers are worked out from the base model's modules, so a LoraConfig written by hand is judged as well.
-    Call it on `trainer.model`, when all has wrapped it. Raises ValueError with every difference.
-    """
+    """How each part of this model, wrapped or not, trains, once that is what `trains` says. The asked layers are worked
+    out from the base model's modules, so a LoraConfig written by hand is judged as well. Call it on `trainer.model`,
+    when all has wrapped it. Raises ValueError with every difference."""
     plan = _Plan(model, trains)
     # The adapters by the path of their layer, or of the stacked weight: PEFT nests those of one module.
     held: dict[str, Any] = {
@@ -312,19 +308,16 @@ def _report(plan: _Plan, trains: Trains, held: Mapping[str, Any], bare: Collecti
         layers = [held[name] for name in held if part in ("total", part_of(name, plan.parts))]
         how = "" if part == "total" else "frozen"
         if layers and part != "total":
-            how = _settings(layers) + (f" on {', '.join(trains[part])}" if trains[part] != "lora" else "")
+            told = []
+            for setting in ("r", "lora_alpha", "scaling"):
+                values = {value for layer in layers for value in getattr(layer, setting).values()}
+                told.append("/".join(f"{value:g}" for value in sorted(values)))
+            how = "lora r {}, alpha {} (scale {})".format(*told)
+            how += ", DoRA" * bool(layers[0].lora_magnitude_vector)
+            how += f" on {', '.join(trains[part])}" if trains[part] != "lora" else ""
         elif trains.get(part) == "full":
             how = "full" + (f" but {listed(bare)}, which PEFT cannot save" if bare else "")
         share = count["reached"] / count["matrices"] if count["matrices"] else float(count["trainable"] > 0)
         sizes = count["parameters"], count["trainable"], count["quantized"]
         reports[part] = PartReport(*sizes, tuple(sorted(dtypes[part])), how, len(layers), share)
     return reports
-
-
-def _settings(layers: Sequence[Any]) -> str:
-    """Rank, alpha and scale of these adapters, each with all its values."""
-    found = []
-    for setting in ("r", "lora_alpha", "scaling"):
-        values = {value for layer in layers for value in getattr(layer, setting).values()}
-        found.append("/".join(f"{value:g}" for value in sorted(values)))
-    return "lora r {}, alpha {} (scale {})".format(*found) + ", DoRA" * bool(layers[0].lora_magnitude_vector)

@@ -36,25 +36,19 @@ def own_device() -> torch.device:
 
 
 def best_worker_count() -> int:
-    """Data workers for each process: up to four, one core left to the process itself, and none on a lone core.
-
-    Image work is some 95% of collation; without workers (the Trainer's default) it runs between the steps.
-    """
+    """Data workers for each process: up to four, one core left to the process itself, and none on a lone core. Without
+    workers (the Trainer's default) image work, some 95% of collation, runs between the steps."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(0, min(4, len(os.sched_getaffinity(0)) // processes - 1))
 
 
 def set_hardware_defaults(args: TrainingArguments) -> list[str]:
-    """Fills in what the user left open: call it first in the `__post_init__` of a recipe's config. Returns what it
-    replaced, in words.
+    """Fills in what the user left open, first of all in a config's `__post_init__`; returns what it replaced, in words.
 
     Without `bf16` or `fp16` set, `best_dtype` decides. A paged optimizer gives way to `adamw_torch` where there is no
     NVIDIA or AMD GPU to page from. Under FSDP, which shards optimizer states, the config's own bitsandbytes optimizer
     gives way to `adamw_torch_fused`, and one that was asked for is refused. A launch with FSDP shards on CPUs too.
-
-    Raises ValueError for that, for an accelerator of another kind than NVIDIA's, AMD's, Intel's and Apple's, and where
-    TRL's head could not be compiled (`check_compiler`).
-    """
+    Raises ValueError for that, for an accelerator of another kind, and by `check_compiler`."""
     args.use_cpu |= not torch.accelerator.is_available()  # without it, processes on CPUs would train apart
     kind = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
     if not args.use_cpu and kind not in ("cuda", "mps", "xpu", "cpu"):

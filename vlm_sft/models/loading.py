@@ -47,8 +47,7 @@ def load_processor(
     images to so many pixels, in families that resize by their number (Qwen-VL).
 
     Raises ValueError for a folder that does not exist, a text-only model, and `max_pixels` where the family has no such
-    limit; ImportError that names the missing package, torchvision or num2words.
-    """
+    limit; ImportError that names the missing package, torchvision or num2words."""
     name = existing(name_or_path)
     revision = resolve_revision(name, revision)
     from_pretrained: Any = transformers.AutoProcessor.from_pretrained
@@ -96,15 +95,13 @@ def load_model(
       kernels-community by `pip install kernels`; else what transformers chooses, PyTorch's SDPA.
     - It is read onto the GPU of this process, and takes no room of the CPU; under FSDP and DeepSpeed ZeRO-3, which
       shard it from there, onto the CPU.
-    - `revision` is resolved to its commit once, and recorded in the model's config.
+    - `revision` is resolved to its commit once, and recorded (`loaded_from`).
     - For an adapter, `base_model` takes the place of the base that it names; `is_trainable` leaves it trainable.
-    - Only safetensors are read. A weight that is missing, left over or of another shape is an error.
-
-    A frozen tower stays out of autograd and in evaluation mode (`detach_frozen_tower`).
+    - Only safetensors are read. A frozen tower stays out of autograd and in evaluation mode (`detach_frozen_tower`).
 
     Raises ValueError for a path that does not exist, a model that is text-only or whose parts cannot be told, an
-    adapter whose base is missing or another one, weights that do not fit, and an attention that the model cannot run.
-    """
+    adapter whose base is missing or another one, weights that are missing, left over or do not fit, and an attention
+    that the model cannot run."""
     name = existing(name_or_path)
     revision = resolve_revision(name, revision)
     if load_in_4bit:

@@ -29,11 +29,9 @@ _WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+")
 
 @dataclass(frozen=True)
 class ModelParts:
-    """Full paths of the parts, from the root of the `...ForConditionalGeneration` model.
-
-    A path is a module, or a parameter that no part's module holds (LLaVA-NeXT's `model.image_newline`). Paths may
-    nest (Qwen's `model.visual.merger` in `model.visual`): ask `part_of`. A model without a tower has no `vision`.
-    """
+    """Full paths of the parts, from the root of the model: modules, or parameters that no part's module holds
+    (LLaVA-NeXT's `model.image_newline`). They may nest (Qwen's `model.visual.merger` in `model.visual`): ask `part_of`.
+    A model without a tower has no `vision`."""
 
     vision: tuple[str, ...]
     projector: tuple[str, ...]
@@ -113,11 +111,9 @@ def bare_name(name: str) -> str:
 
 
 def linear_layers(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """The linear layers that adapters and quantization reach, by path; also of quantizers without an nn.Linear.
-
-    Not of a model's own kind: a router (Llama4Router) returns more than a product. Nor one whose weight the model takes
-    by itself (`_BY_WEIGHT`), nor PEFT's wrapper of one.
-    """
+    """The linear layers that adapters and quantization reach, by path; also of quantizers without an nn.Linear. Not of
+    a model's own kind: a router (Llama4Router) returns more than a product. Nor one whose weight the model takes by
+    itself (`_BY_WEIGHT`), nor PEFT's wrapper of one."""
     return {
         path: module
         for path, module in modules.items()
@@ -175,28 +171,24 @@ def _found(model: Any) -> tuple[ModelParts | None, list[str]]:
         faults.append(f"its language model, {language}, has no numbered layers")
     if faults:
         return None, faults
-    placed: dict[Part | None, list[str]] = defaultdict(list)
+    placed: dict[str, list[str]] = defaultdict(list)
     for path in _rest(model, "", {tower, language, *([] if f"{head}.".startswith(f"{language}.") else [head])}):
-        placed[_kind_of(path, modules.get(path))].append(path)
+        module, kind = modules.get(path), "projector"
+        # transformers builds towers as models of their own that take pixels or sound, projectors as plain modules.
+        if _BESIDE.search(path):
+            kind = "other"
+        elif isinstance(module, PreTrainedModel) and not _PROJECTS.search(path.rpartition(".")[2]):
+            kind = "vision" if module.main_input_name == "pixel_values" else "unknown"
+        placed[kind].append(path)
     vision, projector = [tower] * bool(tower) + placed["vision"], placed["projector"]
     if vision and not projector:  # it may lie inside the tower (Qwen's merger)
         inside = [name for name, _ in modules[vision[0]].named_children() if _PROJECTS.search(name)]
         projector = [f"{vision[0]}.{name}" for name in inside]
-    if towers := placed[None]:
+    if towers := placed["unknown"]:
         faults.append(f"{listed(towers)}: a second tower, or part of the projector")
     elif not projector:
         faults.append("nothing is left for its projector" if vision else "it has no vision tower and no projector")
     return ModelParts(tuple(vision), tuple(projector), (language,), (head,), tuple(placed["other"])), faults
-
-
-def _kind_of(path: str, module: nn.Module | None) -> Part | None:
-    """The part of what no accessor names; None where it cannot be told. transformers builds towers as models of their
-    own that take pixels or sound, and projectors as plain modules."""
-    if _BESIDE.search(path):
-        return "other"
-    if not isinstance(module, PreTrainedModel) or _PROJECTS.search(path.rpartition(".")[2]):
-        return "projector"
-    return "vision" if module.main_input_name == "pixel_values" else None
 
 
 def _rest(module: nn.Module, path: str, known: set[str]) -> Iterator[str]:

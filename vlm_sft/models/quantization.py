@@ -61,12 +61,9 @@ def nf4_config(
 
 
 def check_quantized(model: nn.Module) -> tuple[list[str], str]:
-    """The quantized layers of this loaded model, once they are the language model's linear layers and nothing else; and
-    a sentence on them and on what was kept.
-
-    Also looks into each packed layer for the type, double quantization, compute and storage dtype that the model's
-    own config states. Raises ValueError with the difference, and for a model without a bitsandbytes config.
-    """
+    """The quantized layers of this loaded model, once they are the language model's linear layers and no others, each
+    packed as the model's own config states (type, double quantization, compute and storage dtype); and a sentence on
+    them and on what was kept. Raises ValueError with the difference, and for a model without a bitsandbytes config."""
     parts = parts_of(model)
     config: Any = getattr(model.config, "quantization_config", None)
     if not isinstance(config, BitsAndBytesConfig):
