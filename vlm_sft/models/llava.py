@@ -33,7 +33,7 @@ def assemble_llava(
     process stays as it was. The tower is read one layer before its last, without the class token. The tokenizer gains
     `<image>`, and a pad token where it has none; the embedding grows to hold them, and never shrinks. The dtype is
     `best_dtype()`. Which tower it was is kept in the config (`check_tower`). Source: arXiv 2310.03744.
-    Raises ValueError for a tower that is no CLIP, a text model that is none of `LANGUAGE_MODELS`, and missing weights."""
+    Raises ValueError for a tower that is no CLIP, a text model that is none of `LANGUAGE_MODELS`, and lost weights."""
     vision_name, language_name = str(vision_tower), str(language_model)
     vision_revision = resolve_revision(vision_name)
     language_revision = resolve_revision(language_name, language_revision)
