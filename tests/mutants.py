@@ -46,6 +46,7 @@ MUTANTS = [
     Mutant("the user's words are trained", "chat/collator.py", "torch.ones_like(image) if self.settings.train_on == \"all\"", "torch.ones_like(image) if True", "chat/test_collators.py:which_answers"),
     Mutant("train: false has no effect", "chat/collator.py", "messages[n].get(\"train\", True)", "True", "chat/test_collators.py:which_answers"),
     Mutant("last_assistant trains the first", "chat/collator.py", "answers[-1:] if", "answers[:1] if", "chat/test_collators.py:which_answers"),
+    Mutant("text that nothing reports passes", "chat/collator.py", "<= int(offsets.max()) <= len(text)", "<= int(offsets.max())", "chat/test_collators.py:without_reporting"),
     Mutant("tokens across the prompt's end are not cut", "chat/collator.py", "row = self._cut_tokens(row, cuts)", "pass", "chat/test_collators.py:prompt_is_what"),
     Mutant("a span's last token is left out", "chat/expansions.py", "(start < span_end) & (end > span_start)", "(end < span_end) & (end > span_start)", "chat/test_collators.py:which_answers"),
     Mutant("a span takes the token before it", "chat/expansions.py", "(start < span_end) & (end > span_start)", "(start < span_end) & (end >= span_start)", "chat/test_collators.py:which_answers"),

@@ -450,9 +450,12 @@ def test_a_row_that_just_fits_is_whole_and_a_multiple_of_what_is_asked(tiny_proc
         assert int(padded["attention_mask"].sum()) == 2 * whole["input_ids"].shape[1]
 
 
-def test_a_processor_that_changes_the_text_without_reporting_is_refused(tiny_processor, example, monkeypatch):
+@pytest.mark.parametrize("stop_token", ["auto", None])  # without one, no added token stands after the change
+def test_a_processor_that_changes_the_text_without_reporting_is_refused(
+    stop_token, tiny_processor, example, monkeypatch
+):
     processor = copy.deepcopy(tiny_processor("llava15"))
-    collator, plain_call = ChatCollator(processor), type(processor).__call__
+    collator, plain_call = ChatCollator(processor, stop_token=stop_token), type(processor).__call__
 
     def call(self: Any, text: Any = None, **options: Any) -> Any:
         return plain_call(self, text=[each.replace("Yes.", "Yes, I am.") for each in text], **options)
