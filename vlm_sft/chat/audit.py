@@ -8,7 +8,7 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
@@ -70,7 +70,7 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
 
     `require_stop_token=False`: answers are trained without one, as captions are; one that has it is then a fault.
     Raises `ValueError` naming the rows."""
-    sampled = enumerate(islice(rows, num_rows))
+    sampled: Iterable[tuple[int, Any]] = enumerate(islice(rows, num_rows))
     if hasattr(rows, "__len__"):
         count = min(num_rows, len(rows))
         sampled = ((n, rows[n]) for n in (i * len(rows) // count for i in range(count)))
