@@ -225,7 +225,7 @@ def test_adapters_4bit_freezing_and_the_tower_out_of_autograd(twin: Twin) -> Non
     assert not any(flows)
     assert all(w.grad is not None for w in wrapped.parameters() if w.requires_grad)
     packed = load_model(twin.folder, load_in_4bit=True, experts_in_16bit=twin.experts, dtype="bfloat16")
-    assert check_quantized(packed).quantized
+    assert check_quantized(packed)[0]
     wrapped = get_peft_model(packed, lora_config(packed, lora, r=4, lora_dropout=0))
     check_trains(wrapped, lora)
     with torch.autocast("cpu", torch.bfloat16):

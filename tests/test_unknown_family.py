@@ -85,7 +85,7 @@ def test_adapters_a_full_projector_and_a_quantized_base(packed: bool, folder: Pa
     nf4 = nf4_config(AutoConfig.from_pretrained(folder), compute_dtype=torch.float32) if packed else None
     model = load_model(folder, quantization_config=nf4, dtype="float32")
     if packed:
-        assert len(check_quantized(model).quantized) == 14
+        assert len(check_quantized(model)[0]) == 14
     wrapped = get_peft_model(model, lora_config(model, LORA_AND_PROJECTOR, use_dora=True))
     report = check_trains(wrapped, LORA_AND_PROJECTOR)
     assert report.parts["language"].adapted_layers == report.parts["total"].adapted_layers == 14

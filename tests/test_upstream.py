@@ -29,7 +29,6 @@ from safetensors import safe_open
 from together import together
 from torch.distributed.fsdp._fully_shard import _fsdp_init, _fsdp_param_group
 from transformers import (
-    AutoConfig,
     AutoProcessor,
     LlavaForConditionalGeneration,
     Trainer,
@@ -250,20 +249,6 @@ def test_bitsandbytes_packs_weights_again_in_an_evaluation(
         model.eval()(**batch)
     changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
     assert bool(changed) != kept
-
-
-def test_transformers_keeps_no_commit_in_the_config(tiny_dir: Callable[[str], Path]) -> None:
-    class Resolved(str):
-        resolved = "0123456789abcdef"
-
-    config = AutoConfig.from_pretrained(tiny_dir("llava15"))
-    assert not hasattr(config, "_commit_hash")
-    assert upstream.commit_of(config) is None
-    upstream.set_commit(config, Resolved("v1"))
-    assert upstream.commit_of(config) == upstream.commit_of(copy.deepcopy(config)) == "0123456789abcdef"
-    assert "0123456789abcdef" not in config.to_json_string()
-    upstream.set_commit(config, "v2")
-    assert upstream.commit_of(config) == "v2"
 
 
 def test_transformers_saves_a_model_under_other_names(tiny_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from vlm_sft.common import base_of, listed
 from vlm_sft.data.check_rows import Checked, rows_checked
 from vlm_sft.data.rows import drawn_seed, unpacked
 from vlm_sft.distributed import print_main
-from vlm_sft.models.loading import loaded_from
+from vlm_sft.models.fingerprints import loaded_from
 from vlm_sft.models.quantization import check_quantized
 from vlm_sft.tools.memory import of_run
 from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
@@ -97,7 +97,7 @@ def check_storage(trainer: Any) -> str:
             f"under FSDP the 4-bit weights are stored as {stored}, and would be cast to {computed} bit by bit: pass "
             f"the flag of what they are stored in (--bf16, --fp16), or nf4_config(..., compute_dtype={computed})"
         )
-    return str(check_quantized(trainer.model))
+    return check_quantized(trainer.model)[1]
 
 
 def check_pieces(trainer: Any, collator: Any) -> None:

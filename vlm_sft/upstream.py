@@ -35,7 +35,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -183,17 +183,6 @@ def _index_by_row(
         taken += count
     positions, deltas = zip(*found, strict=True)
     return torch.cat(positions, dim=1), torch.cat(deltas)
-
-
-def set_commit(config: PreTrainedConfig, revision: str | None) -> None:
-    """Keeps the commit that a model was read at in its config, which never writes it to config.json: transformers did
-    until 5.23, whose `resolve_revision` returns it as an attribute of the revision that was asked for."""
-    config._commit_hash = getattr(revision, "resolved", revision)
-
-
-def commit_of(config: PreTrainedConfig) -> str | None:
-    """What `set_commit` kept."""
-    return getattr(config, "_commit_hash", None)
 
 
 def save_with_own_names(model: PreTrainedModel, folder: str | os.PathLike[str], **options: Any) -> None:

@@ -450,9 +450,12 @@ def test_a_row_that_just_fits_is_whole_and_a_multiple_of_what_is_asked(tiny_proc
         assert int(padded["attention_mask"].sum()) == 2 * whole["input_ids"].shape[1]
 
 
-def test_a_processor_that_changes_the_text_without_reporting_is_refused(tiny_processor, example, monkeypatch):
+@pytest.mark.parametrize("stop_token", ["auto", None])  # without one, no added token stands after the change
+def test_a_processor_that_changes_the_text_without_reporting_is_refused(
+    stop_token, tiny_processor, example, monkeypatch
+):
     processor = copy.deepcopy(tiny_processor("llava15"))
-    collator, plain_call = ChatCollator(processor), type(processor).__call__
+    collator, plain_call = ChatCollator(processor, stop_token=stop_token), type(processor).__call__
 
     def call(self: Any, text: Any = None, **options: Any) -> Any:
         return plain_call(self, text=[each.replace("Yes.", "Yes, I am.") for each in text], **options)
@@ -546,8 +549,9 @@ def test_stop_token_is_where_generation_ends(tiny_processor, tiny_model, example
 def test_settings_are_checked_at_once(tiny_processor):
     with pytest.raises(ValueError, match=r"train_on='answers'.*truncation='cut'.*max_length=0"):
         ChatCollator(tiny_processor("llava15"), train_on="answers", truncation="cut", max_length=0)
-    with pytest.raises(ValueError, match="stop_token='<nope>' is not a token"):
-        ChatCollator(tiny_processor("llava15"), stop_token="<nope>")
+    for token in ("<nope>", "▁a"):  # the second one is in the vocabulary, and melts into the text before it
+        with pytest.raises(ValueError, match=f"stop_token='{token}' is not an added token"):
+            ChatCollator(tiny_processor("llava15"), stop_token=token)
     with pytest.raises(ValueError, match=r"itself writes '<\|im_end\|>' after an answer"):
         ChatCollator(tiny_processor("qwen2_5_vl"), stop_token="<|endoftext|>")
 

@@ -320,7 +320,7 @@ def test_a_quantized_projector_cannot_be_trained_in_full(tiny_model: Callable[..
         ({"language": "q_proj"}, r"'q_proj' is not a way to train .*a list of layer names such as \[\"q_proj\""),
         ({"language": []}, r"language: \[\] is not a way"),
         ({"language": None}, "language: None is not a way"),
-        ({"language": ["q_proj,", "v_proj"]}, r"\['q_proj,'\].*without comma"),
+        ({"language": ["q_proj,", "v_proj"]}, r"\['q_proj,', 'v_proj'\].*without comma"),
         ({"language": [" q_proj"]}, "without comma, blank"),
         ({"head": "lora"}, "head: adapters on it are not supported"),
         ({"head": ["lm_head"]}, "head: adapters on it are not supported"),

@@ -30,8 +30,8 @@ from transformers import (
 from vlm_sft import upstream
 from vlm_sft.models import loading
 from vlm_sft.models.adapters import check_trains, lora_config
-from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, training_base
-from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, loaded_from, read_config
+from vlm_sft.models.fingerprints import TRAINING_BASE, base_settings, loaded_from, training_base
+from vlm_sft.models.loading import AutoModelForVision2Seq, load_model, load_processor, read_config
 from vlm_sft.models.manifest import write_manifest
 from vlm_sft.models.quantization import check_quantized, nf4_config
 from vlm_sft.tools import tiny
@@ -446,7 +446,7 @@ def test_an_adapter_finds_its_base_as_it_was_in_training(
     model = load_model(folder)
     how = check_trains(load_model(folder, is_trainable=True), TRAINS).parts["language"].how
     assert how == "lora r 16, alpha 16 (scale 1), DoRA"
-    assert len(check_quantized(model).quantized) == 14
+    assert len(check_quantized(model)[0]) == 14
     assert not any(weight.requires_grad for weight in model.parameters())
     assert torch.equal(model(**batch("llava15")).logits, logits)
 

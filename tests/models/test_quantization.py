@@ -46,23 +46,23 @@ def test_all_linear_layers_of_the_language_model_and_nothing_else(
     parts = parts_of(plain)
     asked = {n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and part_of(n, parts) == "language"}
     model = tiny_model(family, quantization_config=pack(plain))
-    report = check_quantized(model)
-    assert set(report.quantized) == packed(model).keys() == asked
+    layers, _ = check_quantized(model)
+    assert set(layers) == packed(model).keys() == asked
     for name, weight in plain.named_parameters():
         if name.removesuffix(".weight") not in asked:
             assert torch.equal(model.get_parameter(name), weight), name
 
 
 def test_the_report_says_how(tiny_model: Callable[..., Any]) -> None:
-    report = check_quantized(tiny_model("llava15", quantization_config=nf4(tiny_model("llava15"))))
-    assert str(report) == (
+    _, sentence = check_quantized(tiny_model("llava15", quantization_config=nf4(tiny_model("llava15"))))
+    assert sentence == (
         "nf4 with double quantization (compute float32, storage uint8) on 14 linear layers of the language model; "
         "kept in float32: vision 18, projector 2, head 1 linear layers, all norms and embeddings"
     )
-    report = check_quantized(
+    _, sentence = check_quantized(
         tiny_model("llava15", quantization_config=int8(tiny_model("llava15")), dtype=torch.bfloat16)
     )
-    assert str(report).startswith("int8 on 14 linear layers of the language model; kept in bfloat16: ")
+    assert sentence.startswith("int8 on 14 linear layers of the language model; kept in bfloat16: ")
 
 
 def test_paths_are_those_of_the_loaded_model_where_the_checkpoint_names_them_differently(
@@ -101,7 +101,7 @@ def test_type_double_quantization_compute_and_storage_of_a_config_by_hand(
 def test_nf4_is_what_qlora_is(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "best_dtype", lambda: torch.bfloat16)
     model = tiny_model("llava15", quantization_config=nf4_config(tiny_model("llava15")))
-    assert str(check_quantized(model)).startswith("nf4 with double quantization (compute bfloat16, storage uint8)")
+    assert check_quantized(model)[1].startswith("nf4 with double quantization (compute bfloat16, storage uint8)")
 
 
 @pytest.mark.parametrize(("launched", "storage"), [("", torch.uint8), ("true", torch.bfloat16)])
@@ -157,9 +157,9 @@ def test_layers_that_are_packed_differently_from_the_config(
 
 def test_adapters_on_top_change_nothing(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llava15", quantization_config=nf4(tiny_model("llava15")))
-    before = check_quantized(model)
+    before, _ = check_quantized(model)
     wrapped = get_peft_model(model, LoraConfig(target_modules=LANGUAGE, use_dora=True))
-    assert len(check_quantized(wrapped).quantized) == len(before.quantized) == 14
+    assert len(check_quantized(wrapped)[0]) == len(before) == 14
 
 
 def test_a_model_that_is_not_quantized(tiny_model: Callable[..., Any]) -> None:

@@ -1,8 +1,5 @@
-"""What will be trained, checked and shown before the first step (from the shell: `python -m vlm_sft audit`).
-
-`audit` runs the collator on real rows and raises where what it makes does not fit the conversation or the prompts of
-inference; `check_stops`, `check_embedding` and `check_forward` compare it with the model.
-"""
+"""What will be trained, checked and shown before the first step (from the shell: `python -m vlm_sft audit`): `audit`
+compares what the collator makes with the conversation and the prompts of inference, `check_...` with the model."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
@@ -21,7 +18,7 @@ import torch
 from transformers import BatchFeature
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator, EncodedRow
+from vlm_sft.chat.collator import IGNORE_INDEX, NOTHING_TRAINED, ChatCollator, EncodedRow
 from vlm_sft.chat.messages import count_images, text_of
 from vlm_sft.chat.template import without_tools
 from vlm_sft.common import base_of, eos_ids, evaluating
@@ -31,11 +28,8 @@ _BATCH_SIZE = 8  # of the calls of the processor
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What the collator made of the audited rows (`ChatCollator.encode`); `str()` is a compact table.
-
-    `tokens` counts by kind: trained, prompt, image. `answers` counts the trained ones by how they end, `prompts` the
-    compared ones by how they compare.
-    """
+    """What the collator made of the audited rows (`ChatCollator.encode`); `str()` is a table. `tokens` counts by kind:
+    trained, prompt, image; `answers` by how they end; `prompts` by how they compare."""
 
     collator: ChatCollator
     rows: Sequence[EncodedRow]
@@ -70,16 +64,17 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
 
     Proved for each row: something is trained, and nothing but answers; each reads as in its message and ends with its
     stop token (or is cut by `max_length`); the tokens before the first and the last trained answer, BOS and images
-    included, are those of `processor.apply_chat_template(..., add_generation_prompt=True, tokenize=True)` on the
-    messages before it (before the last, the text suffices: generation may have cut its tokens elsewhere). Where the
-    processor itself writes a longer conversation differently, or without stop tokens (LLaVA-1.5), they cannot be: such
-    prompts are counted, and only BOS compared.
+    included, are those of `processor.apply_chat_template` on the messages before it (before the last, the text
+    suffices: generation may have cut its tokens elsewhere). Where the processor itself writes a longer conversation
+    differently, or without stop tokens (LLaVA-1.5), they cannot be: such prompts are counted, and only BOS compared.
 
     `require_stop_token=False`: answers are trained without one, as captions are; one that has it is then a fault.
-    Raises `ValueError` naming the rows.
-    """
-    sampled = [{**row, "row": row.get("row", place)} for place, row in _sample(rows, num_rows)]
-    examples = [part for row in sampled for part in collator.split(row)]
+    Raises `ValueError` naming the rows."""
+    sampled: Iterable[tuple[int, Any]] = enumerate(islice(rows, num_rows))
+    if hasattr(rows, "__len__"):
+        count = min(num_rows, len(rows))
+        sampled = ((n, rows[n]) for n in (i * len(rows) // count for i in range(count)))
+    examples = [part for place, row in sampled for part in collator.split({"row": place, **row})]
     if not examples:
         raise ValueError("there are no rows to audit; expected at least one")
     batches = [examples[n : n + _BATCH_SIZE] for n in range(0, len(examples), _BATCH_SIZE)]
@@ -99,31 +94,28 @@ def check_stops(collator: ChatCollator, rows: Sequence[EncodedRow], generation_c
     ends = eos_ids(generation_config.eos_token_id)
     for stop, name in {turn.stop: row.name for row in rows for turn in row.trained if turn.stop}.items():
         if (learned := collator.processor.tokenizer.convert_tokens_to_ids(stop)) not in ends:
-            raise ValueError(
-                f"{name}: the model learns to stop with {stop!r} (id {learned}), but generation ends at {ends}; set "
-                f"model.generation_config.eos_token_id = {[*ends, learned]}"
-            )
+            found = f"the model learns to stop with {stop!r} (id {learned}), but generation ends at {ends}"
+            raise ValueError(f"{name}: {found}; set model.generation_config.eos_token_id = {[*ends, learned]}")
 
 
 def check_embedding(rows: Sequence[EncodedRow], model: Any) -> None:
-    """Raises `ValueError` naming a row with a token that the model's embedding does not have, or an image that is not
-    written in the model's own image token."""
+    """Raises `ValueError` naming a row with a token beyond the embedding, or an image in another token than its own."""
     size = model.get_input_embeddings().num_embeddings
     largest, name = max((int(row.tokens["input_ids"].max()), row.name) for row in rows)
     if largest >= size:
         found = f"{name}: token {largest} is beyond the {size} tokens of the embedding"
         raise ValueError(f"{found}; use the model's own processor")
-    own = getattr(base_of(model).config, "image_token_id", getattr(base_of(model).config, "image_token_index", None))
+    config = base_of(model).config
+    own = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     for row in rows:
-        if row.image.any() and own is not None and not (row.tokens["input_ids"][row.image] == own).any():
+        if row.image.any() and own is not None and own not in row.tokens["input_ids"][row.image]:
             found = f"{row.name}: no token of its image is {own}, the model's image token"
             raise ValueError(f"{found}; use the model's own processor")
 
 
 def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
-    """One forward on the row, said in a sentence, in the precision that the Trainer has prepared the model for, or that
-    the caller sets; the model itself refuses another number of image tokens than of image features. Raises `ValueError`
-    naming the row where it does, or where its loss is not finite."""
+    """One forward on the row, said in a sentence, in the precision that the Trainer has prepared the model for. Raises
+    `ValueError` naming the row where the model refuses it (image tokens without features), or its loss is no number."""
     if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "not run: the model is sharded (DeepSpeed ZeRO-3)"
     batch = collator([row.conversation._asdict()])
@@ -140,8 +132,7 @@ def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
 
 def draw_mask(row: EncodedRow, tokenizer: Any, width: int = 400, colour: bool | None = None) -> str:
     """The row's text with what is trained in green, or in [brackets] without `colour` (None: if stderr is a terminal),
-    the tokens of an image as one, pieces of more than `width` characters shortened. After nanochat's
-    `visualize_tokenization`."""
+    an image as one, pieces of more than `width` characters shortened. After nanochat's `visualize_tokenization`."""
     looks = {"prompt": "\033[2m{}\033[0m", "trained": "\033[32m{}\033[0m", "image": "\033[34m{}\033[0m"}
     if not (sys.stderr.isatty() if colour is None else colour):
         looks = {"prompt": "{}", "trained": "[{}]", "image": "{}"}
@@ -163,19 +154,12 @@ def kinds_of(row: EncodedRow) -> list[str]:
     return [("prompt", "trained", "image")[number] for number in numbers]
 
 
-def _sample(rows: Any, num_rows: int) -> Iterator[tuple[int, Any]]:
-    if not hasattr(rows, "__len__"):
-        return enumerate(islice(rows, num_rows))
-    count = min(num_rows, len(rows))
-    return ((place, rows[place]) for place in (i * len(rows) // count for i in range(count)))
-
-
 def _check_answers(
     collator: ChatCollator, row: EncodedRow, answers: Counter[str], require_stop_token: bool
 ) -> Iterator[str]:
     tokenizer, settings, trained = collator.processor.tokenizer, collator.settings, row.labels != IGNORE_INDEX
     if not trained.any():
-        yield f"{row.name}: no token is left to train on; give it an answer not marked 'train': false, or drop it"
+        yield f"{row.name}: {NOTHING_TRAINED}"
     stray = trained & (row.image if settings.train_on == "all" else row.image | ~row.tokens_of(*row.trained))
     if stray.any():
         text = tokenizer.decode(row.labels[stray])[:80]
@@ -190,10 +174,8 @@ def _check_answers(
         if require_stop_token and not stop:
             yield f"{where} is trained without a stop token; use stop_token='auto', or require_stop_token=False"
         if stop and not require_stop_token:
-            yield (
-                f"{where} is trained with the stop token {stop!r}, in spite of require_stop_token=False; pass "
-                "stop_token=None to ChatCollator, or leave require_stop_token out"
-            )
+            found = f"{where} is trained with the stop token {stop!r}, in spite of require_stop_token=False"
+            yield f"{found}; pass stop_token=None to ChatCollator, or leave require_stop_token out"
         message = row.conversation.messages[turn.message]
         words, learned = text_of(message), tokenizer.decode(ids)
         end = stop if message.get("tool_calls") else words + stop  # the calls stand between
@@ -216,12 +198,10 @@ def _check_prompts(collator: ChatCollator, row: EncodedRow, prompts: Counter[str
             prompts["cannot, as the processor itself writes a longer conversation differently"] += 1
         else:
             place = len(os.path.commonprefix([here, there]))  # noqa: RUF071 (it takes lists as well)
-            texts = [tokenizer.decode(ids[place:])[:60] for ids in (here, there)]
-            yield (
-                f"{row.name}: the prompt of messages[{turn.message}] has {len(here)} tokens ({bos[0]} BOS), but "
-                f"{len(there)} ({bos[1]} BOS) at inference; from token {place} on they read {texts[0]!r} and "
-                f"{texts[1]!r}: fix the chat template"
-            )
+            first_text, other = (repr(tokenizer.decode(ids[place:])[:60]) for ids in (here, there))
+            counts = f"{len(here)} tokens ({bos[0]} BOS), but {len(there)} ({bos[1]} BOS) at inference"
+            found = f"the prompt of messages[{turn.message}] has {counts}; from token {place} on they read {first_text}"
+            yield f"{row.name}: {found} and {other}: fix the chat template"
 
 
 def _is_rewritten(collator: ChatCollator, row: EncodedRow, end: int, prompt: list[int]) -> bool:

@@ -1,7 +1,6 @@
 """Conversations in, a training batch out, with labels that hold only what the model has to learn.
 
-Pass a `ChatCollator` as `data_collator`. No model family is named here: the processor and its chat template are asked.
-Shapes: `B` rows, `T` tokens of the longest. The methods stand in the order of a row's trip.
+No model family is named here: the processor and its template are asked. Methods stand in the order of a row's trip.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import BatchFeature
 
-from vlm_sft.chat.expansions import Replacements, expand, find_images, tokens_in
+from vlm_sft.chat.expansions import find_images, tokens_in
 from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import (
     Conversation,
@@ -33,10 +32,10 @@ from vlm_sft.chat.messages import (
     one_answer,
     split_turns,
 )
-from vlm_sft.chat.template import ChatTemplate, Rendered, RenderedDifferently, Turn
+from vlm_sft.chat.template import ChatTemplate, Edit, Rendered, RenderedDifferently, Turn, edited, moved
 
 IGNORE_INDEX = -100
-
+NOTHING_TRAINED = "no token is left to train on; give it an answer not marked 'train': false, or drop it"
 _EMPTY = torch.empty(0)
 _BLANK = {
     "row": -1,
@@ -112,7 +111,7 @@ class EncodedRow:
 
 
 class ChatCollator:
-    """Turns rows with `messages` and `images` into model inputs with `labels` [B, T].
+    """A `data_collator`: B rows with `messages` and `images` become model inputs with `labels` [B, T of the longest].
 
     The loss covers each assistant turn and the stop token that ends it, from the exact place where the generation
     prompt ends at inference. Never trained: padding (told by the attention mask, so that pad may be EOS) and every
@@ -128,8 +127,7 @@ class ChatCollator:
       attention mask: see `vlm_sft.chat.packing`.
     - `name_rows`: adds `rows` [B], the column `row` where every example has it, for `StopOnNaN`, which takes it out.
     - `image_in_every_batch`: a batch without an image gets one more row, with a blank one, on which nothing is trained:
-      processes that share a model wait for each other, also at the layers of the tower (FSDP, ZeRO-3; DDP where tower
-      or projector train). None is yes where several processes train.
+      processes that share a model wait for each other at the layers of the tower. None: where several processes train.
 
     Raises `ValueError` at construction where this cannot be had from the processor, and for each bad row with its name
     (its `row` column where it has one, else its place in the batch).
@@ -189,14 +187,12 @@ class ChatCollator:
         return _sha256({name: value for name, value in self.made_of().items() if name not in aside})
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The batch: `input_ids`, `labels`, `attention_mask` (or `position_ids`) [B, T] and whatever else the processor
-        makes for the model. The examples are left as they are."""
+        """The batch: `input_ids`, `labels`, `attention_mask` (or `position_ids`) [B, T], and what else the processor
+        makes. The examples are left as they are."""
         rows, inputs = self.encode(examples)
         for row in rows:
             if (row.labels == IGNORE_INDEX).all():
-                raise ValueError(
-                    f"{row.name}: no token is left to train on; give it an answer not marked 'train': false, or drop it"
-                )
+                raise ValueError(f"{row.name}: {NOTHING_TRAINED}")
         due = self.settings.image_in_every_batch
         due = int(os.environ.get("WORLD_SIZE", "1")) > 1 if due is None else due
         if due and not any(row.conversation.images for row in rows):
@@ -226,10 +222,8 @@ class ChatCollator:
             check_turns(messages)
             first = [message["role"] for message in messages].index("assistant")
             if not count_images(messages[:first]) and self.template.needs_images:
-                raise ValueError(
-                    f"messages[{first}] is answered before there is an image, which {type(self.processor).__name__} "
-                    "encodes differently beside other rows; leave such rows out (--on_bad_rows drop)"
-                )
+                found = f"messages[{first}] is answered before there is an image, which {type(self.processor).__name__}"
+                raise ValueError(f"{found} encodes differently beside other rows; leave it out (--on_bad_rows drop)")
             conversation = Conversation(self._guard(messages), [to_rgb(image) for image in images])
             return EncodedRow(name, number, conversation, self._render(conversation))
         except ValueError as error:
@@ -248,10 +242,8 @@ class ChatCollator:
         chosen = answers[-1:] if self.settings.train_on == "last_assistant" else answers
         rendered = self.template.locate(messages, {n for n in chosen if messages[n].get("train", True)})
         if (found := rendered.text.count(self.template.placeholder)) != len(images):
-            raise ValueError(
-                f"the chat template wrote {found} {self.template.placeholder} for {len(images)} images; use a "
-                "template that writes one for each image part"
-            )
+            written = f"the chat template wrote {found} {self.template.placeholder} for {len(images)} images"
+            raise ValueError(f"{written}; use a template that writes one for each image part")
         return rendered
 
     def _process(self, rows: Sequence[EncodedRow]) -> tuple[list[EncodedRow], dict[str, Tensor]]:
@@ -287,28 +279,24 @@ class ChatCollator:
         encoded = []
         for b, (row, real) in enumerate(zip(rows, mask, strict=True)):
             tokens, spans = {key: value[b][real] for key, value in per_token.items()}, offsets[b][real]
-            if row.conversation.images and not (reported and reported[b]):
-                replaced, spans = find_images(
-                    self.template, row.rendered, tokens["input_ids"], add_special_tokens, name=row.name
-                )
-            else:
-                replaced = reported[b] if reported else []
-            encoded.append(self._label(row, tokens, spans, replaced))
+            edits = [(*written["span"], written["replacement"]) for written in (reported[b] if reported else ())]
+            if row.conversation.images and not edits:
+                ids = tokens["input_ids"]
+                edits, spans = find_images(self.template, row.rendered, ids, add_special_tokens, name=row.name)
+            encoded.append(self._label(row, tokens, spans, edits))
         return encoded, inputs
 
-    def _label(
-        self, row: EncodedRow, tokens: dict[str, Tensor], offsets: Tensor, replacements: Replacements
-    ) -> EncodedRow:
+    def _label(self, row: EncodedRow, tokens: dict[str, Tensor], offsets: Tensor, edits: Sequence[Edit]) -> EncodedRow:
         """The row with its labels; tokens that hold the start of a trained answer inside are cut there. Raises unless
-        each trained answer ends with its stop token: offsets and ids then speak of the same text."""
-        text, turns = expand(row.rendered, replacements)
+        offsets and ids speak of the edited text: each added token reads as it says, and nothing is left at the end."""
+        text = edited(row.rendered.text, edits)
+        turns = [t._replace(start=moved(t.start, edits), end=moved(t.end, edits)) for t in row.rendered.turns]
         added = (torch.isin(tokens["input_ids"], self._added_ids) & (offsets[:, 1] > 0)).nonzero().flatten().tolist()
         read = [(self._added[int(tokens["input_ids"][i])], text[slice(*offsets[i])]) for i in added]
-        if any(token.strip() != there.strip() for token, there in read) or text[int(offsets.max()) :].strip():
-            raise ValueError(
-                f"{row.name}: {type(self.processor).__name__} adds text that it does not report, so that tokens and "
-                "text do not belong together and labels cannot be placed; use a model whose processor reports it"
-            )
+        covers = len(text.rstrip()) <= int(offsets.max()) <= len(text)
+        if not covers or any(token.strip() != there.strip() for token, there in read):
+            found = f"{row.name}: {type(self.processor).__name__} adds text that it does not report"
+            raise ValueError(f"{found}, so that labels cannot be placed; use a model whose processor reports it")
         row = replace(row, text=text, tokens=tokens, offsets=offsets, turns=turns)
         start, end = offsets.unbind(-1)
         if cuts := [
@@ -319,28 +307,19 @@ class ChatCollator:
         ]:
             row = self._cut_tokens(row, cuts)
         input_ids = row.tokens["input_ids"]
-        image = tokens_in(row.offsets, [tuple(replaced["new_span"]) for replaced in replacements])
+        image = tokens_in(row.offsets, [(moved(e, edits) - len(words), moved(e, edits)) for _, e, words in edits])
         image |= torch.isin(input_ids, self._image_ids)
-        for turn in row.trained:
-            last = input_ids[row.tokens_of(turn)][-1:].tolist()
-            if turn.stop and last != self.processor.tokenizer.convert_tokens_to_ids([turn.stop]):
-                raise ValueError(
-                    f"{row.name}: the answer in messages[{turn.message}] does not end with {turn.stop!r} once it is "
-                    f"tokenized: {type(self.processor).__name__} changes the text without reporting it, so labels "
-                    "cannot be placed; use another processor"
-                )
         learned = torch.ones_like(image) if self.settings.train_on == "all" else row.tokens_of(*row.trained)
         return replace(row, labels=input_ids.where(learned & ~image, IGNORE_INDEX), image=image)
 
     def _cut_tokens(self, row: EncodedRow, starts: list[int]) -> EncodedRow:
-        """Tokenizes the text again in pieces, so that a token ends where inference has the end of the prompt. Other
-        per-token inputs are taken from the token that held the same character."""
+        """Tokenized again in pieces, so that a token ends where inference has the end of the prompt; other per-token
+        inputs are those of the token that held the same character."""
         ends = row.offsets[:, 1].contiguous()
         pieces, places = [row.tokens["input_ids"][ends == 0]], [row.offsets[ends == 0]]  # what the tokenizer put first
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "return_tensors": "pt"}
         for start, end in zip([0, *starts], [*starts, len(row.text)], strict=True):
-            piece = self.processor.tokenizer(
-                row.text[start:end], add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt"
-            )
+            piece = self.processor.tokenizer(row.text[start:end], **options)
             pieces.append(piece["input_ids"][0])
             places.append(piece["offset_mapping"][0] + start)
         offsets = torch.cat(places)
@@ -353,10 +332,8 @@ class ChatCollator:
         if len(row) <= limit:
             return row
         if self.settings.truncation == "error":
-            raise ValueError(
-                f"{row.name}: {len(row)} tokens ({int(row.image.sum())} from images), more than max_length={limit}; "
-                "raise it, set truncation='trim', or drop the row"
-            )
+            found = f"{len(row)} tokens ({int(row.image.sum())} from images), more than max_length={limit}"
+            raise ValueError(f"{row.name}: {found}; raise it, set truncation='trim', or drop the row")
         for shorter in reversed(split_turns(row.conversation)[:-1]):
             # Rendered and processed again: a template or tiling may write a shorter conversation differently.
             [row], _ = self._process([replace(row, conversation=shorter, rendered=self._render(shorter))])
@@ -365,10 +342,8 @@ class ChatCollator:
         trained, image = (row.labels != IGNORE_INDEX).nonzero(), row.image.nonzero()
         needed = max(int(image.max()) + 1 if len(image) else 0, int(trained.min()) + 1 if len(trained) else len(row))
         if needed > limit:
-            raise ValueError(
-                f"{row.name}: its first question with its images takes {needed - 1} tokens, so max_length={limit} "
-                "leaves no room for an answer; raise it, make images smaller, or drop the row"
-            )
+            found = f"{row.name}: its first question with its images takes {needed - 1} tokens, so max_length={limit}"
+            raise ValueError(f"{found} leaves no room for an answer; raise it, make images smaller, or drop the row")
         return row
 
     def _pad(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
@@ -383,7 +358,7 @@ class ChatCollator:
         return {key: torch.stack([padded(c[key], key) for c in columns]) for key in columns[0]}
 
     def _join(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
-        """All rows in one. The first token of each is not trained: the last one of the row before would predict it."""
+        """All rows in one. The first token of each, which the last of the row before would predict, is not trained."""
         labels = [torch.cat([row.labels.new_tensor([IGNORE_INDEX]), row.labels[1:]]) for row in rows]
         joined = {key: torch.cat([row.tokens[key] for row in rows])[None] for key in rows[0].tokens}
         positions = torch.cat([torch.arange(len(row)) for row in rows])[None]

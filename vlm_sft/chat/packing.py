@@ -1,8 +1,7 @@
 """Rows without padding: several conversations in one row, each with positions of its own.
 
 Attention tells the conversations apart by their positions (transformers 5.23, `masking_utils`), which not every model
-does: `enable_padding_free` prepares the model, `check_padding_free` proves on rows of the dataset that nothing changes.
-It pays with FlashAttention; with SDPA a row of T tokens costs T squared, so there group by length instead.
+does. With SDPA a row of T tokens costs T squared, so there group by length instead.
 
     collator = ChatCollator(processor, padding_free=enable_padding_free(model))
 """
@@ -28,9 +27,7 @@ from vlm_sft.common import base_of, evaluating
 def pack(dataset: Dataset, *, max_length: int) -> Dataset:
     """Rows `{"packed", "length"}`, each of whole conversations of `dataset` with at most `max_length` tokens together.
 
-    Best fit, longest first: each conversation goes where the least room is left (Krell et al., arXiv 2107.02027). Every
-    row of the dataset is in exactly one pack, and is read, images and all, when its pack is.
-
+    Best fit, longest first (Krell et al., arXiv 2107.02027). Every row is in one pack, and is read when its pack is.
     Raises `ValueError` naming the rows that are longer than `max_length`, and without the column `length`."""
     if "length" not in dataset.column_names:
         raise ValueError("no column `length` of each row's tokens; check_rows adds it")
@@ -52,11 +49,9 @@ def pack(dataset: Dataset, *, max_length: int) -> Dataset:
 
 
 def enable_padding_free(model: nn.Module) -> bool:
-    """Whether rows without padding pay: with FlashAttention, of whatever source, and no other attention.
-
-    A model with three-dimensional positions (Qwen-VL) is made to take them: its own `get_rope_index` numbers each
-    conversation, which is told by where `position_ids` [1, T] begins again. Other models are left as they are.
-    """
+    """Whether rows without padding pay: with FlashAttention, of whatever source, and no other attention. A model with
+    three-dimensional positions (Qwen-VL) is made to take them: its own `get_rope_index` numbers each conversation,
+    which is told by where `position_ids` [1, T] begins again."""
     base = base_of(model)
     if hasattr(base.model, "get_rope_index"):
         # On the inner model: PEFT and TRL call the outer one in ways of their own.
@@ -66,28 +61,23 @@ def enable_padding_free(model: nn.Module) -> bool:
 
 def check_padding_free(model: Any, collator: ChatCollator, rows: Sequence[Mapping[str, Any]]) -> float:
     """The largest difference of a trained token's loss between a padded batch and one row, both of one row of each kind
-    there is (of packs, of the rows in them): text alone, an image, several, an image after text. The model should be on
-    its device and in its precision.
+    there is (of packs, of the rows in them): text alone, an image, several, an image after text.
 
     Raises `ValueError` where it is more than the rounding of this precision: the model then mixes the conversations of
-    a row, or attends to images in both directions (Gemma).
-    """
+    a row, or attends to images in both directions (Gemma)."""
     every = [row for example in rows for row in example.get("packed", [example])]
     kinds = {_kind_of(row): row for row in reversed(every)}  # the first of each
     rows = [*kinds.values(), *every[: max(0, 2 - len(kinds))]]
-    padded, flat = (
-        collator.with_settings(padding_free=free, pad_to_multiple_of=None, name_rows=False) for free in (False, True)
-    )
+    padded = collator.with_settings(padding_free=False, pad_to_multiple_of=None, name_rows=False)
+    flat = padded.with_settings(padding_free=True)
     with evaluating(model):
         expected, found = (_token_losses(model, collate(rows)) for collate in (padded, flat))
         alone = torch.cat([_token_losses(model, padded([row])) for row in rows])
     difference, rounding = (float((losses - expected).abs().max()) for losses in (found, alone))
     if difference > max(1e-4, 4 * rounding):
-        raise ValueError(
-            f"{type(model).__name__}: rows without padding change the loss of a token by up to {difference:.2g} "
-            f"(rounding: {rounding:.1g}), so its attention does not keep the conversations of a row apart; set "
-            "padding_free=False and group by length"
-        )
+        fault = f"{type(model).__name__}: rows without padding change the loss of a token by up to {difference:.2g}"
+        why = f"(rounding: {rounding:.1g}), so its attention does not keep the conversations of a row apart"
+        raise ValueError(f"{fault} {why}; set padding_free=False and group by length")
     return difference
 
 

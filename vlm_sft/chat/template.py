@@ -1,7 +1,7 @@
 """A processor's chat template: the text of a conversation, and where the assistant's words lie in it.
 
-Use one `ChatTemplate` for training, audit, generation and evaluation. Nothing is searched for: the template is rendered
-again with invisible marks round each text, and up to each prompt, so text that imitates a turn changes nothing.
+Nothing is searched for: the template is rendered again with invisible marks round each text, and up to each prompt, so
+text that imitates a turn changes nothing.
 """
 
 from __future__ import annotations
@@ -23,15 +23,12 @@ from vlm_sft.common import ends_within, eos_ids
 Render = Callable[[Sequence[Message]], str]
 Style = Callable[[Sequence[Message]], list[Message]]
 """How the same messages are handed to a template."""
-
-
-class RenderedDifferently(ValueError):
-    """The template writes an answer within a conversation differently from how the model is asked for it."""
-
-
 Spans = dict[tuple[int, int], tuple[int | None, int]]
 """Where text parts (number of the message, number of the part in it) stand in a text."""
+Edit = tuple[int, int, str]
+"""Other words for the characters [start, end) of a text; several stand in their order."""
 
+_PROBES = [Image.new("RGB", (width, 48)) for width in (64, 48, 96, 256)]
 _OTHER_MEDIA = ("<video>", "<audio>")  # as datasets write them, whatever the model knows
 # One private-use character before and one after each text; plane 16 holds no assigned character.
 _FIRST_MARK = 0x100000
@@ -39,9 +36,13 @@ _LIMIT_S = 10.0  # of a rendering; 100 messages take milliseconds
 _MARK = re.compile("[\U00100000-\U0010fffd]")
 
 
+class RenderedDifferently(ValueError):
+    """The template writes an answer within a conversation differently from how the model is asked for it."""
+
+
 class Turn(NamedTuple):
     """An assistant message as characters [start, end) of the rendered text: all that the model has to write after the
-    generation prompt, the stop token included (`stop` is None where there is none); and whether it is trained on."""
+    prompt, the stop token included (`stop` is None where there is none); and whether it is trained on."""
 
     message: int
     start: int
@@ -51,8 +52,7 @@ class Turn(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation (image placeholders not yet expanded), its assistant turns, and the first style of
-    handing it to the template that loses no text."""
+    """The text of a conversation (image placeholders not yet expanded), its turns, and the style that gave it."""
 
     text: str
     turns: list[Turn]
@@ -61,12 +61,9 @@ class Rendered(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Renders conversations by `processor.apply_chat_template(..., **kwargs)`.
-
-    `stop_token`: `"auto"` keeps the one the template writes and inserts EOS after an answer where it writes none
-    (LLaVA-1.5); a token to insert instead; `None` inserts nothing.
-    Raises `ValueError` for a processor without a chat or a pad token, and for a stop token that is unknown.
-    """
+    """Renders conversations by `processor.apply_chat_template(..., **kwargs)`. `stop_token`: `"auto"` keeps the one the
+    template writes and inserts EOS after an answer where it writes none (LLaVA-1.5); a token to insert instead; `None`
+    inserts nothing. Raises `ValueError` for a processor without a chat or a pad token, and an unknown stop token."""
 
     processor: Any
     kwargs: Mapping[str, Any] | None = None
@@ -77,18 +74,17 @@ class ChatTemplate:
         if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
             raise ValueError(f"{kind} is not an image-text processor; pass load_processor(...) of a VLM")
         if processor.chat_template is None and "chat_template" not in (self.kwargs or {}):
-            raise ValueError(
-                f"{kind} has no chat template; for a base model set processor.chat_template, and for prefix and suffix "
-                "without a chat (PaliGemma) write a collator of your own"
-            )
+            how = "for prefix and suffix without a chat (PaliGemma) write a collator of your own"
+            raise ValueError(f"{kind} has no chat template; for a base model set processor.chat_template, and {how}")
         if processor.tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token; set processor.tokenizer.pad_token (it is never trained)")
-        if self.stop_token not in ("auto", None) and self.stop_token not in processor.tokenizer.get_vocab():
-            raise ValueError(f"stop_token={self.stop_token!r} is not a token of {type(processor.tokenizer).__name__}")
+        if self.stop_token not in ("auto", None) and self.stop_token not in processor.tokenizer.get_added_vocab():
+            known = f"an added token of {type(processor.tokenizer).__name__}"  # which it splits from any text
+            raise ValueError(f"stop_token={self.stop_token!r} is not {known}")
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The template's own text of the messages as they are. Raises `ValueError` where it fails or does not end."""
-        given, tools = without_tools(messages)
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, style: Style = list) -> str:
+        """The template's own text of the messages. Raises `ValueError` where it fails or does not end."""
+        given, tools = without_tools(style(messages))
         settings = {"add_generation_prompt": add_generation_prompt, **(self.kwargs or {}), **tools}
         try:
             with ends_within(_LIMIT_S):
@@ -106,63 +102,52 @@ class ChatTemplate:
     ) -> Rendered:
         """The conversation as it is trained on, with the span of each assistant message.
 
-        A span starts where the generation prompt ends, so that training and inference meet at the same character; where
-        the template writes the header of an answer with other white space (LLaVA-OneVision), the prompt's is used. It
-        ends with the last added token that the template writes after the answer; where there is none (LLaVA-1.5), the
-        stop token to insert takes the place of the white space there, as in the original LLaVA (`conv_vicuna_v1`,
-        haotian-liu/LLaVA llava/conversation.py).
+        A span starts where the generation prompt ends; where the template writes the header of an answer with other
+        white space (LLaVA-OneVision), the prompt's is used. It ends with the last added token that the template writes
+        after the answer; where there is none (LLaVA-1.5), the stop token to insert takes the place of the white space
+        there, as in the original LLaVA (`conv_vicuna_v1`, haotian-liu/LLaVA llava/conversation.py).
 
         Raises `ValueError` where the template refuses the messages or leaves out a text, and `RenderedDifferently`
-        where it renders a message of `trained` differently from its generation prompt (thinking templates).
-        """
+        where it renders a message of `trained` differently from its generation prompt (thinking templates)."""
         messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         style, plain, texts = self._first_style(messages, add_generation_prompt)
         for what in ("tools", "tool_calls"):
             bare = [{key: value for key, value in message.items() if key != what} for message in messages]
-            if bare != messages and self.render(style(bare), add_generation_prompt) == plain:
-                raise ValueError(
-                    f"the chat template does not know {what}, and would leave them out; use another template"
-                )
-        pieces: list[str] = []
+            if bare != messages and self.render(bare, add_generation_prompt, style) == plain:
+                raise ValueError(f"the chat template does not know {what}, and would leave them out; use another one")
+        edits: list[Edit] = []
         turns: list[Turn] = []
-        copied = length = 0
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.render(style(messages[:number]), True)
-            found = [texts[number, part] for part in range(len(message["content"])) if (number, part) in texts]
+        for number in [number for number, message in enumerate(messages) if message["role"] == "assistant"]:
+            prompt = self.render(messages[:number], True, style)
+            found = [texts[number, part] for part in range(len(messages[number]["content"])) if (number, part) in texts]
             # A blank answer may leave no trace; it lies right after the prompt.
             words_start, words_end = (found[0][0], found[-1][1]) if found else (None, len(prompt))
-            if plain.startswith(prompt) and len(prompt) <= (words_end if words_start is None else words_start):
-                header, begin = "", len(prompt)
-            elif words_start is not None and (common := _same_but_white_space(plain[:words_start], prompt)) is not None:
-                header, begin = prompt[common:], words_start
-                pieces.append(plain[copied:common])
-                copied, length = words_start, length + common - copied
+            begin = words_end if words_start is None else words_start
+            same = len(_common(plain[:begin], prompt))
+            if same == len(prompt):
+                begin = same
+            elif words_start is not None and not (plain[same:begin] + prompt[same:]).strip():
+                edits.append((same, begin, prompt[same:]))
             elif number in trained:
                 raise RenderedDifferently(
                     f"messages[{number}]: the chat template renders this answer differently from its generation "
                     f"prompt: that ends with {prompt[-40:]!r}, the conversation reads {plain[:words_start][-40:]!r}. "
-                    "Train one answer a row, as check_rows does by itself (ChatCollator.split), or use "
-                    "another chat template or chat_template_kwargs"
+                    "Train one answer a row (ChatCollator.split, as check_rows does), or use another template"
                 )
-            else:
-                header, begin = "", words_end if words_start is None else words_start
+            start = moved(begin, edits)
             is_whole = number + 1 == len(messages) and not add_generation_prompt
-            up_to_here = plain if is_whole else self.render(style(messages[: number + 1]))
-            same = _common(up_to_here, plain)
-            tail = same[words_end:]  # what belongs to no other message
+            up_to_here = _common(plain if is_whole else self.render(messages[: number + 1], style=style), plain)
+            tail = up_to_here[words_end:]  # what belongs to no other message
             written = list(self.added.finditer(tail))
             # An earlier answer that the template writes differently once the conversation continues stays as it is.
-            stop = written[-1].group() if written else self.stop_to_insert if len(same) >= words_end else None
+            stop = written[-1].group() if written else self.stop_to_insert if len(up_to_here) >= words_end else None
             end = words_end + written[-1].end() if written else words_end
-            inserted = "" if written else stop or ""
-            pieces += [plain[copied:begin], header, plain[begin:end], inserted]
-            start = length + begin - copied + len(header)
-            length = start + end - begin + len(inserted)
-            turns.append(Turn(number, start, length, stop, number in trained))
-            copied = end + len(tail) if inserted and tail.isspace() else end
-        return Rendered("".join([*pieces, plain[copied:]]), turns, style)
+            if stop and not written:
+                after = end + len(tail) if tail.isspace() else end
+                edits.append((end, after, stop))
+                end = after
+            turns.append(Turn(number, start, moved(end, edits), stop, number in trained))
+        return Rendered(edited(plain, edits), turns, style)
 
     def _first_style(self, messages: Sequence[Message], prompt: bool) -> tuple[Style, str, Spans]:
         """The first style that loses no text, the text of the messages in it, and where their parts stand there."""
@@ -171,29 +156,25 @@ class ChatTemplate:
         refusal = lost = ""  # the first of each explains best
         for style in (list, _system_as_string, _as_strings):
             try:
-                plain = self.render(style(messages), prompt)
+                plain = self.render(messages, prompt, style)
             except ValueError as error:
                 refusal = refusal or f"refuses the conversation: {error.__cause__ or error}; fix the messages"
                 continue
-            texts = _find_texts(messages, lambda these, style=style: self.render(style(these), prompt), plain)  # type: ignore[misc]
+            texts = _find_texts(messages, partial(self.render, add_generation_prompt=prompt, style=style), plain)
             missing = [
-                number
+                f"messages[{number}] ({message['role']})"
                 for number, message in enumerate(messages)
                 for n, part in enumerate(message["content"])
                 if part.get("text", "").strip() and (number, n) not in texts
             ]
             if not missing:
                 return style, plain, texts
-            where = f"messages[{missing[0]}] ({messages[missing[0]]['role']})"
-            lost = lost or f"does not write the text of {where} as it is; join its text parts, or move it"
-        raise ValueError(
-            f"the chat template {lost or refusal} (a system text may go to the start of the first user message) or use "
-            "another chat template"
-        )
+            lost = lost or f"does not write the text of {missing[0]} as it is; join its text parts, or move it"
+        how = "(a system text may go to the start of the first user message) or use another chat template"
+        raise ValueError(f"the chat template {lost or refusal} {how}")
 
     def stop_ids(self, generation_config: Any) -> list[int]:
-        """Where generation ends: at the stop token of a trained answer, the one to insert (EOS), and those of the
-        generation config."""
+        """Where generation ends: at the stop token of an answer, the one to insert, and those of the config."""
         tokens = {*self.stops, self.stop_to_insert} - {None}
         ids = {self.processor.tokenizer.convert_tokens_to_ids(token) for token in tokens}
         return sorted(ids | {*eos_ids(generation_config.eos_token_id)})
@@ -216,10 +197,8 @@ class ChatTemplate:
         messages = [{"role": role, "content": word} for role in ("user", "assistant")]
         found = tuple(turn.stop for turn in self.locate(messages, {1}).turns if turn.stop)
         if self.stop_token not in ("auto", None) and found != (self.stop_token,):
-            raise ValueError(
-                f"stop_token={self.stop_token!r}, but the chat template itself writes {found[0]!r} after an answer; "
-                "use stop_token='auto', or a template without it"
-            )
+            written = f"but the chat template itself writes {found[0]!r} after an answer"
+            raise ValueError(f"stop_token={self.stop_token!r}, {written}; use stop_token='auto', or another template")
         return found
 
     @cached_property
@@ -234,65 +213,58 @@ class ChatTemplate:
         control = {token.content for i, token in added if token.special or i in self.image_ids}
         return _any_of(control | {self.placeholder, *_OTHER_MEDIA})
 
+    def _question(self, images: int) -> str:
+        """A prompt that asks of so many images."""
+        content = [{"type": "image"}] * images + [{"type": "text", "text": "x"}]
+        return self.render([{"role": "user", "content": content}], True)
+
     @cached_property
     def placeholder(self) -> str:
         """What the processor replaces by an image: its `image_token`, or the added token that the template writes."""
-        word = {"type": "text", "text": "x"}
-        with_image, without = (
-            self.render([{"role": "user", "content": [*parts, word]}]) for parts in ([{"type": "image"}], [])
-        )
-        start = len(_common(with_image, without))
-        written = with_image[start : len(with_image) - len(_common(with_image[start:][::-1], without[::-1]))]
+        with_image, without = self._question(1), self._question(0)
         own = getattr(self.processor, "image_token", None)
         if own and own in with_image:
             return str(own)
+        start = len(_common(with_image, without))
+        written = with_image[start : len(with_image) - len(_common(with_image[start:][::-1], without[::-1]))]
         brought = self.added.findall(written)
         if len(brought) != 1:
             raise ValueError(f"the chat template writes {written!r} for an image, in which no placeholder can be told")
         return str(brought[0])
 
+    def _encode(self, *images: Sequence[Image.Image]) -> Any:
+        """The ids of a question about the images of each row."""
+        texts, given = [self._question(len(row)) for row in images], [[*row] for row in images]
+        options = {"images_kwargs": {"return_tensors": "pt"}, "padding": True}
+        return self.processor(text=texts, images=given if any(given) else None, **options)["input_ids"]
+
     @cached_property
     def needs_images(self) -> bool:
         """Whether the processor takes no batch in which one row has an image and another has none."""
-        word = {"type": "text", "text": "x"}
-        asked = [[word], [{"type": "image"}, word]]
-        texts = [self.render([{"role": "user", "content": content}], True) for content in asked]
-        images: list[Any] = [[], [Image.new("RGB", (64, 48))]]
         try:
-            self.processor(text=texts, images=images, images_kwargs={"return_tensors": "pt"}, padding=True)
+            self._encode([], _PROBES[:1])
         except Exception:  # each processor has its own
             return True
         return False
 
     @cached_property
     def image_ids(self) -> frozenset[int]:
-        """Ids of added tokens that only an image brings (the template may write some of them itself), found by
-        encoding one question with and without an image.
+        """Ids of added tokens that only an image brings, found by encoding a question with and without one.
 
         Raises `ValueError` where the processor cannot encode it, or no two images of different shapes together."""
-
-        def encode(*images: Image.Image) -> Any:
-            content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "x"}]
-            text = self.render([{"role": "user", "content": content}], True)
-            return self.processor(text=[text], images=[[*images]] if images else None, images_kwargs=pixels)
-
-        pixels, images = {"return_tensors": "pt"}, [Image.new("RGB", (width, 48)) for width in (64, 48, 96, 256)]
+        kind = type(self.processor).__name__
         try:
-            with_image, without = encode(images[0]), encode()
+            [with_image], [without] = self._encode(_PROBES[:1]), self._encode([])
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{type(self.processor).__name__} cannot encode a question as a chat has it: {error}; choose a chat "
-                "model, or write a collator of your own"
-            ) from error
+            how = "choose a chat model, or write a collator of your own"
+            raise ValueError(f"{kind} cannot encode a question as a chat has it: {error}; {how}") from error
         try:
-            encode(*images)
+            self._encode(_PROBES)
         except Exception as error:  # each processor has its own
-            raise ValueError(
-                f"{type(self.processor).__name__} cannot encode images of different shapes together: "
-                f"{str(error).partition(chr(10))[0]}; let it make one tile of each image, as by "
-                "processor.image_processor.max_num_tiles = 1, or choose another model"
-            ) from error
-        brought = {int(i) for i in with_image["input_ids"][0]} - {int(i) for i in without["input_ids"][0]}
+            found = f"{kind} cannot encode images of different shapes together: {str(error).partition(chr(10))[0]}"
+            how = "let it make one tile of each (processor.image_processor.max_num_tiles = 1), or choose another model"
+            raise ValueError(f"{found}; {how}") from error
+        brought = {int(i) for i in with_image} - {int(i) for i in without}
         return frozenset(brought & self.processor.tokenizer.added_tokens_decoder.keys())
 
 
@@ -304,12 +276,12 @@ def without_tools(messages: Sequence[Message]) -> tuple[list[Message], dict[str,
 
 
 def _find_texts(messages: Sequence[Message], render: Render, plain: str) -> Spans:
-    """Where each text part stands in `plain`: (start, end); the start is None where the template moved it (it may split
-    an answer at `</think>`). Parts that it leaves out, repeats or rewrites are absent."""
+    """Where each text part stands in `plain`; the start is None where the template moved it (it may split an answer at
+    `</think>`). Parts that it leaves out, repeats or rewrites are absent."""
 
     def found_in(chosen: Container[int]) -> Spans | None:
-        tries = (_marked(messages, render, plain, chosen, inside) for inside in (False, True))
-        return next((found for found in tries if found is not None), None)
+        outside = _marked(messages, render, plain, chosen, inside=False)
+        return _marked(messages, render, plain, chosen, inside=True) if outside is None else outside
 
     numbers = range(len(messages))
     if (found := found_in(numbers)) is not None:
@@ -345,18 +317,21 @@ def _marked(
         places[ord(match.group()) - _FIRST_MARK].append(match.start() - count)
     if _MARK.sub("", rendered) != plain:
         return None
-    ends = {key: (places[2 * i], places[2 * i + 1]) for i, key in enumerate(keys)}
-    return {
-        key: (start[0] if start else None, end[0])
-        for key, (start, end) in ends.items()
-        if len(start) <= 1 and len(end) == 1
-    }
+    found = {key: (places[2 * i], places[2 * i + 1]) for i, key in enumerate(keys)}
+    once = {key: (start, end) for key, (start, end) in found.items() if len(start) <= 1 and len(end) == 1}
+    return {key: (start[0] if start else None, end[0]) for key, (start, end) in once.items()}
 
 
-def _same_but_white_space(text: str, prompt: str) -> int | None:
-    """The length of the common start, if only white space follows it in both."""
-    common = len(_common(text, prompt))
-    return common if not text[common:].strip() and not prompt[common:].strip() else None
+def edited(text: str, edits: Sequence[Edit]) -> str:
+    """The text with all edits made."""
+    for start, end, words in reversed(edits):
+        text = text[:start] + words + text[end:]
+    return text
+
+
+def moved(position: int, edits: Sequence[Edit]) -> int:
+    """Where a position lies after the edits that end at it or before."""
+    return position + sum(len(words) - (end - start) for start, end, words in edits if end <= position)
 
 
 def _common(a: str, b: str) -> str:

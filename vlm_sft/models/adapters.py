@@ -39,10 +39,8 @@ Trains = Mapping[str, Literal["lora", "full"] | Sequence[str]]
 
 @dataclass(frozen=True)
 class PartReport:
-    """How a part trains. `share` is that of its matrices, embedding tables aside, that training reaches.
-
-    Two 4-bit parameters in one byte count as two; what PEFT trains a copy of counts once.
-    """
+    """How a part trains. `share` is that of its matrices, embedding tables aside, that training reaches. Two 4-bit
+    parameters in one byte count as two; what PEFT trains a copy of counts once."""
 
     parameters: int
     trainable: int
@@ -87,33 +85,26 @@ def lora_config(
     tower layers whose output the model drops (LLaVA's last, by `vision_feature_layer`): no gradient would reach them.
     The projector is adapted in all its linear layers, or trained whole and saved with the adapters, except for a bare
     parameter such as LLaVA-NeXT's `image_newline`: PEFT saves modules only. The experts of a mixture are adapted where
-    they are stacked in one weight (PEFT's `target_parameters`), which knows neither dropout nor DoRA.
-
-    Raises ValueError for all that cannot be meant or made, such as a quantized part in full.
-    """
+    they are stacked in one weight (PEFT's `target_parameters`), which knows neither dropout nor DoRA. Raises ValueError
+    for all that cannot be meant or made, such as a quantized part in full."""
     if isinstance(model, PeftModel):
-        raise ValueError(
-            "The model has adapters already: train these (load_model with is_trainable=True, no peft_config), or give "
-            "lora_config the model without them."
-        )
+        how = "train these (load_model with is_trainable=True, no peft_config), or give lora_config the model without"
+        raise ValueError(f"The model has adapters already: {how} them.")
     trains = {"language": "lora"} if trains is None else trains
     plan = _Plan(model, trains)
     faults = [f"r={r}: the rank is at least 1"] * (r < 1)
     faults += [f"lora_alpha={lora_alpha}: the scale lora_alpha / r must be above 0"] * (lora_alpha <= 0)
     faults += [f"lora_dropout={lora_dropout}: a probability from 0 to below 1"] * (not 0 <= lora_dropout < 1)
-    if faults:
-        raise ValueError(f"{'; '.join(faults)}.")
     if use_dora and (unfit := [path for path in plan.layers if lacks_dora(plan.modules[path])]):
         kinds = sorted({f"{type(plan.modules[path]).__name__} on {plan.base.device.type}" for path in unfit})
-        raise ValueError(
-            f"use_dora=True, but PEFT {version('peft')} has no working DoRA for {', '.join(kinds)} ({listed(unfit)}); "
-            "set use_dora=False, or load the base in 16 bit or with nf4_config."
-        )
+        found = f"PEFT {version('peft')} has no working DoRA for {', '.join(kinds)} ({listed(unfit)})"
+        faults.append(f"{found}; set use_dora=False, or load the base in 16 bit or with nf4_config")
     if plan.experts and (lora_dropout or use_dora):
-        raise ValueError(
-            f"lora_dropout={lora_dropout}, use_dora={use_dora}: PEFT {version('peft')} has neither for the experts of "
-            f"a mixture ({listed(plan.experts)}); set lora_dropout=0 and use_dora=False, or {plan.without_experts()}."
-        )
+        found = f"PEFT {version('peft')} has neither for the experts of a mixture ({listed(plan.experts)})"
+        how = f"set lora_dropout=0 and use_dora=False, or {plan.without_experts()}"
+        faults.append(f"lora_dropout={lora_dropout}, use_dora={use_dora}: {found}; {how}")
+    if faults:
+        raise ValueError(f"{'; '.join(faults)}.")
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -124,10 +115,8 @@ def lora_config(
         modules_to_save=plan.whole or None,
     )
     if plan.adapts and targets_of(config, plan.base) != {*plan.layers, *plan.experts}:
-        raise ValueError(
-            f"PEFT {version('peft')} takes {plan.base.config.model_type!r} for an older checkpoint and would adapt "
-            f"other layers than those asked for; {plan.without_experts()}."
-        )
+        found = f"PEFT {version('peft')} takes {plan.base.config.model_type!r} for an older checkpoint"
+        raise ValueError(f"{found} and would adapt other layers than those asked for; {plan.without_experts()}.")
     for name, parameter in model.named_parameters():
         # Beside adapters PEFT trains a copy of the projector.
         parameter.requires_grad_(not plan.adapts and trains.get(part_of(name, plan.parts)) == "full")
@@ -135,31 +124,33 @@ def lora_config(
 
 
 def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
-    """How each part of this model trains, once that is what `trains` says; wrapped or not, from `requires_grad`.
-
-    The asked layers are worked out from the base model's modules, not from the pattern that placed the adapters, so a
-    LoraConfig written by hand is judged as well. Call it on `trainer.model`, after everything has wrapped it.
-
-    Raises ValueError with every difference between the asked and the found.
-    """
+    """How each part of this model, wrapped or not, trains, once that is what `trains` says. The asked layers are worked
+    out from the base model's modules, so a LoraConfig written by hand is judged as well. Call it on `trainer.model`,
+    when all has wrapped it. Raises ValueError with every difference."""
     plan = _Plan(model, trains)
-    held = _adapters_of(plan.base)
+    # The adapters by the path of their layer, or of the stacked weight: PEFT nests those of one module.
+    held: dict[str, Any] = {
+        f"{bare_name(name)}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name: module
+        for name, module in plan.base.named_modules()
+        if isinstance(module, LoraLayer)
+    }
     if plan.adapts and not held:
-        raise ValueError(
-            f"TRAINS={dict(trains)} asks for adapters, and {type(plan.base).__name__} holds none; pass "
-            "peft_config=lora_config(model, TRAINS) to SFTTrainer."
-        )
+        fault = f"TRAINS={dict(trains)} asks for adapters, and {type(plan.base).__name__} holds none"
+        raise ValueError(f"{fault}; pass peft_config=lora_config(model, TRAINS) to SFTTrainer.")
     asked = {*plan.layers, *plan.experts}
     unused = {name for name in held.keys() - asked if _is_unused(name, plan.base.config, plan.parts)}
     dora = {name for name, module in held.items() if len(module.lora_magnitude_vector)}
-    frozen = {name for name, m in held.items() if not all(m.get_parameter(n).requires_grad for n in _own_names(m))}
-    trainable = {name: parameter.requires_grad for name, parameter in plan.base.named_parameters()}
-    own = {name for name in trainable if ".lora_" not in name}
+    frozen = {
+        name
+        for name, adapter in held.items()
+        if not all(weight.requires_grad for own, weight in adapter.named_parameters() if own.startswith("lora_"))
+    }
+    own = {name: weight for name, weight in plan.base.named_parameters() if ".lora_" not in name}
     # Beside adapters PEFT trains a copy of the whole projector, and saves modules only.
     full = {n for n in own if trains.get(part_of(n, plan.parts)) == "full" and ".original_module." not in n}
     bare = full & {*plan.parts.projector} if held else set()
     full -= bare
-    trained = {name for name in own if trainable[name]}
+    trained = {name for name, weight in own.items() if weight.requires_grad}
     differences = {
         "layers asked for are not adapted": asked - held.keys(),
         "layers are adapted and not asked for": held.keys() - asked - unused,
@@ -170,10 +161,8 @@ def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
         "weights should train in full and do not": full - trained,
     }
     if found := [f"{len(names)} {what}: {listed(names)}" for what, names in differences.items() if names]:
-        raise ValueError(
-            f"What trains differs from TRAINS={dict(trains)}. {'; '.join(found)}. Give lora_config the same TRAINS and "
-            "SFTTrainer its result as peft_config, and set no requires_grad afterwards."
-        )
+        how = "Give lora_config the same TRAINS and SFTTrainer its result as peft_config; set no requires_grad after."
+        raise ValueError(f"What trains differs from TRAINS={dict(trains)}. {'; '.join(found)}. {how}")
     return TrainsReport(_report(plan, trains, held, bare))
 
 
@@ -184,28 +173,28 @@ class _Plan:
         _refuse_unknown(trains)
         self.parts = parts_of(model)
         self.base: Any = root_of(model)
-        self.modules = _modules(self.base)
-        linears = _linears(self.base, self.modules, self.parts)
-        experts = stacked_weights(self.base)
+        # Each module by the path it has, or had before PEFT wrapped it.
+        self.modules = {
+            bare_name(name): module
+            for name, module in self.base.named_modules()
+            if not re.search(r"\.(lora_\w+|modules_to_save)(\.|$)", name)
+        }
         self.layers: list[str] = []
         self.experts: list[str] = []
         self.whole: list[str] = []
+        experts = stacked_weights(self.base)
+        adaptable = [name for name in linear_layers(self.modules) if self._is_adaptable(name)] + [*experts]
         faults = []
-        weights: dict[str, list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in self.base.named_parameters():
-            weights[part_of(name, self.parts)].append(parameter)
         for part, how in trains.items():
-            chosen = linears[part] + [name for name in experts if part_of(name, self.parts) == part]
             if how == "full":
-                if packed := sum(map(is_quantized, weights[part])):
-                    faults.append(
-                        f"{packed} weights of {part!r} are quantized and cannot train in full; load without "
-                        "quantization (no --load_in_4bit; nf4_config leaves all but the language model in 16 bit), or "
-                        "adapt it"
-                    )
-                elif not weights[part] and not (part == "head" and trains.get("language") == "full"):
+                weights = [w for name, w in self.base.named_parameters() if part_of(name, self.parts) == part]
+                if packed := sum(map(is_quantized, weights)):
+                    found = f"{packed} weights of {part!r} are quantized and cannot train in full"
+                    faults.append(f"{found}; adapt it, or load it in 16 bit (no --load_in_4bit; or by nf4_config)")
+                elif not weights and not (part == "head" and trains.get("language") == "full"):
                     faults.append(f"{part!r} has no parameters of its own; a shared head trains with 'language'")
                 continue
+            chosen = [name for name in adaptable if part_of(name, self.parts) == part]
             if not chosen:
                 faults.append(f'{part!r} has no linear layers to adapt; "full" trains it whole')
             elif how != "lora":
@@ -227,6 +216,11 @@ class _Plan:
         if faults:
             raise ValueError(f"TRAINS={dict(trains)}: {'; '.join(faults)}.")
 
+    def _is_adaptable(self, name: str) -> bool:
+        """Not a pooling head next to the numbered layers, which the language model never sees."""
+        used = any(map(str.isdigit, name.split("."))) and not _is_unused(name, self.base.config, self.parts)
+        return used or part_of(name, self.parts) == "projector"
+
     def without_experts(self) -> str:
         """The way out for a mixture: adapters on the layers that are no expert's and no dense twin of one."""
         attention = sorted({path.rpartition(".")[2] for path in self.layers if ".mlp." not in path})
@@ -235,28 +229,23 @@ class _Plan:
 
 def _refuse_unknown(trains: Trains) -> None:
     """Raises ValueError for what no model could train, all of it at once."""
-    ways = '"lora", "full" or a list of layer names such as ["q_proj", "v_proj"]'
+    ways = '"lora", "full" or a list of layer names such as ["q_proj", "v_proj"], bare: without comma, blank or pattern'
     if not isinstance(trains, Mapping) or not trains:
         raise ValueError(f"TRAINS={trains!r}: a dict of one or more of {', '.join(PARTS)}, each {ways}.")
     faults = []
     for part, how in trains.items():
         if part not in PARTS:
             faults.append(f"{part!r} is not a part ({_meant(part, PARTS)})")
-        if isinstance(how, str):
-            if how not in ("lora", "full"):
-                faults.append(f"{part}: {how!r} is not a way to train ({_meant(how, ('lora', 'full'))}): {ways}")
-        elif not isinstance(how, (list, tuple)) or not how:
-            faults.append(f"{part}: {how!r} is not a way to train: {ways}")
-        elif wrong := [name for name in how if not (isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name))]:
-            faults.append(f"{part}: {wrong} are not bare layer names, one an item, without comma, blank or pattern")
+        names = how if isinstance(how, (list, tuple)) else []
+        named = names and all(isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name) for name in names)
+        if not named and how not in ("lora", "full"):
+            faults.append(f"{part}: {how!r} is not a way to train ({_meant(how, ('lora', 'full'))}): {ways}")
         if part == "head" and how != "full":
             faults.append('head: adapters on it are not supported; "full", or leave it out')
     whole = [part for part, how in trains.items() if how == "full" and part != "projector"]
     if whole and any(how != "full" for how in trains.values()):
-        faults.append(
-            f"{' and '.join(map(repr, whole))} in full next to adapters: only the projector can be trained whole and "
-            "saved with them; adapt it too, or train everything in full"
-        )
+        found = f"{' and '.join(map(repr, whole))} in full next to adapters: only the projector can be saved with them"
+        faults.append(f"{found}; adapt it too, or train everything in full")
     if faults:
         raise ValueError(f"TRAINS={dict(trains)}: {'; '.join(faults)}.")
 
@@ -266,46 +255,9 @@ def _meant(word: Any, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
 
 
-def _adapters_of(base: nn.Module) -> dict[str, Any]:
-    """The adapters by the path of their layer, or of the stacked weight: PEFT nests those of one module."""
-    return {
-        f"{bare_name(name)}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name: module
-        for name, module in base.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-
-
-def _own_names(adapter: Any) -> list[str]:
-    """The parameters of this adapter, not of one that it wraps."""
-    return [name for name, _ in adapter.named_parameters() if name.startswith("lora_")]
-
-
-def _modules(root: nn.Module) -> dict[str, nn.Module]:
-    """Each module by the path it has, or had before PEFT wrapped it."""
-    return {
-        bare_name(name): module
-        for name, module in root.named_modules()
-        if not re.search(r"\.(lora_\w+|modules_to_save)(\.|$)", name)
-    }
-
-
-def _linears(root: Any, modules: Mapping[str, nn.Module], parts: ModelParts) -> dict[str, list[str]]:
-    """Full paths, by part, of the linear layers that may be adapted."""
-    linears: dict[str, list[str]] = defaultdict(list)
-    for name in linear_layers(modules):
-        part = part_of(name, parts)
-        # A pooling head next to the numbered layers is not part of what the language model sees.
-        in_layers = any(piece.isdigit() for piece in name.split("."))
-        if part == "projector" or (in_layers and not _is_unused(name, root.config, parts)):
-            linears[part].append(name)
-    return linears
-
-
 def _is_unused(name: str, config: PreTrainedConfig, parts: ModelParts) -> bool:
-    """Whether this lies in a tower layer above the highest `vision_feature_layer`, whose output the model drops.
-
-    That setting counts hidden states: 0 is the embedding, -1 the last layer's output.
-    """
+    """Whether this lies in a tower layer above the highest `vision_feature_layer`, whose output the model drops. That
+    setting counts hidden states: 0 is the embedding, -1 the last layer's output."""
     chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
     layer = re.search(r"\.(\d+)(\.|$)", name)
     layers = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)  # timm's towers have none
@@ -316,20 +268,18 @@ def _is_unused(name: str, config: PreTrainedConfig, parts: ModelParts) -> bool:
 
 
 def _pattern(layers: Sequence[str], modules: Collection[str]) -> str:
-    r"""One pattern that PEFT full-matches: `\d+` where it reaches asked layers only, else their numbers.
-
-    PEFT 0.21.2 takes a list of paths as well, but shortens it to endings such as `24.self_attn.q_proj`, 100 of them for
-    LLaVA-1.5-7B: right for this tower of 24 layers only, and not to be read.
-    """
-    numbers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    r"""One pattern that PEFT full-matches: `\d+` where it reaches asked layers only, else their numbers. (PEFT 0.21.2
+    shortens a list of paths to endings such as `24.self_attn.q_proj`, which fit a tower of 24 layers only.)"""
+    numbers: dict[str, list[str]] = defaultdict(list)
     for path in layers:
         before, number, after = re.fullmatch(r"(?:(.*?\.)(\d+)(?=\.))?(.+)", path).groups(default="")  # type: ignore[union-attr]
-        numbers[re.escape(before), re.escape(after)].append(number)
+        numbers[f"{re.escape(before)}#{re.escape(after)}" if number else re.escape(after)].append(number)
     alternatives = []
-    for (before, after), found in numbers.items():
-        every = sum(re.fullmatch(rf"{before}\d+{after}", name) is not None for name in modules) == len(found)
-        number = r"\d+" if every and before else "|".join(found)
-        alternatives.append(f"{before}{number if len(found) == 1 or every else f'(?:{number})'}{after}")
+    for path, found in numbers.items():
+        pattern = path.replace("#", r"\d+")
+        if sum(re.fullmatch(pattern, name) is not None for name in modules) != len(found):
+            pattern = path.replace("#", found[0] if len(found) == 1 else f"(?:{'|'.join(found)})")
+        alternatives.append(pattern)
     return "|".join(alternatives)
 
 
@@ -358,19 +308,16 @@ def _report(plan: _Plan, trains: Trains, held: Mapping[str, Any], bare: Collecti
         layers = [held[name] for name in held if part in ("total", part_of(name, plan.parts))]
         how = "" if part == "total" else "frozen"
         if layers and part != "total":
-            how = _settings(layers) + (f" on {', '.join(trains[part])}" if trains[part] != "lora" else "")
+            told = []
+            for setting in ("r", "lora_alpha", "scaling"):
+                values = {value for layer in layers for value in getattr(layer, setting).values()}
+                told.append("/".join(f"{value:g}" for value in sorted(values)))
+            how = "lora r {}, alpha {} (scale {})".format(*told)
+            how += ", DoRA" * bool(layers[0].lora_magnitude_vector)
+            how += f" on {', '.join(trains[part])}" if trains[part] != "lora" else ""
         elif trains.get(part) == "full":
             how = "full" + (f" but {listed(bare)}, which PEFT cannot save" if bare else "")
         share = count["reached"] / count["matrices"] if count["matrices"] else float(count["trainable"] > 0)
         sizes = count["parameters"], count["trainable"], count["quantized"]
         reports[part] = PartReport(*sizes, tuple(sorted(dtypes[part])), how, len(layers), share)
     return reports
-
-
-def _settings(layers: Sequence[Any]) -> str:
-    """Rank, alpha and scale of these adapters, each with all its values."""
-    found = []
-    for setting in ("r", "lora_alpha", "scaling"):
-        values = {value for layer in layers for value in getattr(layer, setting).values()}
-        found.append("/".join(f"{value:g}" for value in sorted(values)))
-    return "lora r {}, alpha {} (scale {})".format(*found) + ", DoRA" * bool(layers[0].lora_magnitude_vector)

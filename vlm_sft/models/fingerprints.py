@@ -12,16 +12,25 @@ import torch
 from datasets import Dataset
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import Tensor
 
 from vlm_sft.common import base_of
 from vlm_sft.models.hardware import dtype_name
-from vlm_sft.upstream import commit_of
 
 TRAINING_BASE = "training_base.json"
 _PLACE = Path(".cache/huggingface/base_model")  # huggingface_hub uploads nothing of this folder
-_WEIGHTS = "model.safetensors"
 _SAMPLES = 16
+_SOURCE = "_vlm_sft_source"  # where a model or processor keeps what `loaded_from` returns; saved by neither
+
+
+def loaded_from(model_or_processor: Any) -> tuple[str, str | None]:
+    """The name or folder given to `load_model` or `load_processor`, and its commit; else the name known, and None."""
+    named = getattr(model_or_processor, "config", None) or getattr(model_or_processor, "tokenizer", None)
+    return getattr(model_or_processor, _SOURCE, (str(getattr(named, "name_or_path", "")), None))
+
+
+def record_source(model_or_processor: Any, name: str, revision: str | None) -> None:
+    """Keeps what `loaded_from` returns."""
+    setattr(model_or_processor, _SOURCE, (name, getattr(revision, "resolved", revision)))
 
 
 def plain(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,53 +61,45 @@ def shareable(name: str) -> str:
 
 def base_settings(model: Any) -> dict[str, Any]:
     """Where the (PEFT-wrapped) model's base came from and how it was loaded."""
-    base = base_of(model)
-    config = base.config
+    config = base_of(model).config
     quantization: Any = getattr(config, "quantization_config", None)
-    return plain(
-        {
-            "base_model_name_or_path": shareable(config.name_or_path),
-            "revision": commit_of(config),
-            "model_type": config.model_type,
-            "dtype": dtype_name(config.dtype or base.dtype),
-            "quantization_config": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
-        }
-    )
+    settings = {
+        "base_model_name_or_path": shareable(config.name_or_path),
+        "revision": loaded_from(base_of(model))[1],
+        "model_type": config.model_type,
+        "dtype": dtype_name(config.dtype or base_of(model).dtype),
+        "quantization_config": quantization.to_dict() if hasattr(quantization, "to_dict") else quantization,
+    }
+    return plain(settings)
 
 
 def training_base(model: Any) -> dict[str, Any]:
     """`base_settings`, and the `stored_weights` of the base."""
     config = base_of(model).config
-    return {**base_settings(model), "weights": stored_weights(config.name_or_path, commit_of(config))}
+    return base_settings(model) | {"weights": stored_weights(config.name_or_path, loaded_from(base_of(model))[1])}
 
 
 def stored_weights(name_or_path: str, revision: str | None = None) -> dict[str, str]:
-    """A line `shape dtype values` for each tensor in the safetensors of a model: 16 of its values, as hex.
-
-    They are read from the files, so they are the same however the model is loaded: quantized, in another dtype, on a
-    GPU, sharded. Empty for a model that was made in memory.
-    """
+    """A line `shape dtype values` for each tensor in the safetensors of a model: 16 values, as hex. Read from the
+    files, it is the same however the model is loaded. Empty for a model that was made in memory."""
+    weights: dict[str, str] = {}
     folder = Path(name_or_path)
     if not folder.is_dir():
         try:
             local: dict[str, Any] = {"local_files_only": True, "allow_patterns": "*.safetensors*"}
             folder = Path(snapshot_download(name_or_path, revision=revision, **local))
         except (OSError, ValueError):  # nowhere, or no name at all
-            return {}
-    index = folder / "model.safetensors.index.json"
-    files = {*json.loads(index.read_text("utf-8"))["weight_map"].values()} if index.is_file() else {_WEIGHTS}
-    weights = {}
-    for file in sorted(folder / name for name in files if name_or_path and (folder / name).is_file()):
+            return weights
+    for file in sorted(folder.glob("model*.safetensors")) if name_or_path else ():
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                weights[name] = _line(tensors.get_tensor(name))  # mapped: only what is looked at is read
+                tensor = tensors.get_tensor(name)  # mapped: only what is looked at is read
+                count = min(_SAMPLES, tensor.numel())
+                spread = torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64).long()
+                values = tensor.flatten()[spread].view(torch.uint8).numpy().tobytes().hex()
+                shape = "x".join(map(str, tensor.shape)) or "1"
+                weights[name] = f"{shape} {dtype_name(tensor.dtype)} {values or '-'}"
     return weights
-
-
-def _line(tensor: Tensor) -> str:
-    spread = torch.linspace(0, tensor.numel() - 1, min(_SAMPLES, tensor.numel()), dtype=torch.float64).long()
-    values = tensor.flatten()[spread].view(torch.uint8).numpy().tobytes().hex()
-    return f"{'x'.join(map(str, tensor.shape)) or '1'} {dtype_name(tensor.dtype)} {values or '-'}"
 
 
 def weight_differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
@@ -106,11 +107,11 @@ def weight_differences(recorded: Mapping[str, str], found: Mapping[str, str]) ->
     one is a copy in another dtype. A weight may have another name, as copies of other versions of transformers have."""
     faults, lines = [], {*found.values()}
     for name, was in recorded.items():
-        its = found.get(name)
-        if its == was or (its is None and was in lines) or (its is not None and _equal_when_rounded(was, its)):
-            continue
-        told = ("absent" if line is None else " ".join(line.split()[:2]) for line in (was, its))
-        faults.append(f"{name}: recorded {next(told)}, now {next(told)} of other values" if its else f"{name}: absent")
+        if (its := found.get(name)) is None:
+            faults += [f"{name}: absent"] * (was not in lines)
+        elif not (its == was or _equal_when_rounded(was, its)):
+            (*before, _), (*now, _) = was.split(), its.split()
+            faults.append(f"{name}: recorded {' '.join(before)}, now {' '.join(now)} of other values")
     return faults
 
 
@@ -119,11 +120,8 @@ def _equal_when_rounded(was: str, its: str) -> bool:
     if shape != its_shape or first[0] == second[0]:
         return False
     a, b = (torch.frombuffer(bytearray.fromhex(values), dtype=getattr(torch, kind)) for kind, values in (first, second))
-    return (
-        a.is_floating_point()
-        and b.is_floating_point()
-        and (torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a))
-    )
+    rounded = torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)
+    return a.is_floating_point() and b.is_floating_point() and rounded
 
 
 def write_training_base(folder: Path, base: Mapping[str, Any], place: str) -> None:
@@ -134,8 +132,8 @@ def write_training_base(folder: Path, base: Mapping[str, Any], place: str) -> No
         (folder / _PLACE).parent.mkdir(parents=True, exist_ok=True)
         (folder / _PLACE).write_text(place, encoding="utf-8")
         for file in filter(Path.is_file, (folder / "adapter_config.json", folder / "README.md")):
-            names = (place, str(base["base_model_name_or_path"]))
-            was, told = (json.dumps(name)[1:-1] if file.suffix == ".json" else name for name in names)
+            names = [place, str(base["base_model_name_or_path"])]
+            was, told = [json.dumps(name)[1:-1] for name in names] if file.suffix == ".json" else names
             file.write_text(file.read_text("utf-8").replace(was, told), encoding="utf-8")
 
 
@@ -158,17 +156,14 @@ def place_of_base(folder: Path, named: str | None) -> str | None:
 def model_settings(model: Any) -> dict[str, Any]:
     """The base, the adapters' settings, and a digest of the names of what is trained."""
     trained = sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
-    for config in adapters.values():
-        for key in ("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"):
-            config.pop(key, None)
-    return plain(
-        {
-            "base": base_settings(model),
-            "adapters": adapters,
-            "trained": {"tensors": len(trained), "names": hashlib.sha256("\n".join(trained).encode()).hexdigest()[:12]},
-        }
-    )
+    aside = {"inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+    adapters = {
+        name: {key: value for key, value in config.to_dict().items() if key not in aside}
+        for name, config in getattr(model, "peft_config", {}).items()
+    }
+    names = hashlib.sha256("\n".join(trained).encode()).hexdigest()[:12]
+    trains = {"tensors": len(trained), "names": names}
+    return plain({"base": base_settings(model), "adapters": adapters, "trained": trains})
 
 
 def data_settings(dataset: Any) -> dict[str, Any]:

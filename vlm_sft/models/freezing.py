@@ -18,11 +18,10 @@ def detach_frozen_tower(model: PreTrainedModel) -> None:
     """Leaves a tower without trainable parameters out of the graph, and so out of gradient checkpointing's recompute;
     what is frozen in it stays in evaluation mode, or a BatchNorm would move that no adapter saves.
 
-    With checkpointing, TRL and the Trainer (again, at the start of `train()`) call `enable_input_require_grads()`,
-    which marks the tower's patch embeddings as well: a frozen tower is then recomputed and back-propagated for
-    nothing (transformers 5.23). This model's own method now marks the language model's embeddings only, as long as no
-    tower parameter trains at the time of the call. Gradients are the same. `load_model` and `assemble_llava` do this.
-    """
+    With checkpointing, TRL and the Trainer (again, when `train()` starts) call `enable_input_require_grads()`, which
+    marks the tower's patch embeddings as well: a frozen tower is then recomputed and back-propagated for nothing
+    (transformers 5.23). This model's own method now marks the language model's embeddings only, as long as no tower
+    parameter trains at the time of the call. Gradients are the same."""
     parts = parts_of(model)
     # Bound to this instance, and in a way that a deep copy of the model binds to the copy.
     enable = MethodType(partial(_mark_embeddings, parts=parts), model)
@@ -37,11 +36,9 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
     """Puts the trainable parameters into float32: what fp16 training needs, and bf16 training of whole parts.
 
     A bfloat16 weight of 0.02 cannot move by less than 6e-5, which an AdamW step at a learning rate of 2e-5 never
-    reaches; the gradient scaler of fp16 unscales float32 alone. `prove` calls it, after the Trainer is made: TRL 1.16
-    casts the adapters of a quantized base to bfloat16. The forward pass then needs autocast.
-
-    Raises ValueError for a SmolVLM whose embeddings are then in another dtype than its tower.
-    """
+    reaches; the gradient scaler of fp16 unscales float32 alone; TRL 1.16 casts the adapters of a quantized base to
+    bfloat16. The forward pass then needs autocast. Raises ValueError for a SmolVLM whose embeddings are then in another
+    dtype than its tower."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
@@ -49,27 +46,19 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
     # It casts the features of an image to the dtype of its first parameter, and merges them with the embeddings
     # (transformers 5.23, modeling_smolvlm.py).
     if base.config.model_type == "smolvlm" and base.dtype != (held := base.get_input_embeddings().weight.dtype):
-        raise ValueError(
-            f"The tower is in {base.dtype} and the embeddings in {held}, which SmolVLM cannot merge; load it with "
-            'load_model(dtype="float32"): bf16=True or fp16=True still computes in 16 bit.'
-        )
+        found = f"The tower is in {base.dtype} and the embeddings in {held}, which SmolVLM cannot merge"
+        how = 'load it with load_model(dtype="float32"): bf16=True or fp16=True still computes in 16 bit'
+        raise ValueError(f"{found}; {how}.")
 
 
 def _train(tower: nn.Module, mode: bool = True) -> nn.Module:
     """`nn.Module.train` for what trains in the tower; the rest is in evaluation mode."""
     type(tower).train(tower, mode)
-    if mode:
-        _still(tower)
+    for module in tower.modules() if mode else ():
+        weights = [weight.requires_grad for weight in module.parameters()]
+        if weights and not any(weights):
+            module.eval()
     return tower
-
-
-def _still(module: nn.Module) -> None:
-    weights = [weight.requires_grad for weight in module.parameters()]
-    if weights and not any(weights):
-        module.eval()
-    else:
-        for child in module.children():
-            _still(child)
 
 
 def _mark_embeddings(model: Any, *, parts: ModelParts) -> None:

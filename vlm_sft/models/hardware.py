@@ -36,32 +36,24 @@ def own_device() -> torch.device:
 
 
 def best_worker_count() -> int:
-    """Data workers for each process: up to four, one core left to the process itself, and none on a lone core.
-
-    Image work is some 95% of collation; without workers (the Trainer's default) it runs between the steps.
-    """
+    """Data workers for each process: up to four, one core left to the process itself, and none on a lone core. Without
+    workers (the Trainer's default) image work, some 95% of collation, runs between the steps."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(0, min(4, len(os.sched_getaffinity(0)) // processes - 1))
 
 
 def set_hardware_defaults(args: TrainingArguments) -> list[str]:
-    """Fills in what the user left open: call it first in the `__post_init__` of a recipe's config. Returns what it
-    replaced, in words.
+    """Fills in what the user left open, first of all in a config's `__post_init__`; returns what it replaced, in words.
 
     Without `bf16` or `fp16` set, `best_dtype` decides. A paged optimizer gives way to `adamw_torch` where there is no
     NVIDIA or AMD GPU to page from. Under FSDP, which shards optimizer states, the config's own bitsandbytes optimizer
     gives way to `adamw_torch_fused`, and one that was asked for is refused. A launch with FSDP shards on CPUs too.
-
-    Raises ValueError for that, for an accelerator of another kind than NVIDIA's, AMD's, Intel's and Apple's, and where
-    TRL's head could not be compiled (`check_compiler`).
-    """
+    Raises ValueError for that, for an accelerator of another kind, and by `check_compiler`."""
     args.use_cpu |= not torch.accelerator.is_available()  # without it, processes on CPUs would train apart
-    device = torch.accelerator.current_accelerator()
-    if not args.use_cpu and device is not None and device.type not in ("cuda", "mps", "xpu"):
-        raise ValueError(
-            f"the accelerator of this machine is {device.type!r}, on which nothing here was ever tried; expected cuda "
-            "(NVIDIA or AMD), xpu or mps. To train on its CPU, pass --use_cpu"
-        )
+    kind = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
+    if not args.use_cpu and kind not in ("cuda", "mps", "xpu", "cpu"):
+        found = f"the accelerator of this machine is {kind!r}, on which nothing here was ever tried"
+        raise ValueError(f"{found}; expected cuda (NVIDIA or AMD), xpu or mps. To train on its CPU, pass --use_cpu")
     if args.bf16 is None and not args.fp16:
         args.bf16, args.fp16 = best_dtype() == torch.bfloat16, best_dtype() == torch.float16
     shard_on_cpu(args)
@@ -69,10 +61,9 @@ def set_hardware_defaults(args: TrainingArguments) -> list[str]:
     asked, default = str(getattr(args.optim, "value", args.optim)), getattr(type(args), "optim", None)
     if is_sharded() and is_bitsandbytes_optimizer(asked):
         if asked != default:
-            raise ValueError(
-                f"--optim {asked} is of bitsandbytes, whose optimizers cannot step sharded weights (FSDP): leave it "
-                "out, which takes adamw_torch_fused, or launch with accelerate_configs/multi_gpu.yaml"
-            )
+            found = f"--optim {asked} is of bitsandbytes, whose optimizers cannot step sharded weights (FSDP)"
+            how = "leave it out, which takes adamw_torch_fused, or launch with accelerate_configs/multi_gpu.yaml"
+            raise ValueError(f"{found}: {how}")
         args.optim = "adamw_torch_fused"
     elif asked.startswith("paged_") and not torch.cuda.is_available():
         args.optim = "adamw_torch"
@@ -88,7 +79,5 @@ def check_compiler(args: Any) -> None:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     found = {"a C compiler": compiler, "Python.h": Path(sysconfig.get_path("include"), "Python.h").is_file()}
     if missing := " and ".join(what for what, there in found.items() if not there):
-        raise ValueError(
-            f"{missing} not found, and the first step on a GPU compiles TRL's loss: apt-get install gcc python3-dev "
-            "(or name your compiler: CC=/path/to/gcc), and run again"
-        )
+        how = "apt-get install gcc python3-dev (or name your compiler: CC=/path/to/gcc), and run again"
+        raise ValueError(f"{missing} not found, and the first step on a GPU compiles TRL's loss: {how}")

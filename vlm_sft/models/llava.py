@@ -11,23 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionModel,
-    GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+import transformers
 from transformers.utils.hub import resolve_revision
 
 from vlm_sft.common import eos_ids
+from vlm_sft.models.fingerprints import record_source
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_dtype
-from vlm_sft.models.loading import check_weights, first_line, place, read_config, record_source
+from vlm_sft.models.loading import check_weights, first_line, place, read_config
 
 # Models whose decoder takes embeddings as they are; Gemma, for one, would scale the features of an image.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -42,23 +33,23 @@ def assemble_llava(
     process stays as it was. The tower is read one layer before its last, without the class token. The tokenizer gains
     `<image>`, and a pad token where it has none; the embedding grows to hold them, and never shrinks. The dtype is
     `best_dtype()`. Which tower it was is kept in the config (`check_tower`). Source: arXiv 2310.03744.
-
-    Raises ValueError for a tower that is not a CLIP, a text model that is none of `LANGUAGE_MODELS`, and weights that
-    are missing.
-    """
+    Raises ValueError for a tower that is no CLIP, a text model that is none of `LANGUAGE_MODELS`, and lost weights."""
     vision_name, language_name = str(vision_tower), str(language_model)
     vision_revision = resolve_revision(vision_name)
     language_revision = resolve_revision(language_name, language_revision)
-    _check_kinds(vision_name, vision_revision, language_name, language_revision)
-    vision = _load(CLIPVisionModel, vision_name, vision_revision)
-    language = _load(AutoModelForCausalLM, language_name, language_revision)
+    faults = _fault(vision_name, vision_revision, ("clip", "clip_vision_model"), "the tower must be a CLIP")
+    rule = f"the text model must be one of {', '.join(LANGUAGE_MODELS)}"
+    if faults := faults + _fault(language_name, language_revision, LANGUAGE_MODELS, rule):
+        raise ValueError(f"A LLaVA cannot be assembled: {'; '.join(faults)}.")
+    vision = _load(transformers.CLIPVisionModel, vision_name, vision_revision)
+    language = _load(transformers.AutoModelForCausalLM, language_name, language_revision)
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(language_name, revision=language_revision)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(language_name, revision=language_revision)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
 
-    config = LlavaConfig(
+    config = transformers.LlavaConfig(
         vision_config=vision.config,
         text_config=language.config,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -68,7 +59,7 @@ def assemble_llava(
     )
     config.assembled_from = {"vision_tower": _short(vision_name), "language_model": _short(language_name)}
     with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration(config)
+        model: Any = transformers.LlavaForConditionalGeneration(config)
     model.model.vision_tower = vision
     model.model.language_model = language.get_decoder()
     model.lm_head = language.get_output_embeddings()
@@ -82,13 +73,14 @@ def assemble_llava(
             # A multiple of 64, as LLaVA's, for the sake of the GPU's matrix units.
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     # Ids alone: how to sample stays with the text model, whose settings may not even be savable (Vicuna's).
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=sorted({tokenizer.eos_token_id, *eos_ids(language.generation_config.eos_token_id)}),
         pad_token_id=tokenizer.pad_token_id,
     )
-    processor = LlavaProcessor(  # type: ignore[no-untyped-call]
-        image_processor=CLIPImageProcessor.from_pretrained(vision_name, revision=vision_revision or "main"),
+    images = transformers.CLIPImageProcessor.from_pretrained(vision_name, revision=vision_revision or "main")
+    processor = transformers.LlavaProcessor(  # type: ignore[no-untyped-call]
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy="default",
@@ -103,11 +95,9 @@ def assemble_llava(
 
 def check_tower(name_or_path: str | Path, vision_tower: str | Path | None, *, revision: str | None = None) -> None:
     """Raises ValueError unless the model's config says that it was assembled on this tower; with None any will do."""
-    if vision_tower is None:
-        return
     config = read_config(name_or_path, revision=revision)
     recorded = getattr(config, "assembled_from", {}).get("vision_tower")
-    if recorded != _short(vision_tower):
+    if vision_tower is not None and recorded != _short(vision_tower):
         vision = config.vision_config
         found = f"was assembled on {recorded!r}" if recorded else "has no record of its tower"
         raise ValueError(
@@ -118,11 +108,9 @@ def check_tower(name_or_path: str | Path, vision_tower: str | Path | None, *, re
 
 
 def plain_template(tokenizer: Any) -> str:
-    """The chat template of captions for the projector's first training: image, caption, no roles and no end token.
-
-    The caption is tokenized as if it stood alone, as in the original: after a token some tokenizers of Llama need a
-    blank for that. Source: conv_llava_plain and tokenizer_image_token of haotian-liu/LLaVA.
-    """
+    """The chat template of captions for the projector's first training: image, caption, no roles and no end token. The
+    caption is tokenized as if it stood alone (after a token some tokenizers of Llama need a blank for that), as by
+    conv_llava_plain and tokenizer_image_token of haotian-liu/LLaVA."""
     alone, after = tokenizer.tokenize("a b"), tokenizer.tokenize("<image>a b")[1:]
     blank = "" if after == alone else " "
     return (
@@ -132,21 +120,13 @@ def plain_template(tokenizer: Any) -> str:
     )
 
 
-def _check_kinds(vision: str, vision_revision: str | None, language: str, language_revision: str | None) -> None:
-    faults = []
-    for name, revision, known, what in (
-        (vision, vision_revision, ("clip", "clip_vision_model"), "tower must be a CLIP"),
-        (language, language_revision, LANGUAGE_MODELS, f"text model must be one of {', '.join(LANGUAGE_MODELS)}"),
-    ):
-        try:
-            found = AutoConfig.from_pretrained(name, revision=revision).model_type
-        except (OSError, ValueError) as error:
-            faults.append(f"no model in {name!r} ({first_line(error)})")
-            continue
-        if found not in known:
-            faults.append(f"{name!r} is a {found!r} model: the {what}")
-    if faults:
-        raise ValueError(f"A LLaVA cannot be assembled: {'; '.join(faults)}.")
+def _fault(name: str, revision: str | None, known: tuple[str, ...], rule: str) -> list[str]:
+    """What speaks against taking this model for a part, unless its kind is known."""
+    try:
+        found = transformers.AutoConfig.from_pretrained(name, revision=revision).model_type
+    except (OSError, ValueError) as error:
+        return [f"no model in {name!r} ({first_line(error)})"]
+    return [] if found in known else [f"{name!r} is a {found!r} model: {rule}"]
 
 
 def _load(kind: Any, name: str, revision: str | None) -> Any:

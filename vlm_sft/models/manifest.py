@@ -1,12 +1,10 @@
-"""Which files a save is made of: `manifest.json`, its last file, with the size and hash of every other.
-
-A checkpoint without one is a save that did not end; a file that differs is named, also where weights are loaded.
-"""
+"""Which files a save is made of: `manifest.json`, its last file, with the size and hash of every other. A checkpoint
+without one is a save that did not end; a file that differs is named, also where weights are loaded."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,10 +38,8 @@ def write_manifest(folder: Path, content: Mapping[str, Any], *, files: str = "**
     paths = sorted(path for path in folder.glob(files) if path.is_file() and path.name != MANIFEST)
     for path in (*paths, *{path.parent for path in paths}):
         _flush(path)
-    listed = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "xxh3": _digest_of(path)} for path in paths
-    }
-    content = {**content, "files": listed}
+    found = {path: {"size": path.stat().st_size, "xxh3": _digest_of(path)} for path in paths}
+    content = {**content, "files": {path.relative_to(folder).as_posix(): record for path, record in found.items()}}
     unfinished = folder / f"{MANIFEST}.tmp"
     unfinished.write_text(json.dumps({**content, "xxh3": _own_digest(content)}, indent=1) + "\n", encoding="utf-8")
     _flush(unfinished)
@@ -75,7 +71,4 @@ def _flush(path: Path) -> None:
 def _digest_of(file: Path) -> str:
     """The xxh3 hash of a file: it tells damage, and costs little beside the save (`benchmarks/checkpoints.py`)."""
     with file.open("rb") as opened:
-        if not file.stat().st_size:
-            return ""
-        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return str(xxhash.xxh3_128_hexdigest(content))
+        return hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()
