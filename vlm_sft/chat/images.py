@@ -206,10 +206,13 @@ def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
         raise ValueError(f"{name} is a URL, and nothing is fetched; download it and give the file's path")
     if folder is None:
         raise ValueError(f"{name} is a path, and no folder was named to read from; name it by --image_folder")
-    if "\0" in path:
-        raise ValueError(f"{name} is a path with a NUL character; fix it")
     root = _real(os.path.abspath(folder))  # the working directory may change
-    target = os.path.realpath(os.path.join(root, path))
+    try:
+        target = os.path.realpath(os.path.join(root, path))
+    except ValueError:
+        raise ValueError(
+            f"{name} is a path with a NUL character, or one which is not Unicode; rename the file"
+        ) from None
     if not (allow_outside or target == root or target.startswith(os.path.join(root, ""))):
         raise ValueError(
             f"{name} lies outside the image folder {root!r}; name the folder by --image_folder, or read files from "

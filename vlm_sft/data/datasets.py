@@ -8,39 +8,39 @@ loader's workers. Images are read only inside the image folder: nothing in a row
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import reduce
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, DatasetInfo, Features, IterableDataset, IterableDatasetDict, List
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, IterableDataset, IterableDatasetDict
 from huggingface_hub import constants
 from PIL.Image import Image as PILImage
 
 from vlm_sft.chat.images import to_rgb
-from vlm_sft.chat.messages import normalise
 from vlm_sft.data import files, formats
 from vlm_sft.data import rows as reading
 from vlm_sft.data.files import EVAL_SPLITS, KINDS, data_files, listed, read_rows, split_of
 from vlm_sft.data.formats import closest, named_columns
-from vlm_sft.data.rows import LINES, READER, READERS, Change, ImageFolder, RowReader, columns_of, named
+from vlm_sft.data.rows import LINES, READER, Change, Readers, RowReader, columns_of, named
 from vlm_sft.distributed import print_main
 
 FIRST_ROWS = 8  # looked at while loading
 EVAL_ROWS = 500  # held out at most, unless a number is given
 _MOST_KINDS = 64  # sets of columns that are looked at while loading
 _CODE = (formats.__file__, reading.__file__, files.__file__)
+_NUMBERS = itertools.count()  # of readers
 
-NUMBER = {"row": LINES["row"]}
 Source: TypeAlias = str | Path | Dataset | DatasetDict | IterableDataset | IterableDatasetDict | list[dict[str, Any]]
 
 
@@ -100,29 +100,27 @@ def load_conversations(
     if others := sources.keys() - {*wanted.values()}:
         print_main(f"{name}: splits that are not used: {', '.join(sorted(others))}")
     by = "--columns" if columns else None if prompt is None else "--prompt"
-    reader = RowReader(
-        ImageFolder(Path(image_folder).expanduser() if image_folder else root, allow_outside),
-        to_conversation if by is None else None,
-        tuple(columns or ()),
-        prompt,
-        system_prompt,
-    )
     if by and to_conversation:
         print_main(f"{name}: read by {by}; to_conversation is not used")
+    reader = RowReader(
+        Path(image_folder).expanduser() if image_folder else root,
+        allow_outside,
+        change=None if by else to_conversation,
+        columns=tuple(columns or ()),
+        prompt=prompt,
+        system_prompt=system_prompt,
+        source=name,
+    )
     stored: dict[str, Any] = {}
-    faults, number = [], len(READERS)
+    faults, number = [], next(_NUMBERS)
     for key, wanted_split in wanted.items():
         try:
             with named_faults(f"{name}, split {wanted_split!r}"):
                 if wanted_split not in sources:
                     near = closest(wanted_split, [*sources])
                     raise ValueError(f"no split {wanted_split!r}{near}; found {', '.join(sources)}")
-                stored[key], names = _stored(sources[wanted_split], root, streaming, number)
-                reader = _fitting(stored[key], reader, name) if key == "train" else reader
-                if not reader.change:
-                    named_columns(reader.columns, names, prompt=prompt is not None)
-                _check_first_rows(stored[key], reader)
-                _say_unused(stored[key], reader, f"{name}, split {wanted_split!r}")
+                stored[key] = _stored(sources[wanted_split], root, streaming, number)
+                reader = _fitting(stored[key], reader, name, may_replace=key == "train")
         except ValueError as error:
             faults.append(str(error))
     if faults:
@@ -132,17 +130,16 @@ def load_conversations(
         rows = stored["train"]
         with named_faults(name):
             stored = _held_out(rows, count) if streaming else _drawn(rows, eval_fraction, count, seed)
-        reader = replace(reader, seed=seed if "test" in stored and not streaming else None)
+        reader = replace(reader, seed=None if streaming else seed)
     if "test" in stored:
         test, count = stored["test"], EVAL_ROWS if count is None and eval_fraction else count
         if isinstance(test, Dataset):
-            rows = test if count is None else test.select(range(min(count, len(test))))
+            stored["test"] = test if count is None else test.select(range(min(count, len(test))))
         else:
             rows = _dataset_of([*(test if count is None else test.take(count))], test.features)
-            rows = rows.add_column(READER, np.full(len(rows), number, np.int32))
-        stored["test"] = rows
-    READERS[number] = reader
-    splits = {key: rows.with_transform(READERS) for key, rows in stored.items() if isinstance(rows, Dataset)}
+            stored["test"] = rows.add_column(READER, np.full(len(rows), number, np.int32))
+    readers = Readers({number: reader})
+    splits = {key: rows.with_transform(readers) for key, rows in stored.items() if isinstance(rows, Dataset)}
     if not streaming:
         return DatasetDict(splits)
     names = stored["train"].column_names or [*next(iter(stored["train"]))]
@@ -157,7 +154,8 @@ def named_faults(name: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{name}: {error.__cause__ or error}") from error
+        why = error if isinstance(error, ValueError) else error.__cause__ or error
+        raise ValueError(f"{name}: {why}") from error
 
 
 def _sources(
@@ -168,9 +166,9 @@ def _sources(
         return f"a {type(data).__name__} in memory", Path.cwd(), _in_memory(data, streaming), columns
     path, name = Path(data).expanduser(), str(data)
     if entry := listed(path, config_name):
-        columns = columns or entry.columns
-        print_main(f"{name}: read as dataset_info.json says: {entry.source} {' '.join(columns)}".rstrip())
-        path, name, config_name = Path(entry.source), entry.source, None
+        source, columns, config_name = entry[0], columns or entry[1], None
+        print_main(f"{name}: read as dataset_info.json says: {source} {' '.join(columns)}".rstrip())
+        path, name = Path(source), source
     root = path if path.is_dir() else path.parent if path.exists() else Path(constants.HF_HUB_CACHE)
     with named_faults(name if path.exists() else f"{name} (no such path, so taken for a Hub id)"):
         if path.exists():
@@ -203,16 +201,16 @@ def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
     Raises `ValueError` for a path that holds no data, or data of several kinds."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if next(path.rglob("*.arrow"), None) is None:
-            raise ValueError("it has no row")
+            raise ValueError("it holds no row")
         saved = datasets.load_from_disk(path)
         splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
         return {name: rows.to_iterable_dataset() for name, rows in splits.items()} if streaming else splits
+    by_split: dict[str, list[Path]] = {}
     found = data_files(path)
     kinds = {KINDS[file.suffix.lower()] for file in found if file.suffix.lower() in KINDS}
     if len(kinds) != 1:
         what = "files of several kinds; give one of them" if kinds else f"none of {', '.join(KINDS)}"
         raise ValueError(f"it holds {what}")
-    by_split: dict[str, list[Path]] = {}
     for file in found:
         by_split.setdefault(split_of(file.relative_to(path)) if path.is_dir() else "train", []).append(file)
     if kinds == {"text"}:
@@ -221,38 +219,31 @@ def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
     return dict(datasets.load_dataset(kinds.pop(), data_files=names, streaming=streaming))
 
 
-def _stored(source: Any, root: Path, streaming: bool, reader: int) -> tuple[Any, list[str]]:
-    """The source with the columns `row` and, unless it streams, `READER`, images left encoded; and the names of its own
-    columns."""
+def _stored(source: Any, root: Path, streaming: bool, reader: int) -> Any:
+    """The source with the columns `row` and, unless it streams, `READER`, images left encoded."""
     if isinstance(source, tuple):
         # By the stamp the cache sees that the files, or the code that reads them, have changed.
         stamp = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*source, *_CODE))
         kind: Any = IterableDataset if streaming else Dataset
-        if next((True for file in source for _ in read_rows(file)), None) is None:
-            raise ValueError(f"it holds no row ({', '.join(file.name for file in source)})")
-        source = kind.from_generator(_lines, features=LINES, gen_kwargs={"files": source, "root": root, "stamp": stamp})
-    if (source.features or {}).keys() == LINES.keys():
-        if isinstance(source, Dataset) and not len(source):
+        if not any(True for file in source for _ in read_rows(file)):  # `from_generator` says nothing that helps
             raise ValueError("it holds no row")
-        kinds = [json.loads(row["columns"]) for row in _one_of_each_kind(source) if row["columns"]]
-        if not (names := [*dict.fromkeys(name for kind in kinds for name in kind)]):
-            raise ValueError("no row is an object with columns; expected {'messages': [...], ...} and the like")
-        return source if streaming else source.add_column(READER, np.full(len(source), reader, np.int32)), names
-    if streaming:
+        source = kind.from_generator(_lines, features=LINES, gen_kwargs={"files": source, "root": root, "stamp": stamp})
+    is_text = (source.features or {}).keys() == LINES.keys()
+    if streaming and not is_text:
         unread = source.decode(False) if source.features else source
         names = [name for name in source.column_names or next(iter(unread), {}) if name != "row"]
-        known = source.features and Features({name: _undecode(source.features[name]) for name in names} | NUMBER)
-        return unread.select_columns(names).map(_number, with_indices=True, features=known), names
-    if not len(source):
-        raise ValueError("it has no row")
-    source = source.flatten_indices().with_format(None)
-    source = source.remove_columns(["row"] if "row" in source.column_names else [])
-    features = Features({name: _undecode(feature) for name, feature in source.features.items()})
-    # `cast` would write all images anew.
-    unread = Dataset(source.data, info=DatasetInfo(features=features))
-    for name, numbers in (("row", np.arange(len(unread))), (READER, np.full(len(unread), reader, np.int32))):
-        unread = unread.add_column(name, numbers)
-    return unread, source.column_names
+        features = {name: unread.features[name] for name in names} if source.features else {}
+        known = Features(features | {"row": LINES["row"]}) if features else None
+        return unread.select_columns(names).map(_number, with_indices=True, features=known)
+    if streaming:
+        return source
+    if not is_text:
+        source = source.flatten_indices().with_format(None)
+        source = source.remove_columns(["row"] if "row" in source.column_names else [])
+        # `cast` would write all images anew.
+        features = source.to_iterable_dataset().decode(False).features
+        source = Dataset(source.data, info=DatasetInfo(features=features)).add_column("row", np.arange(len(source)))
+    return source.add_column(READER, np.full(len(source), reader, np.int32))
 
 
 def _lines(files: tuple[Path, ...], root: Path, stamp: Any) -> Iterator[dict[str, Any]]:
@@ -261,13 +252,16 @@ def _lines(files: tuple[Path, ...], root: Path, stamp: Any) -> Iterator[dict[str
 
 def _lines_of(rows: Iterable[tuple[Any, str]]) -> Iterator[dict[str, Any]]:
     for number, (row, file) in enumerate(rows):
-        fault = str(row) if isinstance(row, ValueError) else None
+        line = {"json": None, "fault": None, "file": file, "columns": None, "row": number}
+        if isinstance(row, ValueError):
+            yield line | {"fault": str(row)}
+            continue
         with named(f"row {number}"):
-            text = None if fault else json.dumps(row, default=_as_json)
-        filled = [name for name, value in row.items() if formats.is_filled(value)] if isinstance(row, Mapping) else None
-        filled = ["messages"] if isinstance(row, list) else filled
-        columns = None if filled is None else json.dumps(filled)
-        yield {"json": text, "fault": fault, "file": file, "columns": columns, "row": number}
+            line["json"] = json.dumps(row, default=_as_json)
+        columns = {"messages": row} if isinstance(row, list) else row
+        if isinstance(columns, Mapping):
+            line["columns"] = json.dumps([name for name, value in columns.items() if formats.is_filled(value)])
+        yield line
 
 
 def _as_json(value: Any) -> Any:
@@ -285,16 +279,6 @@ def _as_json(value: Any) -> Any:
 
 def _number(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {**row, "row": number}
-
-
-def _undecode(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, dict):
-        return {name: _undecode(part) for name, part in feature.items()}
-    if isinstance(feature, (List, datasets.LargeList)):
-        return type(feature)(_undecode(feature.feature))
-    return feature
 
 
 def _drawn(rows: Dataset, fraction: float, count: int | None, seed: int) -> dict[str, Dataset]:
@@ -316,78 +300,82 @@ def _held_out(stream: IterableDataset, count: int | None) -> dict[str, IterableD
     return {"train": train, "test": stream.take(count)}
 
 
-def _first(rows: Any, count: int = FIRST_ROWS) -> list[Mapping[str, Any]]:
-    return [*rows.take(count if isinstance(rows, IterableDataset) else min(count, len(rows)))]
+def _fitting(rows: Any, reader: RowReader, name: str, *, may_replace: bool) -> RowReader:
+    """The reader, without `change` where that asks for a column that the first row has not (nor a similar one), while
+    the format of the rows is known. Prints what is not read of them. Raises `ValueError` for columns that are not
+    there, and where none of the first rows can be read: a wrong column or folder shows in all of them."""
+    kinds = _kinds(rows)
+    if not reader.change:
+        named_columns(
+            reader.columns,
+            [*dict.fromkeys(c for row in kinds for c in _columns(row))],
+            prompt=reader.prompt is not None,
+        )
+    first = [*itertools.islice(rows, FIRST_ROWS)]
+    fault, plain = _fault(first, reader), replace(reader, change=None)
+    missing = fault.__cause__ if fault and reader.change and may_replace else None
+    asked = str(missing.args[0]) if isinstance(missing, KeyError) and missing.args else ""
+    if asked and not closest(asked, _columns(first[0])) and not _fault(first, plain):
+        fault, reader = None, plain
+        print_main(
+            f"{name}: to_conversation asks for a column {asked!r}, which rows of {', '.join(_columns(first[0]))} do "
+            "not have; it is not used, and they are read by their own format"
+        )
+    if fault:
+        raise fault
+    _say_unused(kinds, reader, name)
+    return reader
 
 
-def _fitting(rows: Any, reader: RowReader, name: str) -> RowReader:
-    """The reader, without `change` where that asks for a column that none of the first rows has (and no similar one),
-    while the format of one of them is known."""
-    if reader.change is None:
-        return reader
-    plain, asked = replace(reader, change=None), []
-    for row in _first(rows):
-        try:
-            reader._judged(row)
-            return reader
-        except ValueError as error:
-            missing = error.__cause__
-            found = [*columns_of(row)] if not row.get("fault") else []
-            if not isinstance(missing, KeyError) or closest(str(missing.args[0]), found) or missing.args[0] in found:
-                return reader
-            with suppress(ValueError):
-                plain.convert(row)
-                asked.append((missing.args[0], found))
-    if not asked:
-        return reader
-    print_main(
-        f"{name}: to_conversation asks for a column {asked[0][0]!r}, which rows of {', '.join(asked[0][1])} do not "
-        "have; it is not used, and they are read by their own format"
-    )
-    return plain
-
-
-def _check_first_rows(rows: Any, reader: RowReader) -> None:
-    """Raises `ValueError` unless one of the first rows reads: a wrong column or folder shows in all of them."""
+def _fault(rows: Sequence[Mapping[str, Any]], reader: RowReader) -> ValueError | None:
+    """Why none of the rows can be read; None where one can."""
     faults = []
-    for row in _first(rows):
+    for row in rows:
         try:
-            read = reader.read(row)
-            with named(f"row {row['row']}"):
-                normalise(read["messages"], read["images"])
-            return
+            reader.read(row)
+            return None
         except ValueError as error:
-            faults.append(str(error))
-    raise ValueError(f"none of the first {len(faults)} rows can be read. {faults[0]}" if faults else "it has no row")
+            faults.append(error)
+    fault = ValueError(
+        f"none of the first {len(faults)} rows can be read. {faults[0]}" if faults else "it holds no row"
+    )
+    fault.__cause__ = faults[0].__cause__ if faults else None
+    return fault
 
 
-def _one_of_each_kind(rows: Any) -> list[Mapping[str, Any]]:
-    """The first row of each set of columns that rows fill (of a stream, of its first 64 rows)."""
+def _columns(row: Mapping[str, Any]) -> list[str]:
+    with suppress(ValueError):
+        return [*columns_of(row)]
+    return []
+
+
+def _kinds(rows: Any) -> list[Mapping[str, Any]]:
+    """The first row of each set of columns that rows fill (of a stream, its first 64 rows)."""
     if isinstance(rows, IterableDataset):
         return [*rows.take(_MOST_KINDS)]
-    if "columns" in rows.features and "json" in rows.features:
-        kinds = rows.data.table.group_by(["file", "columns"]).aggregate([("row", "min")])["row_min"].to_pylist()
-    else:
-        filled = [pc.is_valid(rows.data.table[name]).to_numpy() for name in rows.column_names[:60]]
-        bits = reduce(lambda found, valid: found * 2 + valid, filled, np.zeros(len(rows), np.int64))
-        kinds = np.unique(bits, return_index=True)[1].tolist()
-    return [rows[number] for number in sorted(kinds)[:_MOST_KINDS]]
+    table = rows.data.table
+    names = [name for name in table.column_names if name not in ("row", READER)]
+    filled = {name: pc.is_valid(table[name]) for name in names}
+    if rows.features.keys() >= LINES.keys():
+        filled = {name: table[name] for name in ("file", "columns")}
+    kinds = pa.table({**filled, "row": table["row"]}).group_by([*filled]).aggregate([("row", "min")])
+    return [rows[number] for number in sorted(kinds["row_min"].to_pylist())[:_MOST_KINDS]]
 
 
-def _say_unused(rows: Any, reader: RowReader, name: str) -> None:
+def _say_unused(kinds: Sequence[Mapping[str, Any]], reader: RowReader, name: str) -> None:
     """Prints the columns that nothing reads. Raises `ValueError` for files of which some hold no conversation."""
     unused: dict[str, int] = {}
     strange: dict[str, list[str]] = {}
     known = set()
-    for row in _one_of_each_kind(rows):
+    for row in kinds:
         file = str(row.get("file"))
         try:
             for column in reader.unused(row):
                 unused.setdefault(column, row["row"])
             known.add(file)
         except ValueError:
-            with suppress(ValueError):
-                strange.setdefault(file, [*columns_of(row)])
+            if columns := _columns(row):
+                strange.setdefault(file, columns)
     if others := {file: names for file, names in strange.items() if file not in known and known and not reader.change}:
         told = "; ".join(f"{file} (columns {', '.join(names)})" for file, names in others.items())
         raise ValueError(

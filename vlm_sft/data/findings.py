@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from vlm_sft.data.records import COLUMNS
+
 SHOWN = 5  # rows of each reason
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
 
@@ -32,23 +34,27 @@ class Fault:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """`faults` in the order of the rows; `repairs` counts the images that are read differently from how they are
-    stored; `columns` holds the tokens of each row [N] (0 for bad ones); `known` rows were remembered; `keys` [N] are
-    equal for rows of equal content, b"" for bad ones; `numbers` [N] are those of the rows in their source;
-    `contents` and `written` [N] tell each row and its files again."""
+    """`found` is an array of `vlm_sft.data.check_rows.FOUND` in the order of the rows, `faults` are in that order too;
+    `repairs` counts the images that are read differently from how they are stored."""
 
-    rows: int
     checked_with: str
+    found: Any
     faults: tuple[Fault, ...]
     repairs: Mapping[str, int]
-    columns: Mapping[str, Any]
-    known: int
-    keys: Any = ()
-    numbers: Any = ()
-    sources: Any = ()
-    answers: Any = ()
-    contents: Any = ()
-    written: Any = ()
+
+    @property
+    def rows(self) -> int:
+        return len(self.found)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The tokens of each row [N], 0 for bad ones."""
+        return {name: self.found[name] for name in COLUMNS}
+
+    @property
+    def known(self) -> int:
+        """How many rows were remembered."""
+        return len(np.unique(self.found["place"][self.found["known"]]))
 
     @property
     def keep(self) -> list[int]:
@@ -58,7 +64,7 @@ class CheckReport:
 
     @property
     def bad_rows(self) -> int:
-        return self.rows - len(self.keep)
+        return len({fault.index for fault in self.faults})
 
     @property
     def errors(self) -> int:
@@ -75,10 +81,9 @@ class CheckReport:
             first = f"{faults[0].row}: " * any(fault.detail != faults[0].detail for fault in faults)
             lines += [f"{len(faults):>9,}  {names}", f"{'':9}  {first}{faults[0].detail}"]
         lines += [f"{count:>9,}  images {repair}" for repair, count in self.repairs.items()]
-        ordered = np.sort(self.columns["length"][self.columns["length"] > 0])
-        if len(ordered):
-            shares = ((share, ordered[(len(ordered) - 1) * share // 100]) for share in (50, 90, 99, 100))
-            lines.append("tokens per row: " + ", ".join(f"{share}% up to {length:,}" for share, length in shares))
+        if lengths := sorted(self.found["length"][self.found["length"] > 0].tolist()):
+            shares = (f"{share}% up to {lengths[(len(lengths) - 1) * share // 100]:,}" for share in (50, 90, 99, 100))
+            lines.append(f"tokens per row: {', '.join(shares)}")
         return "\n".join(lines)
 
     def to_jsonl(self, path: str | Path) -> None:

@@ -25,14 +25,10 @@ Layout = dict[str, tuple[str, ...]]
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system", "observation": "tool"}
 _KNOWN: tuple[Layout, ...] = (
-    {"messages": ("messages",)},
-    {"messages": ("conversations",)},
-    {"messages": ("conversation",)},
-    {"messages": ("texts",)},
+    *({"messages": (name,)} for name in ("messages", "conversations", "conversation", "texts")),
     {"prompt": ("instruction", "input"), "response": ("output",)},
     {"prompt": ("instruction",), "response": ("output",)},
-    {"prompt": ("prompt",), "response": ("response",)},
-    {"prompt": ("prompt",), "response": ("completion",)},
+    *({"prompt": ("prompt",), "response": (name,)} for name in ("response", "completion")),
     {"prompt": ("query",), "response": ("response",)},
     {"prompt": ("question",), "response": ("answer",)},
 )
@@ -41,7 +37,6 @@ IMAGES = ("images", "image", "file_names", "file_name")
 _HELD = ("image", "image_url", "url", "path", "source", "base64", "bytes", "data")  # an image in a part
 _IMAGE_NAME = re.compile(r"(?i)ima?ge?|photo|picture")
 _ABOUT = ("detail", "image_wh", "media_type", "mime_type")
-_WEIGHTS = ("train", "loss", "weight")  # ours, ms-swift's, OpenAI's
 
 
 def layout_of(row: Mapping[str, Any], columns: Sequence[str] = (), *, prompt: bool = False) -> Layout:
@@ -54,12 +49,13 @@ def layout_of(row: Mapping[str, Any], columns: Sequence[str] = (), *, prompt: bo
     filled = tuple(name for name, value in row.items() if is_filled(value))
     if (layout := _layout(filled, tuple(columns), prompt) or _layout(tuple(row), tuple(columns), prompt)) is not None:
         return layout
-    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)]
-    what = (
-        f". {lists[0]!r} is a list of objects: if these are the rows, give a file of that list alone" if lists else ""
-    )
-    caption = next((name for name in _CAPTIONS if name in row), "")
-    what += f'. For images with a caption in {caption!r}, give their question by --prompt "..."' if caption else ""
+    what = ""
+    if lists := [
+        name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)
+    ]:
+        what = f". {lists[0]!r} is a list of objects: if these are the rows, give a file of that list alone"
+    if caption := next((name for name in _CAPTIONS if name in row), None):
+        what += f'. For images with a caption in {caption!r}, give their question by --prompt "..."'
     near = closest("messages", [name for name in row if name not in IMAGES])
     raise ValueError(
         f"no column of conversations among {', '.join(row)}{near}; expected messages, "
@@ -118,16 +114,15 @@ def unused_columns(row: Mapping[str, Any], layout: Layout) -> list[str]:
     Raises `ValueError` for one of video or sound, for those that look like images, unless one only repeats the name of
     an image that is read, and for boxes that ms-swift writes beside the texts."""
     used = {name for names in layout.values() for name in names}
-    if other := [name for name in row.keys() - used if OTHER_MEDIA.match(name) and is_filled(row[name])]:
-        raise ValueError(f"the column {sorted(other)[0]!r} is not empty: {NO_MEDIA}")
     unused = [name for name, value in row.items() if name not in used and is_filled(value)]
-    read = to_images(row, layout)
-    names = {os.path.basename(image) if isinstance(image, str) else None for image in read}
+    if other := sorted(filter(OTHER_MEDIA.match, unused)):
+        raise ValueError(f"the column {other[0]!r} is not empty: {NO_MEDIA}")
+    names = {os.path.basename(image) if isinstance(image, str) else None for image in to_images(row, layout)}
     lost = []
     for name in unused:
         value = row[name]
         is_url = isinstance(value, str) and value.startswith("http") and _IMAGE_NAME.search(name)
-        repeats = isinstance(value, str) and read and (None in names or os.path.basename(value) in names)
+        repeats = isinstance(value, str) and not names.isdisjoint({None, os.path.basename(value)})
         lost += [name] if (is_url or looks_like_image(value)) and not repeats else []
     if lost:
         value = row[lost[0]]
@@ -146,14 +141,11 @@ def unused_columns(row: Mapping[str, Any], layout: Layout) -> list[str]:
 
 def flags(row: Mapping[str, Any], layout: Layout | None = None, images: Sequence[str] = ()) -> str:
     """The flags to set: those of this layout, or what to fill in; `images` names the columns that look like some."""
-    known = {field: names for field, names in (layout or {}).items() if field in ("messages", "prompt", "response")}
-    words = [f"{field}={name}" for field, names in known.items() for name in names]
-    images = images or [name for name, value in row.items() if looks_like_image(value)]
+    layout = layout or {}
+    words = [f"{field}={name}" for field in ("messages", "prompt", "response") for name in layout.get(field, ())]
+    images = [*layout.get("images", ()), *(images or [name for name in row if looks_like_image(row[name])])]
     words = words or ["messages=... or prompt=... response=..."]
-    kept = (layout or {}).get("images", ())
-    return " ".join(
-        ["--columns", *words, *(f"images={name}" for name in (*kept, *images))] + ["images=..."] * (not images)
-    )
+    return " ".join(["--columns", *words, *(f"images={name}" for name in images or ["..."])])
 
 
 def to_messages(row: Mapping[str, Any], layout: Layout, prompt: str | None = None, system: str | None = None) -> Any:
@@ -165,29 +157,33 @@ def to_messages(row: Mapping[str, Any], layout: Layout, prompt: str | None = Non
     message of one that has none.
     """
     values: dict[str, Any] = {field: row.get(names[0]) for field, names in layout.items()}
-    given: Any = values.get("messages", values.get("response"))
     if "messages" in layout:
-        messages = _parsed(given)
+        messages = _parsed(values["messages"])
         if not isinstance(messages, list):
             return messages
     else:
-        if isinstance(given, list) and given and all(isinstance(each, str) for each in given):
-            if len(given) > 1:
-                raise ValueError(f"{layout['response'][0]!r} holds {len(given)} answers; choose one in to_conversation")
-            given = given[0]
-        messages = [*_turns_before(row, layout, values, prompt)]
-        messages += given if _are_messages(given) else [{"role": "assistant", "content": given}]
-    messages = [each for number, message in enumerate(messages) for each in _read_message(message, number)]
-    has_system = bool(messages) and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
+        answer = values["response"]
+        if isinstance(answer, list) and answer and all(isinstance(each, str) for each in answer):
+            if len(answer) > 1:
+                raise ValueError(
+                    f"{layout['response'][0]!r} holds {len(answer)} answers; choose one in to_conversation"
+                )
+            answer = answer[0]
+        answers = answer if _are_messages(answer) else [{"role": "assistant", "content": answer}]
+        messages = [*_turns_before(row, layout, values, prompt), *answers]
+    turns = (turn for message in messages for turn in _turns(message))
+    messages = [_message(turn, number) for number, turn in enumerate(turns)]
+    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    has_system = first.get("role") == "system"
     if (own := values.get("system")) and has_system:
         raise ValueError(f"the column {layout['system'][0]!r} beside a system message in the conversation; keep one")
     if (text := own or (None if has_system else system)) is not None:
-        messages = [_message({"role": "system", "content": text}, 0), *messages]
-    tools = _parsed(values.get("tools"))
-    if tools and messages and isinstance(messages[0], Mapping):
+        first = _message({"role": "system", "content": text}, 0)
+        messages = [first, *messages]
+    if (tools := _parsed(values.get("tools"))) and first:
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
             raise ValueError(f"tools is {tools!r:.80}; expected a list of JSON schemas")
-        messages[0] = {**messages[0], "tools": tools}
+        messages[0] = {**first, "tools": tools}
     return messages
 
 
@@ -240,11 +236,11 @@ def to_images(row: Mapping[str, Any], layout: Layout) -> list[Any]:
     return [image for value in values if value is not None and value != "" for image in _flat(value)]
 
 
-def _read_message(message: Any, number: int) -> list[Any]:
-    """A message as ours; the_cauldron writes a question and its answer as one object."""
+def _turns(message: Any) -> list[Any]:
+    """The message; the_cauldron writes a question and its answer as one object."""
     if isinstance(message, Mapping) and message.keys() >= {"user", "assistant"}:
-        return [_message({"role": role, "content": message[role]}, number) for role in ("user", "assistant")]
-    return [_message(message, number)]
+        return [{"role": role, "content": message[role]} for role in ("user", "assistant")]
+    return [message]
 
 
 def _message(message: Any, number: int) -> Any:
@@ -253,39 +249,36 @@ def _message(message: Any, number: int) -> Any:
     fields = dict(message)
     if "from" in fields and "value" in fields:
         fields = {"role": fields.pop("from"), "content": fields.pop("value"), **fields}
-    role, content = fields.get("role"), fields.get("content")
-    if role == "function_call":  # ShareGPT's and LLaMA-Factory's: the call is the text
-        fields, role, content = (
-            {**fields, "role": "assistant", "tool_calls": [_parsed(content)], "content": ""},
-            "assistant",
-            "",
-        )
+    if fields.get("role") == "function_call":  # ShareGPT's and LLaMA-Factory's: the call is the text
+        fields |= {"role": "assistant", "tool_calls": [_parsed(fields.get("content"))], "content": ""}
     if fields.get("tool_calls") is not None:
         fields["tool_calls"] = [_call(call) for call in _flat(fields["tool_calls"])]
-        fields["content"] = content = content or []  # a template may write a line for a blank text
+        fields["content"] = fields.get("content") or []  # a template may write a line for a blank text
+    role, content = fields.get("role"), fields.get("content")
     if isinstance(role, str):
         fields["role"] = role = _ROLES.get(role, role)
     if isinstance(content, str) and role != "assistant" and _PLACEHOLDER.search(content):
         fields["content"] = _parts(content)
     elif isinstance(content, list):
         fields["content"] = [_part(part) for part in content]
-    fields = {name: value for name, value in fields.items() if name not in _WEIGHTS or value is not None}
-    weights = {name: fields.pop(name) for name in _WEIGHTS[1:] if name in fields}
-    for name, value in weights.items():
+    for name in ("loss", "weight"):  # ms-swift's, OpenAI's
+        if (value := fields.pop(name, None)) is None:
+            continue
         if value not in (0, 1):
             raise ValueError(f"messages[{number}] has the {name} {value!r}; expected true or false, 1 or 0")
         if value and role != "assistant":
             raise ValueError(f"messages[{number}] ({role}) has the {name} {value!r}; only answers are trained: drop it")
-        if bool(value) != fields.setdefault("train", bool(value)):
-            raise ValueError(f"messages[{number}] says otherwise by {name} than by another of {', '.join(_WEIGHTS)}")
+        if fields.get("train") is None:
+            fields["train"] = bool(value)
+        if fields["train"] != bool(value):
+            raise ValueError(f"messages[{number}] says otherwise by {name} than by another of train, loss, weight")
     return fields
 
 
 def _call(call: Any) -> Any:
     """A call with its arguments as a dict, which OpenAI writes as JSON, in a dict of its own as templates expect it."""
-    if not isinstance(call, Mapping) or not isinstance(function := call.get("function", call), Mapping):
-        raise ValueError(f"a tool call is {call!r:.80}; expected a name and arguments")
-    if "name" not in function:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or "name" not in function:
         raise ValueError(f"a tool call is {call!r:.80}; expected a name and arguments")
     return {"type": "function", "function": {**function, "arguments": _parsed(function.get("arguments") or {})}}
 
