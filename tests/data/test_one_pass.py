@@ -55,8 +55,8 @@ def test_a_flipped_bit_in_what_is_remembered_is_never_believed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, random_ = tmp_path / "known.parquet", random.Random(0)
-    made = [records.Record(n, 3, 2, [f"fault {n}"] * (n % 3), []) for n in range(50)]
-    known = np.array([(bytes([n + 1] * 16), *record.kept()) for n, record in enumerate(made)], records.KEPT)
+    made = [records.Record(n, 3, 2, records.note_of([f"fault {n}"] * (n % 3), [])) for n in range(50)]
+    known = np.array([(bytes([n + 1] * 16), *record) for n, record in enumerate(made)], records.KEPT)
     records.write_cache(file, known)
     held = known.tolist()
     assert records.read_cache(file).tolist() == held
@@ -194,12 +194,12 @@ def test_what_changes_is_decoded_again(
     assert counted()[1] >= 10
     start(folder, ChatCollator(collator.processor, max_length=400, train_on="all"))
     assert counted()[1] >= 10
-    versions = records._versions()
-    assert set(versions) == {"transformers", "tokenizers", "pillow", "torchvision"}
-    monkeypatch.setattr(records, "_versions", lambda: versions | {"pillow": "0"})
+    versions = records._made_with()
+    assert set(versions) == {"code", "transformers", "tokenizers", "pillow", "torchvision"}
+    monkeypatch.setattr(records, "_made_with", lambda: versions | {"pillow": "0"})
     start(folder, collator)
     assert counted() == (10, 10)
-    monkeypatch.setattr(records, "_code", lambda: "edited")
+    monkeypatch.setattr(records, "_made_with", lambda: versions | {"code": "edited"})
     start(folder, collator)
     assert counted() == (10, 10)
 
@@ -406,14 +406,14 @@ def test_records_are_found_again_and_take_little_room(tmp_path: Path) -> None:
     """Also those whose key ends with zeros, which NumPy takes for padding."""
     count, file = 7_000, tmp_path / "known.parquet"
     keys = [random.Random(n).randbytes(16) if n % 7 else random.Random(n).randbytes(15) + b"\0" for n in range(count)]
-    made = [records.Record(n, n % 9, n % 5, ["bad"] * (n % 100 == 0), ["turned"] * (n % 50 == 0)) for n in range(count)]
-    kept = np.array([(key, *record.kept()) for key, record in zip(keys, made, strict=True)], records.KEPT)
+    notes = [records.note_of(["bad"] * (n % 100 == 0), ["turned"] * (n % 50 == 0)) for n in range(count)]
+    made = [records.Record(n, n % 9, n % 5, note) for n, note in enumerate(notes)]
+    kept = np.array([(key, *record) for key, record in zip(keys, made, strict=True)], records.KEPT)
     assert kept.nbytes < 60 * count
     for _ in range(2):
         records.write_cache(file, kept)
     known = records.read_cache(file)
     assert len(known) == count
     for n in range(0, count, 7):
-        found = records.recall(known, keys[n])
-        assert (*map(tuple, found[3:]), *found[:3]) == (*map(tuple, made[n][3:]), *made[n][:3])
+        assert records.recall(known, keys[n]) == made[n]
     assert records.recall(known, b"x" * 16) is None

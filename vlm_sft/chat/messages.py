@@ -44,7 +44,7 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
         raise ValueError(f"`messages` is {_kind(messages)}; expected a list of messages (parse JSON strings first)")
     if not messages:
         raise ValueError("`messages` is empty; expected at least a user and an assistant message")
-    pool = _flat(images)
+    pool = flat(images)
     in_front = pool and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages)
     used: set[int] = set()
     ordered: list[Any] = []
@@ -214,10 +214,10 @@ def _fields(value: Any, where: str, *, allowed: tuple[str, ...]) -> Message:
     return fields
 
 
-def _flat(images: Any) -> list[Any]:
+def flat(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple)):
         # A None among images is an image that is missing, and is named when it is opened.
-        return [image for item in images for image in ([None] if item is None else _flat(item))]
+        return [image for item in images for image in ([None] if item is None else flat(item))]
     return [] if images is None else [images]
 
 

@@ -1,19 +1,18 @@
 """`check_rows`: each row is read, decoded and encoded once before training: which would fail or teach nothing, and why.
-
-It adds the columns `length`, `image_tokens` and `trained_tokens`, leaves bad rows out on request, and remembers what it
-found of each row, so that a second start decodes only what is new.
-"""
+What is found of a row is remembered, so that a second start decodes only what is new."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +24,6 @@ from tqdm.auto import tqdm
 
 from vlm_sft.chat.messages import answers_of
 from vlm_sft.common import restore_rng, rng_state
-from vlm_sft.data.findings import SHOWN, CheckReport, Fault
 from vlm_sft.data.records import (
     COLUMNS,
     KEPT,
@@ -35,6 +33,7 @@ from vlm_sft.data.records import (
     cache_file,
     digest,
     encode_together,
+    note_of,
     read_cache,
     recall,
     write_cache,
@@ -43,19 +42,90 @@ from vlm_sft.data.rows import READER, RowReader, checked_rows, compare_processes
 from vlm_sft.distributed import print_main
 
 _TOGETHER = 8  # rows of one call of the processor
+_SHOWN = 5  # rows of each reason
+_PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
 _PLACES = ("place", "number", "part", "answer", "content", "written")
 FOUND = [*((name, "i8") for name in _PLACES), ("known", "?"), *KEPT]
-"""What is found of a row, or of one of its answers: its place in the dataset, its number in the source, the number of
-its reader; the message that it ends with (-1: the last one); what it holds and when its files were written; whether it
-was remembered; what is to be."""
+"""What is found of a row: its place in the dataset, its number in the source, that of its reader; the message that it
+ends with (-1: the last one); digests of what it holds and when its files were written; whether it was remembered."""
 
 Data = TypeVar("Data")
 
 
 @dataclass(frozen=True)
+class Fault:
+    """What is wrong with a row: its place in the checked dataset, its name. A repetition is not an error."""
+
+    index: int
+    row: str
+    detail: str
+    is_error: bool = True
+
+    @property
+    def reason(self) -> str:
+        """The detail without its particulars and the remedy: the same for faults of one kind."""
+        return _PARTICULARS.sub("…", self.detail.split(";")[0])
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """`found` is an array of `FOUND` in the order of the rows, the tokens of bad ones 0, as are `faults`; `repairs`
+    counts the images that are read differently from how they are stored."""
+
+    checked_with: str
+    found: Any
+    faults: tuple[Fault, ...]
+    repairs: Mapping[str, int]
+
+    @property
+    def rows(self) -> int:
+        return len(self.found)
+
+    @property
+    def known(self) -> int:
+        """How many rows were remembered."""
+        return len(np.unique(self.found["place"][self.found["known"]]))
+
+    @property
+    def keep(self) -> list[int]:
+        """Indices of the good rows, for `dataset.select`."""
+        bad = {fault.index for fault in self.faults}
+        return [index for index in range(self.rows) if index not in bad]
+
+    @property
+    def bad_rows(self) -> int:
+        return len({fault.index for fault in self.faults})
+
+    @property
+    def errors(self) -> int:
+        """Bad rows, those that only repeat others not counted."""
+        return len({fault.index for fault in self.faults if fault.is_error})
+
+    def __str__(self) -> str:
+        lines = [f"{self.rows:,} rows checked with {self.checked_with}: {self.bad_rows:,} bad"]
+        reasons: dict[str, list[Fault]] = {}
+        for fault in self.faults:
+            reasons.setdefault(fault.reason, []).append(fault)
+        for faults in sorted(reasons.values(), key=len, reverse=True):
+            names = ", ".join(fault.row for fault in faults[:_SHOWN]) + ", ..." * (len(faults) > _SHOWN)
+            first = f"{faults[0].row}: " * any(fault.detail != faults[0].detail for fault in faults)
+            lines += [f"{len(faults):>9,}  {names}", f"{'':9}  {first}{faults[0].detail}"]
+        lines += [f"{count:>9,}  images {repair}" for repair, count in self.repairs.items()]
+        if lengths := sorted(self.found["length"][self.found["length"] > 0].tolist()):
+            shares = (f"{share}% up to {lengths[(len(lengths) - 1) * share // 100]:,}" for share in (50, 90, 99, 100))
+            lines.append(f"tokens per row: {', '.join(shares)}")
+        return "\n".join(lines)
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Writes a line for each fault: index, row, reason, detail."""
+        lines = (json.dumps({**asdict(fault), "reason": fault.reason}, ensure_ascii=False) for fault in self.faults)
+        Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+@dataclass(frozen=True)
 class Checked:
-    """How a dataset went through `check_rows`: with which collator (its fingerprint, and `max_length` beside it), a
-    digest of what its rows hold, images told by bytes or by name and size, and one of when their files were written."""
+    """How a dataset went through `check_rows`: by which collator (its fingerprint, `max_length` beside it), digests of
+    what its rows hold, images told by bytes or by name and size, and of when their files were written."""
 
     on_bad_rows: str
     collator: str
@@ -85,16 +155,13 @@ def check_rows(
 
     A row is bad if it cannot be read, its roles do not alternate, its images and image parts do not match, an image
     does not open, is one pixel wide or more than 200 times as long as wide, a text is blank or holds control
-    characters, the collator refuses it or finds nothing to train on, or it repeats an earlier row.
+    characters, the collator refuses it or finds nothing to train on, or it repeats an earlier row. A stream is checked
+    as its rows come. Rows that stand in two splits are printed.
 
     `on_bad_rows="error"`: `ValueError` with the report of all splits; rows that only repeat others stay. `"drop"`: bad
     rows are left out and counted; `ValueError` where errors are more than one, and more than `max_bad_fraction` of all
-    rows. `"ignore"`: no row is looked at, and no column added. A stream is checked as its rows come. Rows that stand in
-    two splits are printed.
-
-    Every process of a launched run must call it; each looks at its share of the rows. Raises `ValueError` where one
-    has other rows than the main process.
-    """
+    rows. `"ignore"`: no row is looked at, and no column added. Every process of a launched run must call it, each looks
+    at its share of the rows; `ValueError` where one has other rows than the main process."""
     if on_bad_rows not in ("error", "drop", "ignore"):
         raise ValueError(f"on_bad_rows={on_bad_rows!r}; expected 'error', 'drop' or 'ignore'")
     drop = on_bad_rows == "drop"
@@ -146,8 +213,8 @@ def _judge(reports: Mapping[str, CheckReport], drop: bool, max_bad_fraction: flo
     for (name, first), (other, second) in itertools.combinations(reports.items(), 2):
         found = first.found
         if len(both := np.setdiff1d(np.intersect1d(found["key"], second.found["key"]), [b""])):
-            numbers = [found["number"][found["key"] == key][0] for key in both[:SHOWN]]
-            where = ", ".join(f"row {number}" for number in numbers) + ", ..." * (len(both) > SHOWN)
+            numbers = [found["number"][found["key"] == key][0] for key in both[:_SHOWN]]
+            where = ", ".join(f"row {number}" for number in numbers) + ", ..." * (len(both) > _SHOWN)
             print_main(f"{len(both):,} rows of {other} stand in {name} as well: {where}")
 
 
@@ -223,7 +290,7 @@ class _Rows:
         def record_of(key: bytes | None, collator: Any, answer: int = -1) -> Record:
             if (record := recall(self.known, key)) is None:
                 record = look.record(collator, answer)
-                fresh.extend([(key, *record.kept())] if look.lasts else [])
+                fresh.extend([(key, *record)] if look.lasts else [])
             return record
 
         records = {-1: (look.key, record_of(look.key, self.encoder))}
@@ -240,10 +307,10 @@ class _Rows:
                 else:
                     told = f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
                     told += f"{settings.max_length}; raise it, set truncation='trim', or drop the row"
-                    record = Record(faults=[told], repairs=record.repairs)
+                    record = Record(note=note_of([told], look.repairs))
             places = (look.index, look.number, look.part, answer, content, look.written)
             known = bool(look.key) and not look.looked_at
-            found.append((*places, known, key or b"", *record.kept()))
+            found.append((*places, known, key or b"", *record))
         return found, fresh
 
 
@@ -281,7 +348,7 @@ class _StreamCheck:
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         look = Look(self.rows, {name: value for name, [value] in batch.items()}, self.reader)
         self.rows += 1
-        if (faults := look.record(self.collator).faults) in ([], (), [ONE_ANSWER]):
+        if (faults := look.record(self.collator).faults) in ([], [ONE_ANSWER]):
             parts = self.split({**look.converted, **look.decoded._asdict()})
             return {field: [part[field] for part in parts] for field in parts[0]}
         last = f"{look.name}: {'; '.join(faults)}"

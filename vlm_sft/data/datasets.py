@@ -1,9 +1,5 @@
-"""`load_conversations`: rows of the Hub, of files or in memory as a `DatasetDict` whose rows hold `messages`, `images`
-and `row`.
-
-Rows stay as their source stores them; they are converted, and their images opened, when they are read, so in the data
-loader's workers. Images are read only inside the image folder: nothing in a row fetches a URL or reads another file.
-"""
+"""`load_conversations`: rows of the Hub, of files or in memory, as conversations. They stay as their source stores
+them, and are converted, and their images opened, when they are read: so in the data loader's workers."""
 
 from __future__ import annotations
 
@@ -31,7 +27,7 @@ from vlm_sft.chat.images import to_rgb
 from vlm_sft.data import files, formats
 from vlm_sft.data import rows as reading
 from vlm_sft.data.files import EVAL_SPLITS, KINDS, data_files, listed, read_rows, split_of
-from vlm_sft.data.formats import closest, named_columns
+from vlm_sft.data.formats import closest, is_filled, named_columns, unused_columns
 from vlm_sft.data.rows import LINES, READER, Change, Readers, RowReader, columns_of, named
 from vlm_sft.distributed import print_main
 
@@ -64,17 +60,15 @@ def load_conversations(
 ) -> DatasetDict | IterableDatasetDict:
     """`{"train", "test"}` whose rows hold `messages`, `images` and `row`, the row's place in its source.
 
-    Reads a Hub dataset; a folder written by `save_to_disk`; a Parquet, Arrow, JSON, JSON-lines, CSV or TSV file, or a
-    folder of them, split by their names; a folder of images with a `metadata.jsonl`; a dataset that LLaMA-Factory's
-    `dataset_info.json` lists, as FOLDER/NAME or by `config_name`; a `Dataset`, `DatasetDict` or list of dicts. Each row
-    is judged by itself: docs/data.md has a row of each format that is known. Where yours have other names, `columns`
-    says so: `["prompt=question", "images=photo"]`. Columns that nothing reads are printed, those of images refused.
+    docs/data.md says where rows may come from, and has a row of each format that is known; each row is judged by
+    itself. Where yours have other names, `columns` says so: `["prompt=question", "images=photo"]`. Columns that nothing
+    reads are printed, those of images refused.
 
     - `to_conversation`: from a stored row to one of a known format, as `messages` and `images`; images come to it
       opened. It is not used with `columns` or `prompt`, nor where it asks for a column that rows of a known format do
       not have; that is printed.
-    - `prompt`: the question of rows that have none, such as images with captions; `system_prompt`: the system message
-      of rows that have none.
+    - `prompt` and `system_prompt`: the question, such as that of images with captions, and the system message of rows
+      that have none.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
       none, `max_eval_rows` rows do, drawn with `seed`. A number of 0 makes it empty, to train without evaluation.
       Without a number, of its own split 500 rows at most, else `eval_fraction` of all, at most 500; with a fraction of
@@ -94,9 +88,8 @@ def load_conversations(
     for key in [key for key in sources if key != split]:
         with suppress(ValueError):  # nothing of an unclear name is trained on
             own.setdefault(split_of(Path(key)), key)
-    wanted = {"train": split}
-    if found := eval_split or next((own[key] for key in EVAL_SPLITS if key in own), None):
-        wanted["test"] = found
+    found = eval_split or next((own[key] for key in EVAL_SPLITS if key in own), None)
+    wanted = {"train": split} | ({"test": found} if found else {})
     if others := sources.keys() - {*wanted.values()}:
         print_main(f"{name}: splits that are not used: {', '.join(sorted(others))}")
     by = "--columns" if columns else None if prompt is None else "--prompt"
@@ -125,19 +118,17 @@ def load_conversations(
             faults.append(str(error))
     if faults:
         raise ValueError("\n".join(faults))
-    count = max_eval_rows
-    if "test" not in stored and (eval_fraction or count is not None):
-        rows = stored["train"]
+    if "test" not in stored and (eval_fraction or max_eval_rows is not None):
         with named_faults(name):
-            stored = _held_out(rows, count) if streaming else _drawn(rows, eval_fraction, count, seed)
+            stored = _held_out(stored["train"], eval_fraction, max_eval_rows, seed)
         reader = replace(reader, seed=None if streaming else seed)
     if "test" in stored:
-        test, count = stored["test"], EVAL_ROWS if count is None and eval_fraction else count
-        if isinstance(test, Dataset):
-            stored["test"] = test if count is None else test.select(range(min(count, len(test))))
-        else:
-            rows = _dataset_of([*(test if count is None else test.take(count))], test.features)
-            stored["test"] = rows.add_column(READER, np.full(len(rows), number, np.int32))
+        count = EVAL_ROWS if max_eval_rows is None and eval_fraction else max_eval_rows
+        rows = stored["test"] if count is None else _first(stored["test"], count)
+        if streaming:
+            rows = _dataset_of([*rows], rows.features)
+            rows = rows.add_column(READER, np.full(len(rows), number, np.int32))
+        stored["test"] = rows
     readers = Readers({number: reader})
     splits = {key: rows.with_transform(readers) for key, rows in stored.items() if isinstance(rows, Dataset)}
     if not streaming:
@@ -163,7 +154,8 @@ def _sources(
 ) -> tuple[str, Path, dict[str, Any], Sequence[str] | None]:
     """How the data is called, the folder of its images, its splits, and the columns that are named for it."""
     if not isinstance(data, (str, Path)):
-        return f"a {type(data).__name__} in memory", Path.cwd(), _in_memory(data, streaming), columns
+        splits = {split: _in_memory(rows, streaming) for split, rows in _splits_of(data).items()}
+        return f"a {type(data).__name__} in memory", Path.cwd(), splits, columns
     path, name = Path(data).expanduser(), str(data)
     if entry := listed(path, config_name):
         source, columns, config_name = entry[0], columns or entry[1], None
@@ -179,17 +171,19 @@ def _sources(
         return name, root, dict(found), columns
 
 
-def _in_memory(data: Any, streaming: bool) -> dict[str, Any]:
-    splits = dict(data) if isinstance(data, dict) else {"train": data}
-    for name, rows in splits.items():
-        if isinstance(rows, list):
-            splits[name] = rows = _dataset_of([*_lines_of((row, "") for row in rows)], LINES)
-        if not isinstance(rows, IterableDataset if streaming else Dataset):
-            expected = "an IterableDataset" if streaming else "a Dataset, a list of dicts, or a dict of them by split"
-            raise ValueError(f"the rows are a {type(rows).__name__}; expected {expected} (streaming={streaming})")
-        if isinstance(rows, Dataset) and rows.format["type"] == "custom":
-            raise ValueError("the dataset has a transform, which would not be applied; give it as to_conversation")
-    return splits
+def _splits_of(data: Any) -> dict[str, Any]:
+    return dict(data) if isinstance(data, dict) else {"train": data}
+
+
+def _in_memory(rows: Any, streaming: bool) -> Any:
+    if isinstance(rows, list):
+        rows = _dataset_of([*_lines_of((row, "") for row in rows)], LINES)
+    if not isinstance(rows, IterableDataset if streaming else Dataset):
+        expected = "an IterableDataset" if streaming else "a Dataset, a list of dicts, or a dict of them by split"
+        raise ValueError(f"the rows are a {type(rows).__name__}; expected {expected} (streaming={streaming})")
+    if isinstance(rows, Dataset) and rows.format["type"] == "custom":
+        raise ValueError("the dataset has a transform, which would not be applied; give it as to_conversation")
+    return rows
 
 
 def _dataset_of(rows: list[dict[str, Any]], features: Features) -> Dataset:
@@ -197,26 +191,23 @@ def _dataset_of(rows: list[dict[str, Any]], features: Features) -> Dataset:
 
 
 def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
-    """Splits of a folder written by `save_to_disk`, of a data file, or of a folder of data files, told by their names.
-    Raises `ValueError` for a path that holds no data, or data of several kinds."""
+    """Splits of a folder written by `save_to_disk`, of a data file, or of a folder of them, told by their names."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if next(path.rglob("*.arrow"), None) is None:
             raise ValueError("it holds no row")
-        saved = datasets.load_from_disk(path)
-        splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+        splits = _splits_of(datasets.load_from_disk(path))
         return {name: rows.to_iterable_dataset() for name, rows in splits.items()} if streaming else splits
-    by_split: dict[str, list[Path]] = {}
+    by_split: dict[str, list[str]] = {}
     found = data_files(path)
     kinds = {KINDS[file.suffix.lower()] for file in found if file.suffix.lower() in KINDS}
     if len(kinds) != 1:
         what = "files of several kinds; give one of them" if kinds else f"none of {', '.join(KINDS)}"
         raise ValueError(f"it holds {what}")
     for file in found:
-        by_split.setdefault(split_of(file.relative_to(path)) if path.is_dir() else "train", []).append(file)
+        by_split.setdefault(split_of(file.relative_to(path)) if path.is_dir() else "train", []).append(str(file))
     if kinds == {"text"}:
-        return {split: tuple(paths) for split, paths in by_split.items()}
-    names = {split: [str(file) for file in paths] for split, paths in by_split.items()}
-    return dict(datasets.load_dataset(kinds.pop(), data_files=names, streaming=streaming))
+        return {split: tuple(map(Path, names)) for split, names in by_split.items()}
+    return dict(datasets.load_dataset(kinds.pop(), data_files=by_split, streaming=streaming))
 
 
 def _stored(source: Any, root: Path, streaming: bool, reader: int) -> Any:
@@ -228,22 +219,18 @@ def _stored(source: Any, root: Path, streaming: bool, reader: int) -> Any:
         if not any(True for file in source for _ in read_rows(file)):  # `from_generator` says nothing that helps
             raise ValueError("it holds no row")
         source = kind.from_generator(_lines, features=LINES, gen_kwargs={"files": source, "root": root, "stamp": stamp})
-    is_text = (source.features or {}).keys() == LINES.keys()
-    if streaming and not is_text:
-        unread = source.decode(False) if source.features else source
-        names = [name for name in source.column_names or next(iter(unread), {}) if name != "row"]
-        features = {name: unread.features[name] for name in names} if source.features else {}
-        known = Features(features | {"row": LINES["row"]}) if features else None
-        return unread.select_columns(names).map(_number, with_indices=True, features=known)
-    if streaming:
-        return source
-    if not is_text:
-        source = source.flatten_indices().with_format(None)
-        source = source.remove_columns(["row"] if "row" in source.column_names else [])
-        # `cast` would write all images anew.
-        features = source.to_iterable_dataset().decode(False).features
-        source = Dataset(source.data, info=DatasetInfo(features=features)).add_column("row", np.arange(len(source)))
-    return source.add_column(READER, np.full(len(source), reader, np.int32))
+    if (source.features or {}).keys() != LINES.keys():
+        names = [name for name in source.column_names or next(iter(source), {}) if name != "row"]
+        source = source.with_format(None).select_columns(names)
+        # `cast` would write all images of a `Dataset` anew.
+        unread = source.to_iterable_dataset() if isinstance(source, Dataset) else source
+        unread = unread.decode(False) if source.features else unread
+        if streaming:
+            known = source.features and Features({**unread.features, "row": LINES["row"]})
+            return unread.map(_number, with_indices=True, features=known)
+        source = Dataset(source.flatten_indices().data, info=DatasetInfo(features=unread.features))
+        source = source.add_column("row", np.arange(len(source)))
+    return source if streaming else source.add_column(READER, np.full(len(source), reader, np.int32))
 
 
 def _lines(files: tuple[Path, ...], root: Path, stamp: Any) -> Iterator[dict[str, Any]]:
@@ -252,16 +239,12 @@ def _lines(files: tuple[Path, ...], root: Path, stamp: Any) -> Iterator[dict[str
 
 def _lines_of(rows: Iterable[tuple[Any, str]]) -> Iterator[dict[str, Any]]:
     for number, (row, file) in enumerate(rows):
-        line = {"json": None, "fault": None, "file": file, "columns": None, "row": number}
-        if isinstance(row, ValueError):
-            yield line | {"fault": str(row)}
-            continue
+        fault = str(row) if isinstance(row, ValueError) else None
         with named(f"row {number}"):
-            line["json"] = json.dumps(row, default=_as_json)
-        columns = {"messages": row} if isinstance(row, list) else row
-        if isinstance(columns, Mapping):
-            line["columns"] = json.dumps([name for name, value in columns.items() if formats.is_filled(value)])
-        yield line
+            text = None if fault else json.dumps(row, default=_as_json)
+        columns = {"messages": row} if isinstance(row, list) else row if isinstance(row, Mapping) else {}
+        filled = json.dumps([name for name, value in columns.items() if is_filled(value)]) if columns else None
+        yield {"json": text, "fault": fault, "file": file, "columns": filled, "row": number}
 
 
 def _as_json(value: Any) -> Any:
@@ -281,8 +264,13 @@ def _number(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {**row, "row": number}
 
 
-def _drawn(rows: Dataset, fraction: float, count: int | None, seed: int) -> dict[str, Dataset]:
-    """Training and test rows, both in the order of the source."""
+def _held_out(rows: Any, fraction: float, count: int | None, seed: int) -> dict[str, Any]:
+    """Training and test rows, both in the order of the source; of a stream its first rows are those for testing."""
+    if isinstance(rows, IterableDataset):
+        count = EVAL_ROWS if count is None else count
+        if next(iter(rows.skip(count)), None) is None:
+            raise ValueError(f"--num_eval_rows {count} holds out every row of the stream; give fewer")
+        return {"train": rows.skip(count), "test": rows.take(count)}
     if count is None:
         count = max(1, min(EVAL_ROWS, round(fraction * len(rows)))) if len(rows) > 1 else 0
     if count >= len(rows):
@@ -291,27 +279,18 @@ def _drawn(rows: Dataset, fraction: float, count: int | None, seed: int) -> dict
     return {"train": rows.select([n for n in range(len(rows)) if n not in test]), "test": rows.select(sorted(test))}
 
 
-def _held_out(stream: IterableDataset, count: int | None) -> dict[str, IterableDataset]:
-    """The first rows of the stream for testing, those after them for training."""
-    count = EVAL_ROWS if count is None else count
-    train = stream.skip(count)
-    if next(iter(train), None) is None:
-        raise ValueError(f"--num_eval_rows {count} holds out every row of the stream; give fewer")
-    return {"train": train, "test": stream.take(count)}
+def _first(rows: Any, count: int) -> Any:
+    return rows.take(count if isinstance(rows, IterableDataset) else min(count, len(rows)))
 
 
 def _fitting(rows: Any, reader: RowReader, name: str, *, may_replace: bool) -> RowReader:
     """The reader, without `change` where that asks for a column that the first row has not (nor a similar one), while
-    the format of the rows is known. Prints what is not read of them. Raises `ValueError` for columns that are not
-    there, and where none of the first rows can be read: a wrong column or folder shows in all of them."""
-    kinds = _kinds(rows)
+    the format of the rows is known. Raises `ValueError` for columns that are not there, and where none of the first
+    rows can be read: a wrong column or folder shows in all of them."""
+    kinds, first = _kinds(rows), [*_first(rows, FIRST_ROWS)]
     if not reader.change:
-        named_columns(
-            reader.columns,
-            [*dict.fromkeys(c for row in kinds for c in _columns(row))],
-            prompt=reader.prompt is not None,
-        )
-    first = [*itertools.islice(rows, FIRST_ROWS)]
+        columns = dict.fromkeys(column for row in kinds for column in _columns(row))
+        named_columns(reader.columns, [*columns], prompt=reader.prompt is not None)
     fault, plain = _fault(first, reader), replace(reader, change=None)
     missing = fault.__cause__ if fault and reader.change and may_replace else None
     asked = str(missing.args[0]) if isinstance(missing, KeyError) and missing.args else ""
@@ -329,17 +308,16 @@ def _fitting(rows: Any, reader: RowReader, name: str, *, may_replace: bool) -> R
 
 def _fault(rows: Sequence[Mapping[str, Any]], reader: RowReader) -> ValueError | None:
     """Why none of the rows can be read; None where one can."""
-    faults = []
+    first = None
     for row in rows:
         try:
             reader.read(row)
-            return None
         except ValueError as error:
-            faults.append(error)
-    fault = ValueError(
-        f"none of the first {len(faults)} rows can be read. {faults[0]}" if faults else "it holds no row"
-    )
-    fault.__cause__ = faults[0].__cause__ if faults else None
+            first = first or error
+        else:
+            return None
+    fault = ValueError(f"none of the first {len(rows)} rows can be read. {first}" if rows else "it holds no row")
+    fault.__cause__ = first.__cause__ if first else None
     return fault
 
 
@@ -352,32 +330,27 @@ def _columns(row: Mapping[str, Any]) -> list[str]:
 def _kinds(rows: Any) -> list[Mapping[str, Any]]:
     """The first row of each set of columns that rows fill (of a stream, its first 64 rows)."""
     if isinstance(rows, IterableDataset):
-        return [*rows.take(_MOST_KINDS)]
-    table = rows.data.table
-    names = [name for name in table.column_names if name not in ("row", READER)]
-    filled = {name: pc.is_valid(table[name]) for name in names}
-    if rows.features.keys() >= LINES.keys():
-        filled = {name: table[name] for name in ("file", "columns")}
-    kinds = pa.table({**filled, "row": table["row"]}).group_by([*filled]).aggregate([("row", "min")])
+        return [*_first(rows, _MOST_KINDS)]
+    table, is_text = rows.data.table, rows.features.keys() >= LINES.keys()
+    names = ["file", "columns"] if is_text else [name for name in table.column_names if name not in ("row", READER)]
+    filled = {name: table[name] if is_text else pc.is_valid(table[name]) for name in names}
+    kinds = pa.table({**filled, "row": table["row"]}).group_by(names).aggregate([("row", "min")])
     return [rows[number] for number in sorted(kinds["row_min"].to_pylist())[:_MOST_KINDS]]
 
 
 def _say_unused(kinds: Sequence[Mapping[str, Any]], reader: RowReader, name: str) -> None:
     """Prints the columns that nothing reads. Raises `ValueError` for files of which some hold no conversation."""
-    unused: dict[str, int] = {}
-    strange: dict[str, list[str]] = {}
-    known = set()
+    unused, strange, known = dict[str, int](), dict[str, list[str]](), set[str]()
     for row in kinds:
         file = str(row.get("file"))
         try:
-            for column in reader.unused(row):
+            for column in unused_columns(*reader.judged(row)):
                 unused.setdefault(column, row["row"])
             known.add(file)
         except ValueError:
-            if columns := _columns(row):
-                strange.setdefault(file, columns)
-    if others := {file: names for file, names in strange.items() if file not in known and known and not reader.change}:
-        told = "; ".join(f"{file} (columns {', '.join(names)})" for file, names in others.items())
+            strange |= {file: _columns(row)} if _columns(row) else {}
+    if known and not reader.change and (others := strange.keys() - known):
+        told = "; ".join(f"{file} (columns {', '.join(strange[file])})" for file in sorted(others))
         raise ValueError(
             f"files of other rows lie beside {', '.join(sorted(known))}: {told}. Give one file, or move them"
         )

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from vlm_sft.chat.images import looks_like_image
-from vlm_sft.chat.messages import NO_MEDIA, OTHER_MEDIA
+from vlm_sft.chat.messages import NO_MEDIA, OTHER_MEDIA, flat
 
 _PLACEHOLDER = re.compile("\n?<image>\n?|\n?<img>(.*?)</img>\n?")  # the second one holds a file name: Qwen-VL, ms-swift
 FIELDS = ("messages", "prompt", "response", "system", "history", "images", "tools", "ignore")
@@ -24,19 +24,19 @@ Layout = dict[str, tuple[str, ...]]
 """Which columns hold each of `FIELDS`; more than one for `prompt`, `images` and `ignore` alone."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system", "observation": "tool"}
-_KNOWN: tuple[Layout, ...] = (
-    *({"messages": (name,)} for name in ("messages", "conversations", "conversation", "texts")),
-    {"prompt": ("instruction", "input"), "response": ("output",)},
-    {"prompt": ("instruction",), "response": ("output",)},
-    *({"prompt": ("prompt",), "response": (name,)} for name in ("response", "completion")),
-    {"prompt": ("query",), "response": ("response",)},
-    {"prompt": ("question",), "response": ("answer",)},
-)
+_MESSAGES = ("messages", "conversations", "conversation", "texts")
+_ASKED = {"output": "instruction", "response": "prompt", "completion": "prompt", "answer": "question"}
+_KNOWN: list[Layout] = [
+    *[Layout(messages=(name,)) for name in _MESSAGES],
+    Layout(prompt=("instruction", "input"), response=("output",)),
+    *[Layout(prompt=(asked,), response=(answer,)) for answer, asked in _ASKED.items()],
+    Layout(prompt=("query",), response=("response",)),
+]
 _CAPTIONS = ("caption", "text", "response", "answer", "output")  # where the question is a constant
 IMAGES = ("images", "image", "file_names", "file_name")
 _HELD = ("image", "image_url", "url", "path", "source", "base64", "bytes", "data")  # an image in a part
+_ABOUT = ("type", "detail", "image_wh", "media_type", "mime_type")
 _IMAGE_NAME = re.compile(r"(?i)ima?ge?|photo|picture")
-_ABOUT = ("detail", "image_wh", "media_type", "mime_type")
 
 
 def layout_of(row: Mapping[str, Any], columns: Sequence[str] = (), *, prompt: bool = False) -> Layout:
@@ -49,17 +49,16 @@ def layout_of(row: Mapping[str, Any], columns: Sequence[str] = (), *, prompt: bo
     filled = tuple(name for name, value in row.items() if is_filled(value))
     if (layout := _layout(filled, tuple(columns), prompt) or _layout(tuple(row), tuple(columns), prompt)) is not None:
         return layout
-    what = ""
-    if lists := [
-        name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)
-    ]:
-        what = f". {lists[0]!r} is a list of objects: if these are the rows, give a file of that list alone"
+    lists = [
+        name for name, value in row.items() if isinstance(value, list) and isinstance(next(iter(value), 0), Mapping)
+    ]
+    of = f". {lists[0]!r} is a list of objects: if these are the rows, give a file of that list alone" if lists else ""
     if caption := next((name for name in _CAPTIONS if name in row), None):
-        what += f'. For images with a caption in {caption!r}, give their question by --prompt "..."'
+        of += f'. For images with a caption in {caption!r}, give their question by --prompt "..."'
     near = closest("messages", [name for name in row if name not in IMAGES])
     raise ValueError(
         f"no column of conversations among {', '.join(row)}{near}; expected messages, "
-        f"conversations, or prompt and response: name yours with {flags(row)}, or edit to_conversation{what}"
+        f"conversations, or prompt and response: name yours with {flags(row)}, or edit to_conversation{of}"
     )
 
 
@@ -69,21 +68,19 @@ def _layout(found: tuple[str, ...], columns: tuple[str, ...], prompt: bool) -> L
     if not {"messages", "response"} & layout.keys():
         known = next((k for k in _KNOWN if {name for names in k.values() for name in names} <= {*found}), None)
         if prompt and known:
-            own = next(name for field in ("messages", "prompt") for name in known.get(field, ()))
+            own = next(iter(known.values()))[0]
             raise ValueError(
                 f"--prompt is the question of every row, and this one has its own in {own!r}: leave it out"
             )
         if prompt:
-            names = tuple(name for name in _CAPTIONS if name in found)
-            known = {"response": names[:1]} if names else None
+            known = next((Layout(response=(name,)) for name in _CAPTIONS if name in found), None)
         if known is None:
             return None
         layout |= known
     for field in ("system", "tools", *(["history"] if "prompt" in layout else [])):
         layout |= {field: (field,)} if field not in layout and field in found else {}
-    if "images" not in layout and (images := next((name for name in IMAGES if name in found), None)):
-        layout["images"] = (images,)
-    return layout
+    images = next((name for name in IMAGES if name in found), None)
+    return layout if "images" in layout or not images else layout | {"images": (images,)}
 
 
 def named_columns(columns: Sequence[str], found: Sequence[str] | None = None, *, prompt: bool = False) -> Layout:
@@ -131,7 +128,7 @@ def unused_columns(row: Mapping[str, Any], layout: Layout) -> list[str]:
             f"the column {', '.join(map(repr, lost))} looks like images ({said}) and is not used: read it with "
             f"{flags(row, layout, lost)}, or leave it out with --columns {' '.join(f'ignore={name}' for name in lost)}"
         )
-    if "objects" in unused and ("<bbox>" in (text := str(row)) or "<ref-object>" in text):
+    if "objects" in unused and re.search("<bbox>|<ref-object>", str(row)):
         raise ValueError(
             "the column 'objects' is not read, and <bbox> and <ref-object> would be trained as they stand: write its "
             "boxes into the texts in to_conversation (vlm_sft.scale_boxes)"
@@ -170,8 +167,11 @@ def to_messages(row: Mapping[str, Any], layout: Layout, prompt: str | None = Non
                 )
             answer = answer[0]
         answers = answer if _are_messages(answer) else [{"role": "assistant", "content": answer}]
-        messages = [*_turns_before(row, layout, values, prompt), *answers]
-    turns = (turn for message in messages for turn in _turns(message))
+        messages = [*_turns_before(row, layout, values.get("history"), prompt), *answers]
+    turns: list[Any] = []
+    for turn in messages:
+        both = isinstance(turn, Mapping) and turn.keys() >= {"user", "assistant"}  # the_cauldron's
+        turns += [{"role": role, "content": turn[role]} for role in ("user", "assistant")] if both else [turn]
     messages = [_message(turn, number) for number, turn in enumerate(turns)]
     first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
     has_system = first.get("role") == "system"
@@ -187,16 +187,13 @@ def to_messages(row: Mapping[str, Any], layout: Layout, prompt: str | None = Non
     return messages
 
 
-def _turns_before(
-    row: Mapping[str, Any], layout: Layout, values: Mapping[str, Any], prompt: str | None
-) -> Iterator[dict[str, Any]]:
+def _turns_before(row: Mapping[str, Any], layout: Layout, history: Any, prompt: str | None) -> Iterator[dict[str, Any]]:
     """Earlier turns and the question. Of a prompt that is a list of messages, no answer is trained (as in TRL)."""
-    history = values.get("history") or []
+    history = history or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError(f"history is {history!s:.80}; expected a list of [question, answer] pairs")
-    for question, answer in history:
-        yield {"role": "user", "content": question}
-        yield {"role": "assistant", "content": answer}
+    for pair in history:
+        yield from ({"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True))
     asked: list[Any] = [row.get(name) for name in layout["prompt"]] if "prompt" in layout else [prompt]
     if _are_messages(asked[0]):
         for message in asked[0]:
@@ -214,8 +211,8 @@ def _are_messages(value: Any) -> bool:
 
 def is_message(value: Any) -> bool:
     """Whether this is a message, of ours or ShareGPT's."""
-    names = value.keys() if isinstance(value, Mapping) else ()
-    return {"from", "value"} <= {*names} or ("role" in names and ("content" in names or "tool_calls" in names))
+    names = value.keys() if isinstance(value, Mapping) else set()
+    return {"from", "value"} <= names or {"role", "content"} <= names or {"role", "tool_calls"} <= names
 
 
 def is_filled(value: Any) -> bool:
@@ -233,14 +230,7 @@ def _parsed(value: Any) -> Any:
 def to_images(row: Mapping[str, Any], layout: Layout) -> list[Any]:
     """The row's images as a flat list; none where the column is absent, None or an empty string."""
     values = [row.get(name) for name in layout.get("images", ())]
-    return [image for value in values if value is not None and value != "" for image in _flat(value)]
-
-
-def _turns(message: Any) -> list[Any]:
-    """The message; the_cauldron writes a question and its answer as one object."""
-    if isinstance(message, Mapping) and message.keys() >= {"user", "assistant"}:
-        return [{"role": role, "content": message[role]} for role in ("user", "assistant")]
-    return [message]
+    return [image for value in values if not isinstance(value, str) or value for image in flat(value)]
 
 
 def _message(message: Any, number: int) -> Any:
@@ -252,7 +242,7 @@ def _message(message: Any, number: int) -> Any:
     if fields.get("role") == "function_call":  # ShareGPT's and LLaMA-Factory's: the call is the text
         fields |= {"role": "assistant", "tool_calls": [_parsed(fields.get("content"))], "content": ""}
     if fields.get("tool_calls") is not None:
-        fields["tool_calls"] = [_call(call) for call in _flat(fields["tool_calls"])]
+        fields["tool_calls"] = [_call(call) for call in flat(fields["tool_calls"])]
         fields["content"] = fields.get("content") or []  # a template may write a line for a blank text
     role, content = fields.get("role"), fields.get("content")
     if isinstance(role, str):
@@ -268,10 +258,9 @@ def _message(message: Any, number: int) -> Any:
             raise ValueError(f"messages[{number}] has the {name} {value!r}; expected true or false, 1 or 0")
         if value and role != "assistant":
             raise ValueError(f"messages[{number}] ({role}) has the {name} {value!r}; only answers are trained: drop it")
-        if fields.get("train") is None:
-            fields["train"] = bool(value)
-        if fields["train"] != bool(value):
+        if fields.get("train") not in (None, bool(value)):
             raise ValueError(f"messages[{number}] says otherwise by {name} than by another of train, loss, weight")
+        fields["train"] = bool(value)
     return fields
 
 
@@ -292,24 +281,20 @@ def _part(part: Any) -> Any:
         return {**part, "type": "text"}
     held = {name: part[name] for name in _HELD if part.get(name) is not None}
     if len(held) == 1 and kind in (None, "image", "image_url", "input_image"):
-        [(name, value)] = held.items()
-        rest = {key: field for key, field in part.items() if key not in (*_HELD, *_ABOUT, "type") and field is not None}
-        return {"type": "image", "image": value if name == "image" else {name: value}, **rest}
+        rest = {key: field for key, field in part.items() if key not in (*_HELD, *_ABOUT) and field is not None}
+        return {"type": "image", "image": held.get("image", held), **rest}
     return part
 
 
 def _parts(text: str) -> list[dict[str, Any]]:
     """LLaVA sets the placeholder on a line of its own; the chat template brings its own line break."""
     parts: list[dict[str, Any]] = []
-    pieces = _PLACEHOLDER.split(text)  # text, file name or None, text, ...
-    for piece, name in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
-        parts += [{"type": "text", "text": piece}] if piece else []
-        parts += [] if name == "" else [{"type": "image"} | ({"image": name} if name else {})]
+    for number, piece in enumerate(_PLACEHOLDER.split(text)):  # text, file name or None, text, ...
+        if number % 2:
+            parts.append({"type": "image", **({"image": piece} if piece else {})})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
     return parts
-
-
-def _flat(value: Any) -> list[Any]:
-    return [image for item in value for image in _flat(item)] if isinstance(value, (list, tuple)) else [value]
 
 
 def closest(name: str, among: Sequence[str]) -> str:

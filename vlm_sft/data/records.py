@@ -1,7 +1,4 @@
-"""What is to be known of a row before training, found once and remembered in a file of the cache of datasets.
-
-`check_rows` looks at all rows by it.
-"""
+"""What is to be known of a row before training, found once and remembered in a file of the cache of datasets."""
 
 from __future__ import annotations
 
@@ -42,22 +39,24 @@ COLUMNS = ("length", "image_tokens", "trained_tokens")
 ONE_ANSWER = "one answer a row"
 """In the place of a fault: the chat template renders earlier answers differently, so each answer is to be a row."""
 KEPT: list[tuple[str, str]] = [("key", "S16"), *((name, "i4") for name in COLUMNS), ("note", "O")]
-"""What is remembered of a row, in 36 bytes of an array: `note` is JSON of faults and repairs, None where there are
-none."""
+"""What is remembered of a row, in 36 bytes of an array: its key and a `Record`."""
 
 
 class Record(NamedTuple):
-    """What is remembered of a row: its tokens, or what is wrong with it, and how its images are repaired."""
+    """The tokens of a row, and JSON of what is wrong with it and how its images are repaired, None without either."""
 
     length: int = 0
     image_tokens: int = 0
     trained_tokens: int = 0
-    faults: Sequence[str] = ()
-    repairs: Sequence[str] = ()
+    note: str | None = None
 
-    def kept(self) -> tuple[int | str | None, ...]:
-        """As fields of `KEPT`, the key left out."""
-        return (*self[:3], json.dumps(self[3:]) if self.faults or self.repairs else None)
+    @property
+    def faults(self) -> list[str]:
+        return json.loads(self.note)[0] if self.note else []
+
+
+def note_of(faults: Sequence[str], repairs: Sequence[str]) -> str | None:
+    return json.dumps([faults, repairs]) if faults or repairs else None
 
 
 def recall(known: Any, key: bytes | None) -> Record | None:
@@ -65,14 +64,13 @@ def recall(known: Any, key: bytes | None) -> Record | None:
     place = int(np.searchsorted(known["key"], key)) if key else len(known)
     if not key or place == len(known) or known["key"][place] != key.rstrip(b"\0"):  # NumPy drops zeros at the end
         return None
-    _, *counts, note = known[place].item()
-    return Record(*counts, *(json.loads(note) if note else ()))
+    return Record(*known[place].item()[1:])
 
 
 class Look:
-    """One row, as it is stored, or the exception that reading it raised: what it holds (`key`, for which nothing is
-    decoded), and what the collator makes of it (`record`). `content` is a digest of what it holds, wherever its files
-    lie, and `written` tells when the last of them was, in nanoseconds."""
+    """One row, as it is stored, or the exception that reading it raised: what it is told by (`key`, for which nothing
+    is decoded; `content`, wherever its files lie; `written`, when the last of them was, in nanoseconds), and what the
+    collator makes of it (`record`)."""
 
     def __init__(self, index: int, row: Any, reader: RowReader | None) -> None:
         self.index, self.number, self.reader, self.name = index, index, reader, f"row {index}"
@@ -119,14 +117,14 @@ class Look:
                 asked = self.decoded if answer < 0 else one_answer(self.decoded, answer)
                 row = row or collator.encode([asked._asdict()])[0][0]
                 if trained := int((row.labels != IGNORE_INDEX).sum()):
-                    return Record(len(row), int(row.image.sum()), trained, (), self.repairs)
+                    return Record(len(row), int(row.image.sum()), trained, note_of([], self.repairs))
                 errors.append(ValueError("no token is left to train on; give it an answer that is not blank"))
             except Exception as error:  # a chat template or a processor may raise anything; the pass continues
                 if isinstance(error, RenderedDifferently) and answer < 0:
-                    return Record(faults=[ONE_ANSWER], repairs=self.repairs)
+                    return Record(note=note_of([ONE_ANSWER], self.repairs))
                 errors.append(error)
         self.errors = errors if answer < 0 else self.errors
-        return Record(faults=[*map(_words, errors)], repairs=self.repairs)
+        return Record(note=note_of([*map(_words, errors)], self.repairs))
 
     def decode(self) -> None:
         """Decodes the images, once; keeps what is wrong with texts and images."""
@@ -227,19 +225,16 @@ def _passes(error: BaseException | None) -> bool:
 
 
 @functools.cache
-def _code() -> str:
-    """A hash of the files that decide what is made of a row."""
+def _made_with() -> dict[str, Any]:
+    """What decides what is made of a row: our code and the versions of packages."""
     files = sorted(file for room in ("chat", "data") for file in (Path(__file__).parents[1] / room).glob("*.py"))
-    return digest(*(file.read_bytes() for file in files)).hex()
-
-
-def _versions() -> dict[str, list[str]]:
-    return {name: [each.version for each in importlib.metadata.distributions(name=name)] for name in _PACKAGES}
+    versions = {name: [each.version for each in importlib.metadata.distributions(name=name)] for name in _PACKAGES}
+    return {"code": digest(*(file.read_bytes() for file in files)).hex(), **versions}
 
 
 def cache_file(made_by: str) -> Path:
     """One file for all rows that this collator (its `max_length` left aside), this code and these versions read."""
-    name = digest(json.dumps([made_by, _code(), _versions()], sort_keys=True).encode()).hex()
+    name = digest(json.dumps([made_by, _made_with()], sort_keys=True).encode()).hex()
     return Path(datasets.config.HF_DATASETS_CACHE, "vlm_sft", f"{name}.parquet")
 
 

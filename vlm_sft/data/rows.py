@@ -1,7 +1,5 @@
-"""A stored row becomes a conversation when it is read: columns to messages, file names to opened images.
-
-Rows stay as their source stores them, so nothing is copied, and an edited `to_conversation` acts at once.
-"""
+"""A stored row becomes a conversation when it is read, so nothing is copied and an edited `to_conversation` acts at
+once. What knows rows as they are stored: which were held out, and whether all processes have the same."""
 
 from __future__ import annotations
 
@@ -35,9 +33,8 @@ Change = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class RowReader:
-    """Stored rows in, `{"messages", "images", "row"}` out. File names start in `folder`, and may lead out of it where
-    `allow_outside` is set. `change` makes rows of a known format of others; `columns`, `prompt` and `system_prompt` are
-    those of `load_conversations`; `seed` is the one by which rows were held out."""
+    """Stored rows in, `{"messages", "images", "row"}` out. File names are relative to `folder`. `change` is the
+    `to_conversation` of `load_conversations`, `source` names the data, by `seed` rows were held out."""
 
     folder: Path
     allow_outside: bool = False
@@ -57,10 +54,9 @@ class RowReader:
         return converted
 
     def convert(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """`read` with the images as they are stored: encoded bytes, file names, or what `change` made. Raises
-        `ValueError` for a column that looks like images and is not read."""
+        """`read` with the images as they are stored: encoded bytes, file names, or what `change` made."""
         with named(row_name(row)):
-            found, layout = self._judged(row)
+            found, layout = self.judged(row)
             unused_columns(found, layout)
             messages = to_messages(found, layout, self.prompt, self.system_prompt)
             messages, images = normalise(messages, to_images(found, layout))
@@ -74,11 +70,7 @@ class RowReader:
     def open(self, image: Any) -> PILImage:
         return open_image(image, folder=self.folder, allow_outside=self.allow_outside)
 
-    def unused(self, row: Mapping[str, Any]) -> list[str]:
-        """Names of the row's columns, or of those that `change` returned, that are not read."""
-        return unused_columns(*self._judged(row))
-
-    def _judged(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], Layout]:
+    def judged(self, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], Layout]:
         """The row's columns, or what `change` makes of them, and where its conversation is."""
         found = columns_of(row)
         if self.change is not None:
@@ -86,8 +78,7 @@ class RowReader:
         return found, layout_of(found, self.columns, prompt=self.prompt is not None)
 
     def _openable(self, value: Any, column: str = "") -> Any:
-        """The value as `change` gets it: stored images opened by their headers, and file names in the usual columns of
-        images such that they may be opened."""
+        """The value as `change` gets it: stored images opened by their headers, file names of images as paths."""
         if isinstance(value, list):
             return [self._openable(each, column) for each in value]
         is_stored = isinstance(value, Mapping) and value.keys() == {"bytes", "path"}
@@ -126,7 +117,7 @@ class Readers:
 
 
 def _is_line(row: Mapping[str, Any]) -> bool:
-    return row.keys() >= LINES.keys()
+    return bool(row.keys() >= LINES.keys())
 
 
 def columns_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -169,30 +160,28 @@ def named(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {error}") from error.__cause__
 
 
-# Datasets around datasets: rows as they are stored, in those that were checked, in packs.
-
-
 def _transform_of(dataset: Any) -> Any:
     return dataset.format["format_kwargs"].get("transform") if isinstance(dataset, Dataset) else None
 
 
-def _inside(dataset: Any, keyword: str) -> Any:
+def _inside(dataset: Any, *keywords: str) -> Any:
     transform = _transform_of(dataset)
-    return transform.keywords.get(keyword) if isinstance(transform, partial) else None
+    inner = (
+        [transform.keywords[name] for name in keywords if name in transform.keywords]
+        if isinstance(transform, partial)
+        else []
+    )
+    return _inside(inner[0], *keywords) if inner else dataset
 
 
 def unpacked(dataset: Any) -> Any:
     """The dataset of conversations inside of one that `pack` made; any other as it is."""
-    inner = _inside(dataset, "dataset")
-    return dataset if inner is None else inner
+    return _inside(dataset, "dataset")
 
 
 def stored_rows(dataset: Any) -> Any:
     """The dataset of stored rows inside of one that `pack` or `check_rows` made; any other as it is."""
-    dataset = unpacked(dataset)
-    while (inner := _inside(dataset, "rows")) is not None:
-        dataset = inner
-    return dataset
+    return _inside(dataset, "dataset", "rows")
 
 
 def checked_rows(rows: Dataset, sources: Any, answers: Any, columns: Mapping[str, Any]) -> Dataset:
@@ -215,8 +204,7 @@ def _read_checked(batch: Mapping[str, list[Any]], rows: Dataset) -> dict[str, li
 
 
 def readers_of(dataset: Any) -> dict[int, RowReader]:
-    """The readers of a dataset that `load_conversations` returned, or several mixed, by the number in the column
-    `READER`; none of any other."""
+    """The readers of a dataset that `load_conversations` returned, or of several mixed, by their number in `READER`."""
     transform = _transform_of(dataset)
     return transform.readers if isinstance(transform, Readers) else {}
 
@@ -259,16 +247,13 @@ def row_digest(rows: Any) -> str:
         batches = [[*rows.stored[0].take(16)]] if hasattr(rows, "stored") else ()
     elif isinstance(rows, Dataset):
         names = sorted({*rows.column_names} - {"file", READER})
+        some = {name: slice(1 if "binary" in str(rows.data.schema.field(name).type) else None) for name in names}
         tables = rows.with_format("arrow").iter(1000)
-        batches = ([(name, _told(table[name])) for name in names] for table in tables)
+        batches = ([(name, table[name][some[name]].to_pylist()) for name in names] for table in tables)
     digest = hashlib.blake2b(digest_size=16)
     for batch in batches:
         digest.update(repr(batch).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def _told(column: Any) -> list[Any]:
-    return column[:1].to_pylist() if "binary" in str(column.type) else column.to_pylist()  # type: ignore[no-any-return]
 
 
 def compare_processes(splits: Mapping[str, Any]) -> None:
