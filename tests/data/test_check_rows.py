@@ -17,7 +17,8 @@ from PIL import Image
 
 from vlm_sft import ChatCollator, check_rows, load_conversations
 from vlm_sft.chat.audit import audit
-from vlm_sft.data.check_rows import COLUMNS, CheckReport, check_report
+from vlm_sft.data.check_rows import CheckReport, check_report
+from vlm_sft.data.records import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -24,20 +24,7 @@ from tqdm.auto import tqdm
 
 from vlm_sft.chat.messages import answers_of
 from vlm_sft.common import restore_rng, rng_state
-from vlm_sft.data.records import (
-    COLUMNS,
-    KEPT,
-    ONE_ANSWER,
-    Look,
-    Record,
-    cache_file,
-    digest,
-    encode_together,
-    note_of,
-    read_cache,
-    recall,
-    write_cache,
-)
+from vlm_sft.data import records
 from vlm_sft.data.rows import READER, RowReader, checked_rows, compare_processes, readers_of, unpacked
 from vlm_sft.distributed import print_main
 
@@ -45,7 +32,7 @@ _TOGETHER = 8  # rows of one call of the processor
 _SHOWN = 5  # rows of each reason
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
 _PLACES = ("place", "number", "part", "answer", "content", "written")
-FOUND = [*((name, "i8") for name in _PLACES), ("known", "?"), *KEPT]
+FOUND = [*((name, "i8") for name in _PLACES), ("known", "?"), *records.KEPT]
 """What is found of a row: its place in the dataset, its number in the source, that of its reader; the message that it
 ends with (-1: the last one); digests of what it holds and when its files were written; whether it was remembered."""
 
@@ -96,11 +83,6 @@ class CheckReport:
     def bad_rows(self) -> int:
         return len({fault.index for fault in self.faults})
 
-    @property
-    def errors(self) -> int:
-        """Bad rows, those that only repeat others not counted."""
-        return len({fault.index for fault in self.faults if fault.is_error})
-
     def __str__(self) -> str:
         lines = [f"{self.rows:,} rows checked with {self.checked_with}: {self.bad_rows:,} bad"]
         reasons: dict[str, list[Fault]] = {}
@@ -143,12 +125,7 @@ def rows_checked(dataset: Any) -> Checked | None:
 
 
 def check_rows(
-    data: Data,
-    collator: Any,
-    *,
-    on_bad_rows: str = "error",
-    max_bad_fraction: float = 0.1,
-    num_proc: int | None = None,
+    data: Data, collator: Any, *, on_bad_rows: str = "error", max_bad_fraction: float = 0.1, num_proc: int | None = None
 ) -> Data:
     """The splits with the columns `length`, `image_tokens` and `trained_tokens`, each row read once in `num_proc`
     processes, or not at all if the cache of datasets holds what an earlier pass found of it.
@@ -183,9 +160,9 @@ def check_rows(
             found = report.found[report.keep if drop and report.faults else slice(None)]
             chosen, sources = np.unique(found["place"], return_inverse=True)
             split = split if len(chosen) == len(split) else split.select(chosen)
-            split = checked_rows(split, sources, found["answer"], {name: found[name] for name in COLUMNS})
-            content = digest(found["content"].tobytes(), found["answer"].tobytes()).hex()
-            written = digest(found["written"].tobytes()).hex()
+            split = checked_rows(split, sources, found["answer"], {name: found[name] for name in records.COLUMNS})
+            content = records.digest(found["content"].tobytes(), found["answer"].tobytes()).hex()
+            written = records.digest(found["written"].tobytes()).hex()
             counts = (report.rows, report.bad_rows, report.known, content, written)
         elif name in streams and on_bad_rows != "ignore":
             rows, reader = getattr(split, "stored", (split, None))
@@ -201,7 +178,8 @@ def check_rows(
 def _judge(reports: Mapping[str, CheckReport], drop: bool, max_bad_fraction: float) -> None:
     """Prints what was found of all splits. Raises `ValueError` where that is too much, or nothing is left of one."""
     text = "\n".join(f"{name}: {report}".removeprefix(": ") for name, report in reports.items())
-    rows, bad, errors = (sum(getattr(r, of) for r in reports.values()) for of in ("rows", "bad_rows", "errors"))
+    rows, bad = (sum(getattr(report, of) for report in reports.values()) for of in ("rows", "bad_rows"))
+    errors = sum(len({each.index for each in report.faults if each.is_error}) for report in reports.values())
     if errors > (max(1, max_bad_fraction * rows) if drop else 0):
         why = "fix these rows, or leave them out with --on_bad_rows drop: check_rows(..., on_bad_rows='drop')"
         why = f"more than --max_bad_fraction {max_bad_fraction} of the rows are bad; fix them" if drop else why
@@ -223,10 +201,10 @@ def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None
     if not hasattr(rows, "__len__") or not len(rows):
         raise ValueError("the dataset to check has no row, or streams; load it without --streaming")
     start = time.monotonic()
-    cache = cache_file("" if collator is None else str(collator.fingerprint()))
-    found, fresh = _look_at_all(_Rows(rows, collator, read_cache(cache)), num_proc)
+    cache = records.cache_file("" if collator is None else str(collator.fingerprint()))
+    found, fresh = _look_at_all(_Rows(rows, collator, records.read_cache(cache)), num_proc)
     if len(fresh):
-        write_cache(cache, fresh)
+        records.write_cache(cache, fresh)
     found = found[np.argsort(found["place"], kind="stable")]
     parts, faults, repairs = readers_of(rows), list[Fault](), Counter[str]()
 
@@ -270,11 +248,11 @@ class _Rows:
 
     def __getitems__(self, indices: list[int]) -> list[tuple[list[Any], list[Any]]]:
         rows = self.stored.__getitems__(indices) if self.stored else map(self._read, indices)
-        looks = [
-            Look(index, row, self.readers[row[READER]] if self.readers else None)
-            for index, row in zip(indices, rows, strict=True)
-        ]
-        encode_together([look for look in looks if look.key and recall(self.known, look.key) is None], self.encoder)
+        looks = []
+        for index, row in zip(indices, rows, strict=True):
+            looks.append(records.Look(index, row, self.readers[row[READER]] if self.readers else None))
+        fresh = [look for look in looks if look.key and records.recall(self.known, look.key) is None]
+        records.encode_together(fresh, self.encoder)
         return [self._found(look) for look in looks]
 
     def _read(self, index: int) -> Any:
@@ -283,31 +261,32 @@ class _Rows:
         except Exception as error:  # a transform may raise anything
             return error
 
-    def _found(self, look: Look) -> tuple[list[Any], list[Any]]:
+    def _found(self, look: records.Look) -> tuple[list[Any], list[Any]]:
         """One entry, or one for each answer where the chat template asks for that."""
         found, fresh = list[Any](), list[Any]()
 
-        def record_of(key: bytes | None, collator: Any, answer: int = -1) -> Record:
-            if (record := recall(self.known, key)) is None:
+        def record_of(key: bytes | None, collator: Any, answer: int = -1) -> records.Record:
+            if (record := records.recall(self.known, key)) is None:
                 record = look.record(collator, answer)
                 fresh.extend([(key, *record)] if look.lasts else [])
             return record
 
-        records = {-1: (look.key, record_of(look.key, self.encoder))}
-        if look.key and records[-1][1].faults == [ONE_ANSWER]:
-            keys = {answer: digest(look.key, b"answer%d" % answer) for answer in answers_of(look.decoded.messages)}
-            records = {answer: (key, record_of(key, self.encoder, answer)) for answer, key in keys.items()}
+        pieces = [(-1, look.key, record_of(look.key, self.encoder))]
+        if look.key and pieces[0][2].faults == [records.ONE_ANSWER]:
+            answers = answers_of(look.decoded.messages)
+            keys = [records.digest(look.key, b"answer%d" % answer) for answer in answers]
+            pieces = [(n, key, record_of(key, self.encoder, n)) for n, key in zip(answers, keys, strict=True)]
         settings = self.collator and self.collator.settings
         content = int.from_bytes(look.content[:8], "little", signed=True)
-        for answer, (key, record) in records.items():
+        for answer, key, record in pieces:
             if key and settings and settings.max_length and record.length > settings.max_length:
                 if settings.truncation == "trim":
                     look.encoded = None
-                    record = record_of(digest(key, b"trim%d" % settings.max_length), self.collator, answer)
+                    record = record_of(records.digest(key, b"trim%d" % settings.max_length), self.collator, answer)
                 else:
                     told = f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
                     told += f"{settings.max_length}; raise it, set truncation='trim', or drop the row"
-                    record = Record(note=note_of([told], look.repairs))
+                    record = records.Record(note=records.note_of([told], look.repairs))
             places = (look.index, look.number, look.part, answer, content, look.written)
             known = bool(look.key) and not look.looked_at
             found.append((*places, known, key or b"", *record))
@@ -316,7 +295,7 @@ class _Rows:
 
 def _arrays(batch: list[tuple[list[Any], list[Any]]]) -> list[Any]:
     both = zip(*batch, strict=True)
-    return [np.array([*itertools.chain(*each)], kind) for each, kind in zip(both, (FOUND, KEPT), strict=True)]
+    return [np.array([*itertools.chain(*each)], kind) for each, kind in zip(both, (FOUND, records.KEPT), strict=True)]
 
 
 def _look_at_all(rows: Any, num_proc: int | None) -> list[Any]:
@@ -346,12 +325,12 @@ class _StreamCheck:
         self.rows = self.dropped = 0
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        look = Look(self.rows, {name: value for name, [value] in batch.items()}, self.reader)
+        look = records.Look(self.rows, {name: value for name, [value] in batch.items()}, self.reader)
         self.rows += 1
-        if (faults := look.record(self.collator).faults) in ([], [ONE_ANSWER]):
+        if (faults := look.record(self.collator).faults) in ([], [records.ONE_ANSWER]):
             parts = self.split({**look.converted, **look.decoded._asdict()})
             return {field: [part[field] for part in parts] for field in parts[0]}
-        last = f"{look.name}: {'; '.join(faults)}"
+        last = f"row {look.number}: {'; '.join(faults)}"
         if self.collator is None:
             raise ValueError(last)
         self.dropped += 1

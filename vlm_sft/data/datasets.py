@@ -64,23 +64,20 @@ def load_conversations(
     itself. Where yours have other names, `columns` says so: `["prompt=question", "images=photo"]`. Columns that nothing
     reads are printed, those of images refused.
 
-    - `to_conversation`: from a stored row to one of a known format, as `messages` and `images`; images come to it
-      opened. It is not used with `columns` or `prompt`, nor where it asks for a column that rows of a known format do
-      not have; that is printed.
-    - `prompt` and `system_prompt`: the question, such as that of images with captions, and the system message of rows
-      that have none.
-    - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
-      none, `max_eval_rows` rows do, drawn with `seed`. A number of 0 makes it empty, to train without evaluation.
-      Without a number, of its own split 500 rows at most, else `eval_fraction` of all, at most 500; with a fraction of
-      0 all of its own split, and else no "test".
+    - `to_conversation`: from a stored row to one of a known format; images come to it opened. It is not used with
+      `columns` or `prompt`, nor where it asks for a column that rows of a known format do not have; that is printed.
+    - `prompt`, `system_prompt`: the question (as of images with captions) and the system message of rows without one.
+    - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test"; where there is
+      none, `max_eval_rows` rows drawn with `seed` do. A number of 0 makes it empty, to train without evaluation. Without
+      a number, of its own split 500 rows at most, else `eval_fraction` of all, at most 500; with a fraction of 0 all of
+      its own split, and else no "test".
     - `streaming`: "train" is an `IterableDataset` in the order of the source; "test" a `Dataset` in memory of
       `max_eval_rows` rows, the first ones where the source has no split for it.
-    - `image_folder`: what file names in rows are relative to; the folder of the data unless given. Files outside it
-      are refused unless `allow_outside` is set, URLs always.
+    - `image_folder`: what file names in rows are relative to, else the folder of the data. Files outside it are refused
+      unless `allow_outside` is set, URLs always.
 
     Raises `ValueError` for a path or folder that does not exist, a column that is not there, a split without rows, and
-    where none of the first rows can be read. A bad row among good ones raises when it is read.
-    """
+    where none of the first rows can be read. A bad row among good ones raises when it is read."""
     if image_folder and not Path(image_folder).expanduser().is_dir():
         raise ValueError(f"--image_folder {str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
     name, root, sources, columns = _sources(name_or_path, config_name, revision, streaming, columns)
@@ -95,15 +92,8 @@ def load_conversations(
     by = "--columns" if columns else None if prompt is None else "--prompt"
     if by and to_conversation:
         print_main(f"{name}: read by {by}; to_conversation is not used")
-    reader = RowReader(
-        Path(image_folder).expanduser() if image_folder else root,
-        allow_outside,
-        change=None if by else to_conversation,
-        columns=tuple(columns or ()),
-        prompt=prompt,
-        system_prompt=system_prompt,
-        source=name,
-    )
+    folder, change = Path(image_folder).expanduser() if image_folder else root, None if by else to_conversation
+    reader = RowReader(folder, allow_outside, change, tuple(columns or ()), prompt, system_prompt, name)
     stored: dict[str, Any] = {}
     faults, number = [], next(_NUMBERS)
     for key, wanted_split in wanted.items():

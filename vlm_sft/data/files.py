@@ -13,9 +13,7 @@ from typing import Any, TextIO
 
 from vlm_sft.data.formats import FIELDS, closest, is_message
 
-TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
-KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(TEXT_SUFFIXES, "text")
-DATASET_INFO = "dataset_info.json"
+KINDS = {".parquet": "parquet", ".arrow": "arrow", **dict.fromkeys((".json", ".jsonl", ".csv", ".tsv"), "text")}
 
 _BETWEEN = re.compile(r"[\s,]*")
 _SPLITS = {  # split -> words of a name that say so
@@ -72,7 +70,7 @@ def listed(path: Path, name: str | None) -> tuple[str, list[str]] | None:
     both, and a data file the entry that lists it. None where there is no such list.
 
     Raises `ValueError` for a name that is not listed, and for an entry that is not to be read as conversations."""
-    file = path if path.name == DATASET_INFO else (path if path.is_dir() else path.parent) / DATASET_INFO
+    file = (path if path.is_dir() else path.parent) / "dataset_info.json"
     entries = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else None
     entries = entries if isinstance(entries, dict) else {}
     entries = {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
@@ -122,23 +120,20 @@ def read_rows(path: Path) -> Iterator[Any]:
         return
     # What is not UTF-8 becomes a lone surrogate, which is then found in its row.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        start, line = file.read(1), 1
-        while start.isspace():
-            line += start == "\n"
-            start = file.read(1)
-        yield from _read_arrays(file, path.name, line) if start == "[" else _read_lines(file, path.name, start)
+        start = file.read(1 << 16).lstrip()[:1]
+        file.seek(0)
+        yield from _read_arrays(file, path.name) if start == "[" else _read_lines(file, path.name)
 
 
-def _read_lines(file: TextIO, name: str, start: str) -> Iterator[Any]:
-    lines = (line for line in itertools.chain([start + file.readline()], file) if line.strip())
-    first = [_parse(line) for line in itertools.islice(lines, 2)]
+def _read_lines(file: TextIO, name: str) -> Iterator[Any]:
+    rows = (_parse(line) for line in file if line.strip())
+    first = [*itertools.islice(rows, 2)]
     if len(first) == 2 and all(isinstance(row, ValueError) for row in first):
         raise ValueError(
             f"{name} is not JSON lines, nor an array of rows: its first two lines are not JSON by themselves (pretty-"
             f"printed?). Write one row a line (jq -c . {name}), or the rows in one array [...]"
         )
-    yield from first
-    yield from map(_parse, lines)
+    yield from itertools.chain(first, rows)
 
 
 def _parse(line: str) -> Any:
@@ -148,10 +143,9 @@ def _parse(line: str) -> Any:
         return ValueError(f"the line is not JSON ({error}); fix or remove it")
 
 
-def _read_arrays(file: TextIO, name: str, line: int) -> Iterator[Any]:
-    """The elements of arrays, one after another, the first one's opening bracket having been read; an array of messages
-    is one row."""
-    decoder, buffer, at, count, inside = json.JSONDecoder(), "", 0, 0, True
+def _read_arrays(file: TextIO, name: str) -> Iterator[Any]:
+    """The elements of arrays, one after another; an array of messages is one row."""
+    decoder, buffer, at, count, line, inside = json.JSONDecoder(), "", 0, 0, 1, False
     messages: list[Any] = []
     while True:
         at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]  # matches the empty string too

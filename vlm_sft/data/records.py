@@ -25,7 +25,7 @@ from vlm_sft.chat.collator import IGNORE_INDEX, EncodedRow
 from vlm_sft.chat.images import MAX_DECODED_PIXELS, repairs_of, source_of, to_rgb
 from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, normalise, one_answer, text_of
 from vlm_sft.chat.template import RenderedDifferently
-from vlm_sft.data.rows import READER, RowReader, named, row_name
+from vlm_sft.data.rows import READER, RowReader, named
 from vlm_sft.distributed import print_main
 
 MAX_ASPECT = 200  # Qwen's processors refuse what is longer, LLaVA's cut it to a stripe
@@ -73,8 +73,7 @@ class Look:
     collator makes of it (`record`)."""
 
     def __init__(self, index: int, row: Any, reader: RowReader | None) -> None:
-        self.index, self.number, self.reader, self.name = index, index, reader, f"row {index}"
-        self.part = 0
+        self.index, self.number, self.part, self.reader = index, index, 0, reader
         self.key: bytes | None = None
         self.content, self.written, self.looked_at = b"", 0, False
         self.decoded = Conversation([], [])
@@ -90,7 +89,7 @@ class Look:
         if isinstance(row, Exception):
             raise row
         if isinstance(row.get("row"), int):
-            self.number, self.name, self.part = row["row"], row_name(row), row.get(READER, 0)
+            self.number, self.part = row["row"], row.get(READER, 0)
         self.converted = self.reader.convert(row) if self.reader else row
         messages, self.images = normalise(self.converted.get("messages"), self.converted.get("images"))
         check_turns(messages)

@@ -62,7 +62,7 @@ class RowReader:
             messages, images = normalise(messages, to_images(found, layout))
             # `change` only looked at these, so no pixel of them need be known: PIL empties `tile` on loading.
             images = [getattr(each, "stored", each) if getattr(each, "tile", None) else each for each in images]
-            if _is_line(row) and Path(row["file"]).stem == "metadata":
+            if row.keys() >= LINES.keys() and Path(row["file"]).stem == "metadata":
                 folder, names = os.path.dirname(row["file"]), map(source_of, images)
                 images = [os.path.join(folder, each) if isinstance(each, str) else each for each in names]
         return {"messages": messages, "images": images} | ({"row": row["row"]} if "row" in row else {})
@@ -93,12 +93,12 @@ class RowReader:
         return os.path.abspath(path) if os.path.isfile(path) else value
 
 
+@dataclass(eq=False)
 class Readers:
     """The transform of every dataset that `load_conversations` returns: each row names its reader. A single column
     (`dataset["row"]`) is read as it is."""
 
-    def __init__(self, readers: dict[int, RowReader]) -> None:
-        self.readers = readers
+    readers: dict[int, RowReader]
 
     def __eq__(self, other: object) -> bool:
         """Always, and both then read each other's rows: `interleave_datasets` and `concatenate_datasets` keep the first
@@ -116,13 +116,9 @@ class Readers:
         return {name: [row[name] for row in rows] for name in rows[0]} if rows else {name: [] for name in batch}
 
 
-def _is_line(row: Mapping[str, Any]) -> bool:
-    return bool(row.keys() >= LINES.keys())
-
-
 def columns_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The columns of a stored row. Raises `ValueError` for a line of a file that holds none."""
-    if not _is_line(row):
+    if not row.keys() >= LINES.keys():
         return {name: value for name, value in row.items() if name not in ("row", READER)}
     if row["fault"]:
         raise ValueError(row["fault"])
@@ -165,13 +161,9 @@ def _transform_of(dataset: Any) -> Any:
 
 
 def _inside(dataset: Any, *keywords: str) -> Any:
-    transform = _transform_of(dataset)
-    inner = (
-        [transform.keywords[name] for name in keywords if name in transform.keywords]
-        if isinstance(transform, partial)
-        else []
-    )
-    return _inside(inner[0], *keywords) if inner else dataset
+    held = getattr(_transform_of(dataset), "keywords", {})  # where that is a partial of ours
+    inner = next((held[name] for name in keywords if name in held), None)
+    return dataset if inner is None else _inside(inner, *keywords)
 
 
 def unpacked(dataset: Any) -> Any:
