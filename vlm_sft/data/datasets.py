@@ -68,9 +68,9 @@ def load_conversations(
       `columns` or `prompt`, nor where it asks for a column that rows of a known format do not have; that is printed.
     - `prompt`, `system_prompt`: the question (as of images with captions) and the system message of rows without one.
     - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test"; where there is
-      none, `max_eval_rows` rows drawn with `seed` do. A number of 0 makes it empty, to train without evaluation. Without
-      a number, of its own split 500 rows at most, else `eval_fraction` of all, at most 500; with a fraction of 0 all of
-      its own split, and else no "test".
+      none, `max_eval_rows` rows drawn with `seed` do. A number of 0 makes it empty, to train without evaluation;
+      without one, of its own split 500 rows at most, else `eval_fraction` of all, at most 500; with a fraction of 0
+      all of its own split, and else no "test".
     - `streaming`: "train" is an `IterableDataset` in the order of the source; "test" a `Dataset` in memory of
       `max_eval_rows` rows, the first ones where the source has no split for it.
     - `image_folder`: what file names in rows are relative to, else the folder of the data. Files outside it are refused
@@ -203,12 +203,12 @@ def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
 def _stored(source: Any, root: Path, streaming: bool, reader: int) -> Any:
     """The source with the columns `row` and, unless it streams, `READER`, images left encoded."""
     if isinstance(source, tuple):
-        # By the stamp the cache sees that the files, or the code that reads them, have changed.
-        stamp = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*source, *_CODE))
-        kind: Any = IterableDataset if streaming else Dataset
         if not any(True for file in source for _ in read_rows(file)):  # `from_generator` says nothing that helps
             raise ValueError("it holds no row")
-        source = kind.from_generator(_lines, features=LINES, gen_kwargs={"files": source, "root": root, "stamp": stamp})
+        # By the stamp the cache sees that the files, or the code that reads them, have changed.
+        stamp = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*source, *_CODE))
+        from_generator = IterableDataset.from_generator if streaming else Dataset.from_generator
+        source = from_generator(_lines, features=LINES, gen_kwargs={"files": source, "root": root, "stamp": stamp})
     if (source.features or {}).keys() != LINES.keys():
         names = [name for name in source.column_names or next(iter(source), {}) if name != "row"]
         source = source.with_format(None).select_columns(names)

@@ -65,11 +65,9 @@ _TAGS = {  # names that are read without being told
 
 
 def listed(path: Path, name: str | None) -> tuple[str, list[str]] | None:
-    """What LLaMA-Factory's `dataset_info.json` says of a dataset: its file or Hub id, and `--columns` for it. It is the
-    entry `name` of the list that is this path or lies in this folder; a path FOLDER/NAME that does not exist names
-    both, and a data file the entry that lists it. None where there is no such list.
-
-    Raises `ValueError` for a name that is not listed, and for an entry that is not to be read as conversations."""
+    """The file or Hub id of a dataset, and `--columns` for it, that LLaMA-Factory's `dataset_info.json` (this path, or in
+    this folder) lists as `name`; a path FOLDER/NAME names both, a data file the entry that lists it. None where there
+    is no list. Raises `ValueError` for a name that is not in it, and an entry that is not read as conversations."""
     file = (path if path.is_dir() else path.parent) / "dataset_info.json"
     entries = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else None
     entries = entries if isinstance(entries, dict) else {}
@@ -107,10 +105,9 @@ def _columns(entry: Mapping[str, Any]) -> list[str]:
 
 
 def read_rows(path: Path) -> Iterator[Any]:
-    """Each row of JSON arrays, of JSON lines, or of a CSV or TSV file (all strings), in the memory of one row. A list
-    of messages is a row as well.
-
-    A line that is not a row comes as the `ValueError` that says so. Raises `ValueError` where a file is broken."""
+    """Each row of JSON arrays, of JSON lines, or of a CSV or TSV file (all strings), in the memory of one row; a list of
+    messages is a row as well, and a line that is none comes as the `ValueError` that says so. Raises it where a file is
+    broken."""
     with path.open("rb") as raw:
         head = raw.read(4)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:

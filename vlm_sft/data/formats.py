@@ -1,8 +1,5 @@
 """Rows as people write them, judged one at a time: which columns hold the conversation, and the same as messages.
-
-LLaVA, ShareGPT, OpenAI, Qwen, ms-swift, LLaMA-Factory, TRL, Axolotl, Alpaca, the_cauldron, captions: docs/data.md has a
-row of each.
-"""
+docs/data.md has a row of each format."""
 
 from __future__ import annotations
 
@@ -40,12 +37,9 @@ _IMAGE_NAME = re.compile(r"(?i)ima?ge?|photo|picture")
 
 
 def layout_of(row: Mapping[str, Any], columns: Sequence[str] = (), *, prompt: bool = False) -> Layout:
-    """Where the parts of a conversation are in this row: as `columns` says, else as the common formats do.
-
-    `columns` says which columns hold each of `FIELDS`, as flags do: `["prompt=instruction", "prompt=input"]`; with
-    `prompt`, the question is a constant and no column. Columns that are empty in this row count only where it has no
-    others. Raises `ValueError` with the columns found, the closest match and the flags to set.
-    """
+    """Where the parts of a conversation are in this row: as `columns` (`["prompt=instruction", "prompt=input"]`) says,
+    else as the common formats do; with `prompt`, the question is a constant. Columns that are empty in this row count
+    only where it has no others. Raises `ValueError` with the columns found, the closest match and the flags to set."""
     filled = tuple(name for name, value in row.items() if is_filled(value))
     if (layout := _layout(filled, tuple(columns), prompt) or _layout(tuple(row), tuple(columns), prompt)) is not None:
         return layout
@@ -106,10 +100,8 @@ def named_columns(columns: Sequence[str], found: Sequence[str] | None = None, *,
 
 
 def unused_columns(row: Mapping[str, Any], layout: Layout) -> list[str]:
-    """Names of the columns that hold something and are not read.
-
-    Raises `ValueError` for one of video or sound, for those that look like images, unless one only repeats the name of
-    an image that is read, and for boxes that ms-swift writes beside the texts."""
+    """Names of the columns that hold something and are not read. Raises `ValueError` for one of video or sound, for
+    those that look like images, unless one only repeats the name of an image that is read, and for ms-swift's boxes."""
     used = {name for names in layout.values() for name in names}
     unused = [name for name, value in row.items() if name not in used and is_filled(value)]
     if other := sorted(filter(OTHER_MEDIA.match, unused)):
@@ -146,13 +138,10 @@ def flags(row: Mapping[str, Any], layout: Layout | None = None, images: Sequence
 
 
 def to_messages(row: Mapping[str, Any], layout: Layout, prompt: str | None = None, system: str | None = None) -> Any:
-    """The row's conversation with `role` and `content`; what is not a conversation is left as it is found.
-
-    `from` and `value` are renamed (human and gpt to user and assistant), as are the parts of OpenAI, Anthropic and
-    Qwen; in a string that is not the assistant's, each `<image>`, with the line break next to it, becomes an image
-    part. `loss` and `weight` become `train`. `prompt` is the question of a row that has none, `system` the system
-    message of one that has none.
-    """
+    """The row's conversation with `role` and `content`; what is not a conversation is left as it is found. `from` and
+    `value` are renamed (human and gpt to user and assistant), as are the parts of OpenAI, Anthropic and Qwen; in a
+    string that is not the assistant's, each `<image>`, with the line break next to it, becomes an image part. `loss` and
+    `weight` become `train`. `prompt` and `system` are for a row that has none."""
     values: dict[str, Any] = {field: row.get(names[0]) for field, names in layout.items()}
     if "messages" in layout:
         messages = _parsed(values["messages"])

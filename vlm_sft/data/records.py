@@ -176,8 +176,6 @@ def _identity(image: Any, folder: str | None) -> tuple[bytes, bytes, int]:
         about = repr((image.mode, image.size, image.getpalette(), sorted(map(repr, image.info.items()))))
         with suppress(Exception):  # one that was opened and is damaged
             data = image.tobytes() if math.prod(image.size) <= MAX_DECODED_PIXELS else b""
-    elif isinstance(image, np.ndarray):
-        about, data = f"{image.dtype} {image.shape}", image.tobytes()
     else:
         data = bytes(image) if isinstance(image, (bytes, bytearray)) else repr(image).encode()
     return digest(about.encode("utf-8", "backslashreplace"), data), place.encode("utf-8", "backslashreplace"), written
