@@ -65,9 +65,9 @@ _TAGS = {  # names that are read without being told
 
 
 def listed(path: Path, name: str | None) -> tuple[str, list[str]] | None:
-    """The file or Hub id of a dataset, and `--columns` for it, that LLaMA-Factory's `dataset_info.json` (this path, or in
-    this folder) lists as `name`; a path FOLDER/NAME names both, a data file the entry that lists it. None where there
-    is no list. Raises `ValueError` for a name that is not in it, and an entry that is not read as conversations."""
+    """The file or Hub id of a dataset, and `--columns` for it, that LLaMA-Factory's `dataset_info.json` (this path or
+    in this folder) lists as `name`; a path FOLDER/NAME names both, a data file the entry that lists it. None where
+    there is no list. Raises `ValueError` for a name that is not in it, and an entry that is no conversation."""
     file = (path if path.is_dir() else path.parent) / "dataset_info.json"
     entries = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else None
     entries = entries if isinstance(entries, dict) else {}
@@ -105,9 +105,8 @@ def _columns(entry: Mapping[str, Any]) -> list[str]:
 
 
 def read_rows(path: Path) -> Iterator[Any]:
-    """Each row of JSON arrays, of JSON lines, or of a CSV or TSV file (all strings), in the memory of one row; a list of
-    messages is a row as well, and a line that is none comes as the `ValueError` that says so. Raises it where a file is
-    broken."""
+    """Each row of JSON arrays, of JSON lines, or of a CSV or TSV file (all strings), in the memory of one row; a list
+    of messages is a row as well, a line that is none the `ValueError` that says so. Raises it for a broken file."""
     with path.open("rb") as raw:
         head = raw.read(4)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:

@@ -140,8 +140,8 @@ def flags(row: Mapping[str, Any], layout: Layout | None = None, images: Sequence
 def to_messages(row: Mapping[str, Any], layout: Layout, prompt: str | None = None, system: str | None = None) -> Any:
     """The row's conversation with `role` and `content`; what is not a conversation is left as it is found. `from` and
     `value` are renamed (human and gpt to user and assistant), as are the parts of OpenAI, Anthropic and Qwen; in a
-    string that is not the assistant's, each `<image>`, with the line break next to it, becomes an image part. `loss` and
-    `weight` become `train`. `prompt` and `system` are for a row that has none."""
+    string that is not the assistant's, each `<image>`, with the line break next to it, becomes an image part; `loss`
+    and `weight` become `train`. `prompt` and `system` are for a row that has none."""
     values: dict[str, Any] = {field: row.get(names[0]) for field, names in layout.items()}
     if "messages" in layout:
         messages = _parsed(values["messages"])
