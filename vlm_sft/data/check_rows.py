@@ -316,13 +316,17 @@ def _look_at_all(rows: Any, num_proc: int | None) -> list[Any]:
     return [np.concatenate(each) for each in zip(*ours, strict=True)]
 
 
+@dataclass
 class _StreamCheck:
     """Checks a batch of one row as it comes. Without a collator a bad row raises (what only a collator can tell, the
     training's own tells); with one it is left out and counted, on stderr, in each worker."""
 
-    def __init__(self, reader: RowReader | None, collator: Any, max_bad_fraction: float, split: Any) -> None:
-        self.reader, self.collator, self.max_bad_fraction, self.split = reader, collator, max_bad_fraction, split
-        self.rows = self.dropped = 0
+    reader: RowReader | None
+    collator: Any
+    max_bad_fraction: float
+    split: Any
+    rows: int = 0
+    dropped: int = 0
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         look = records.Look(self.rows, {name: value for name, [value] in batch.items()}, self.reader)
@@ -334,10 +338,9 @@ class _StreamCheck:
         if self.collator is None:
             raise ValueError(last)
         self.dropped += 1
+        told = f"{self.dropped} of {self.rows} rows of the stream are left out; the last is {last}"
         if self.rows >= 100 and self.dropped > self.max_bad_fraction * self.rows:
-            limit = f"--max_bad_fraction {self.max_bad_fraction}; fix them. The last is {last}"
-            raise ValueError(f"{self.dropped} of the first {self.rows} rows are bad, more than {limit}")
+            raise ValueError(f"more than --max_bad_fraction {self.max_bad_fraction} of the rows are bad: {told}")
         if self.dropped == 1 or self.dropped % 100 == 0:
-            told = f"{self.dropped} of {self.rows} rows of the stream are left out; the last is {last}"
             print(told, file=sys.stderr, flush=True)
         return {field: [] for field in ("messages", "images", "row")}
