@@ -101,15 +101,12 @@ def guard_reserved(messages: Sequence[Message], reserved: re.Pattern[str], *, es
     for number, message in enumerate(guarded):
         called = json.dumps([message.get("tools"), message.get("tool_calls")], ensure_ascii=False)
         if found := sorted({*reserved.findall(text_of(message)), *reserved.findall(called)}):
+            holds = f"messages[{number}] ({message['role']}) holds"
             if other := [token for token in found if OTHER_MEDIA.match(token.strip("<|>"))]:
-                raise ValueError(
-                    f"messages[{number}] ({message['role']}) holds {other[0]!r}: {NO_MEDIA} (as plain text, by "
-                    "reserved_tokens='escape')"
-                )
+                raise ValueError(f"{holds} {other[0]!r}: {NO_MEDIA} (as plain text, by reserved_tokens='escape')")
             raise ValueError(
-                f"messages[{number}] ({message['role']}) holds {', '.join(map(repr, found))} as text, which the "
-                "tokenizer would read as control tokens; remove them, write an image as {'type': 'image'}, or set "
-                "reserved_tokens='escape'"
+                f"{holds} {', '.join(map(repr, found))} as text, which the tokenizer would read as control tokens; "
+                "remove them, write an image as {'type': 'image'}, or set reserved_tokens='escape'"
             )
     return guarded
 
@@ -141,9 +138,8 @@ def answers_of(messages: Sequence[Message]) -> list[int]:
 
 
 def one_answer(conversation: Conversation, answer: int) -> Conversation:
-    """The conversation up to the answer in this message, the answers before it not trained.
-
-    For templates that render an earlier answer differently from the last one (thinking models)."""
+    """The conversation up to the answer in this message, the answers before it not trained: for templates that render
+    an earlier answer differently from the last one (thinking models)."""
     *history, last = conversation.messages[: answer + 1]
     history = [{**message, "train": False} if message["role"] == "assistant" else message for message in history]
     return Conversation([*history, last], conversation.images[: count_images([*history, last])])
@@ -180,10 +176,8 @@ def _part(part: Any, where: str, role: str, pool: list[Any], used: set[int], ord
             if "image" not in fields:
                 index = fields.get("index", max(used, default=-1) + 1)
                 if not isinstance(index, int) or not 0 <= index < len(pool):
-                    raise ValueError(
-                        f"{where} stands for image {index} but the row has {len(pool)} images; add the image, fix the "
-                        "index, or drop the part"
-                    )
+                    found = f"stands for image {index} but the row has {len(pool)} images"
+                    raise ValueError(f"{where} {found}; add the image, fix the index, or drop the part")
                 used.add(index)
             ordered.append(fields["image"] if "image" in fields else pool[index])
             return {"type": "image"}
