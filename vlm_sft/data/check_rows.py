@@ -272,7 +272,7 @@ class _Rows:
             return record
 
         pieces = [(-1, look.key, record_of(look.key, self.encoder))]
-        if look.key and pieces[0][2].faults == [records.ONE_ANSWER]:
+        if look.key and pieces[0][2].told[0] == [records.ONE_ANSWER]:
             answers = answers_of(look.decoded.messages)
             keys = [records.digest(look.key, b"answer%d" % answer) for answer in answers]
             pieces = [(n, key, record_of(key, self.encoder, n)) for n, key in zip(answers, keys, strict=True)]
@@ -286,7 +286,7 @@ class _Rows:
                 else:
                     told = f"{record.length} tokens ({record.image_tokens} from images), more than max_length="
                     told += f"{settings.max_length}; raise it, set truncation='trim', or drop the row"
-                    record = records.Record(note=records.note_of([told], look.repairs))
+                    record = records.Record(note=records.note_of([told], record.told[1]))
             places = (look.index, look.number, look.part, answer, content, look.written)
             known = bool(look.key) and not look.looked_at
             found.append((*places, known, key or b"", *record))
@@ -331,7 +331,7 @@ class _StreamCheck:
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         look = records.Look(self.rows, {name: value for name, [value] in batch.items()}, self.reader)
         self.rows += 1
-        if (faults := look.record(self.collator).faults) in ([], [records.ONE_ANSWER]):
+        if (faults := look.record(self.collator).told[0]) in ([], [records.ONE_ANSWER]):
             parts = self.split({**look.converted, **look.decoded._asdict()})
             return {field: [part[field] for part in parts] for field in parts[0]}
         last = f"row {look.number}: {'; '.join(faults)}"

@@ -51,8 +51,9 @@ class Record(NamedTuple):
     note: str | None = None
 
     @property
-    def faults(self) -> list[str]:
-        return json.loads(self.note)[0] if self.note else []
+    def told(self) -> tuple[list[str], list[str]]:
+        """What is wrong, and how images are repaired."""
+        return tuple(json.loads(self.note)) if self.note else ([], [])
 
 
 def note_of(faults: Sequence[str], repairs: Sequence[str]) -> str | None:
