@@ -123,18 +123,13 @@ def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = 
 def repairs_of(image: Any) -> list[str]:
     """What `to_rgb` changes about the image, in words that continue "images ..."."""
     opened = open_image(image)
-    repairs = []
-    if _orientation(opened) != 1:
-        repairs.append("turned upright as their EXIF says")
-    if getattr(opened, "is_animated", False):
-        repairs.append("of several frames, the first taken")
+    repairs = ["turned upright as their EXIF says"] if _orientation(opened) != 1 else []
+    repairs += ["of several frames, the first taken"] if getattr(opened, "is_animated", False) else []
     if opened.mode[0] in "IF":
-        repairs.append(_to_8_bits(opened)[1])
-    elif opened.has_transparency_data:
-        repairs.append("with transparency, laid on white")
-    elif opened.mode != "RGB":
-        repairs.append(f"of mode {opened.mode}, converted to RGB")
-    return repairs
+        return [*repairs, _to_8_bits(opened)[1]]
+    if opened.has_transparency_data:
+        return [*repairs, "with transparency, laid on white"]
+    return repairs if opened.mode == "RGB" else [*repairs, f"of mode {opened.mode}, converted to RGB"]
 
 
 def _orientation(image: PILImage) -> int:
@@ -202,10 +197,10 @@ def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
             f"{name} is a path with a NUL character, or one which is not Unicode; rename the file"
         ) from None
     if not (allow_outside or target == root or target.startswith(os.path.join(root, ""))):
-        raise ValueError(
-            f"{name} lies outside the image folder {root!r}; name the folder by --image_folder, or read files from "
-            "anywhere by --allow_outside if you trust the rows"
+        found = (
+            f"lies outside the image folder {root!r}; name the folder by --image_folder, or read files from anywhere"
         )
+        raise ValueError(f"{name} {found} by --allow_outside if you trust the rows")
     if not os.path.isfile(target):
         found = f"{'is a directory' if os.path.isdir(target) else 'does not exist'} in the image folder {root!r}"
         raise ValueError(f"{name} {found}; fix the path, or name the folder by --image_folder")
