@@ -590,7 +590,7 @@ def test_a_report_on_a_mixture_names_the_parts_of_rows(folder: Path) -> None:
     """Whose numbers are the same; equal rows of two parts are told."""
     good, bad = json.loads(line(1)), {"prompt": "Q", "response": " "}
     paths = write(folder / "a.jsonl", good, bad), write(folder / "b.jsonl", json.loads(line(2)))
-    parts = [*map(load, paths), load([good])]
+    parts = [*map(load, paths), load([good], image_folder=folder)]
     report = check_report(concatenate_datasets(parts), num_proc=0)
     assert [(fault.row, fault.detail.split(";")[0]) for fault in report.faults if fault.is_error] == [
         (f"row 1 of {paths[0]}", "messages[1] is a blank answer")
