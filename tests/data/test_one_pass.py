@@ -333,6 +333,7 @@ def test_a_dataset_knows_whether_it_was_checked(folder: Path, collator: ChatColl
     assert (found.on_bad_rows, found.max_length, found.rows, found.bad, found.cached) == ("error", 400, 10, 0, 0)
     assert found.collator == collator.fingerprint() != ChatCollator(collator.processor, train_on="all").fingerprint()
     assert rows_checked(checked.select([0])) is None
+    assert rows_checked(checked.with_transform(lambda batch: batch)) is None
     assert rows_checked(pack(checked, max_length=200)) == found
 
 

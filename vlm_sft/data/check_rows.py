@@ -121,7 +121,8 @@ class Checked:
 
 def rows_checked(dataset: Any) -> Checked | None:
     """How this very dataset, or the one that `pack` packed, went through `check_rows`; None if it did not."""
-    return getattr(unpacked(dataset), "checked", None)
+    fingerprint, checked = getattr(dataset := unpacked(dataset), "checked", ("", None))
+    return checked if fingerprint == getattr(dataset, "_fingerprint", "") else None  # not that of a changed copy
 
 
 def check_rows(
@@ -170,7 +171,7 @@ def check_rows(
             names = rows.column_names or [*next(iter(rows))]
             split = rows.map(check, batched=True, batch_size=1, remove_columns=names)
         checked = Checked(on_bad_rows, str(collator.fingerprint()), collator.settings.max_length, *counts)
-        vars(split)["checked"] = checked
+        vars(split)["checked"] = (getattr(split, "_fingerprint", ""), checked)
         splits[name] = split
     return type(data)(splits) if isinstance(data, dict) else splits[""]
 
