@@ -121,8 +121,9 @@ class Checked:
 
 def rows_checked(dataset: Any) -> Checked | None:
     """How this very dataset, or the one that `pack` packed, went through `check_rows`; None if it did not."""
-    fingerprint, checked = getattr(dataset := unpacked(dataset), "checked", ("", None))
-    return checked if fingerprint == getattr(dataset, "_fingerprint", "") else None  # not that of a changed copy
+    dataset = unpacked(dataset)
+    held: tuple[str, Checked | None] = getattr(dataset, "checked", ("", None))
+    return held[1] if held[0] == getattr(dataset, "_fingerprint", "") else None  # not that of a changed copy
 
 
 def check_rows(
