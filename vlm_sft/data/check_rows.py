@@ -146,9 +146,9 @@ def check_rows(
     drop = on_bad_rows == "drop"
     splits: dict[str, Any] = dict(data) if isinstance(data, dict) else {"": data}
     compare_processes(splits)
-    streams = {name for name, rows in splits.items() if isinstance(rows, IterableDataset)}
-    looked_at = [] if on_bad_rows == "ignore" else [name for name in splits if name not in streams and splits[name]]
-    reports = {name: check_report(splits[name], collator, num_proc=num_proc) for name in looked_at}
+    to_check = {} if on_bad_rows == "ignore" else splits
+    stored = {name: rows for name, rows in to_check.items() if not isinstance(rows, IterableDataset) and len(rows)}
+    reports = {name: check_report(rows, collator, num_proc=num_proc) for name, rows in stored.items()}
     _judge(reports, drop, max_bad_fraction)
     for name, split in splits.items():
         counts: tuple[Any, ...] = ()
@@ -166,7 +166,7 @@ def check_rows(
             content = records.digest(found["content"].tobytes(), found["answer"].tobytes()).hex()
             written = records.digest(found["written"].tobytes()).hex()
             counts = (report.rows, report.bad_rows, report.known, content, written)
-        elif name in streams and on_bad_rows != "ignore":
+        elif name in to_check and isinstance(split, IterableDataset):
             rows, reader = getattr(split, "stored", (split, None))
             check = _StreamCheck(reader, collator if drop else None, max_bad_fraction, collator.split)
             names = rows.column_names or [*next(iter(rows))]

@@ -189,15 +189,16 @@ def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
         return {name: rows.to_iterable_dataset() for name, rows in splits.items()} if streaming else splits
     by_split: dict[str, list[str]] = {}
     found = data_files(path)
-    kinds = {KINDS[file.suffix.lower()] for file in found if file.suffix.lower() in KINDS}
+    kinds = {KINDS[file.suffix.lower()] for file in found}
     if len(kinds) != 1:
         what = "files of several kinds; give one of them" if kinds else f"none of {', '.join(KINDS)}"
         raise ValueError(f"it holds {what}")
     for file in found:
         by_split.setdefault(split_of(file.relative_to(path)) if path.is_dir() else "train", []).append(str(file))
-    if kinds == {"text"}:
+    kind = kinds.pop()
+    if kind == "text":
         return {split: tuple(map(Path, names)) for split, names in by_split.items()}
-    return dict(datasets.load_dataset(kinds.pop(), data_files=by_split, streaming=streaming))
+    return dict(datasets.load_dataset(kind, data_files=by_split, streaming=streaming))
 
 
 def _stored(source: Any, root: Path, streaming: bool, reader: int) -> Any:
