@@ -36,9 +36,8 @@ _WORDS = {"latest", "contest", "protest", "attest", "detest", "fittest", "hottes
 
 
 def split_of(file: Path) -> str:
-    """The split that the words of a file's name, or else of its folders, say; "train" where they say none.
-
-    Raises `ValueError` for a name of two splits, and one in which a split's word is part of another (`myeval`)."""
+    """The split that the words of a file's name and folders say; "train" where they say none. Raises `ValueError` for
+    a name of two splits, and one in which a split's word is part of another (`myeval`)."""
     names = [re.sub("held[_-]out|hold[_-]out", "heldout", name.lower()) for name in (*file.parent.parts, file.stem)]
     words = [word for name in names for word in re.findall("[a-z]+", name)]
     found = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}

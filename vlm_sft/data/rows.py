@@ -215,7 +215,6 @@ def held_out_record(rows: Any) -> dict[str, Any]:
 
 def recorded_rows(rows: Dataset, run: Path) -> Dataset:
     """Those of the source's rows that a run held out, as the `run.json` in its folder, or the one above it, says.
-
     Raises `ValueError` where there is none, and where the source has other rows now."""
     file = next((file for file in (run / "run.json", run.parent / "run.json") if file.is_file()), None)
     record = json.loads(file.read_text(encoding="utf-8")).get("held_out") if file else None
