@@ -276,7 +276,7 @@ def _first(rows: Any, count: int) -> Any:
 
 def _fitting(rows: Any, reader: RowReader, name: str, *, may_replace: bool) -> RowReader:
     """The reader, without `change` where that asks for a column that the first row has not (nor a similar one) and the
-    format is known. Raises `ValueError` for columns that are not there, and where none of the first rows can be read."""
+    format is known. Raises `ValueError` for columns that are not there, and where no first row can be read."""
     kinds, first = _kinds(rows), [*_first(rows, FIRST_ROWS)]
     if not reader.change:
         columns = dict.fromkeys(column for row in kinds for column in _columns(row))
