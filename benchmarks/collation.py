@@ -99,7 +99,7 @@ def beside_image_work(backend: str = "pil", *, repeats: int = 7) -> dict[str, fl
 def lengths(count: int = 4096) -> list[int]:
     """Tokens of each row of the mix, as LLaVA-1.5's collator makes them."""
     collator = ChatCollator(tiny.build("llava15", corpus=[" ".join(mix.WORDS)])[1])
-    return check_report(mix.rows(count), collator, num_proc=0).columns["length"]
+    return check_report(mix.rows(count), collator, num_proc=0).found["length"]
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from vlm_sft import ChatCollator, load_conversations
 from vlm_sft.chat.messages import normalise, text_of
 from vlm_sft.data.check_rows import check_report
-from vlm_sft.data.rows import ImageFolder, RowReader
+from vlm_sft.data.rows import RowReader
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -614,7 +614,7 @@ def test_fuzzed_rows_are_read_or_named(
     """`FUZZ_ROWS=10000 FUZZ_SEED=7 pytest tests/test_bad_rows.py -k fuzzed` looks further."""
     count, seed = int(os.environ.get("FUZZ_ROWS", 400)), int(os.environ.get("FUZZ_SEED", 0))
     NOISE.save(tmp_path / "good.png")
-    reader = RowReader(ImageFolder(tmp_path))
+    reader = RowReader(tmp_path)
     draw, ends = random.Random(seed), Counter()
     for number in range(count):
         turns = draw.randint(1, 3)

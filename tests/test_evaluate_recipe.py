@@ -171,7 +171,7 @@ def test_rows_without_an_answer(tiny_dir, tmp_path):
 def test_no_rows(tiny_dir, tmp_path):
     empty = Dataset.from_list([row()]).select([])
     DatasetDict({"test": empty}).save_to_disk(tmp_path / "data")
-    with pytest.raises(ValueError, match="it has no row"):
+    with pytest.raises(ValueError, match="it holds no row"):
         run(model_name_or_path=str(tiny_dir("llava15")), dataset_name=str(tmp_path / "data"), split="test")
 
 

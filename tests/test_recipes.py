@@ -285,7 +285,7 @@ def two_images_in_row_5(rows: Dataset, bad: Sequence[int] = (5,)) -> Dataset:
     [
         (lambda rows: rows.remove_columns("messages"), "no column of conversations among images; expected messages"),
         (lambda rows: rows.rename_column("messages", "mesages"), r"\(did you mean 'mesages'\?\); .*images=images"),
-        (lambda rows: rows.select([]), "it has no row"),
+        (lambda rows: rows.select([]), "it holds no row"),
         (two_images_in_row_5, r"row 5\n +2 images"),
     ],
 )

@@ -18,6 +18,7 @@ from PIL import Image
 from vlm_sft import ChatCollator, check_rows, load_conversations
 from vlm_sft.chat.audit import audit
 from vlm_sft.data.check_rows import CheckReport, check_report
+from vlm_sft.data.records import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -280,7 +281,7 @@ def test_a_processor_finds_what_only_it_can(tiny_processor: Callable[..., Any]) 
     for fault, word in zip(report.faults, ("<end_of_turn>", "max_length=60", "<image_soft_token>"), strict=True):
         assert word in fault.detail
     lengths = [n not in (1, 2, 4) and len(collator.encode([rows[n]])[0][0]) for n in range(6)]
-    assert report.columns["length"].tolist() == lengths
+    assert report.found["length"].tolist() == lengths
     assert "checked with Gemma3Processor: 3 bad" in str(report)
     assert "tokens per row: 50% up to" in str(report)
 
@@ -346,7 +347,7 @@ def test_the_columns_are_the_collators_own(family: str, tiny_processor: Callable
     report = check_report(rows, collator, num_proc=2)
     assert not report.faults
     encoded = [collator.encode([row])[0][0] for row in rows]
-    assert {name: values.tolist() for name, values in report.columns.items()} == {
+    assert {name: report.found[name].tolist() for name in COLUMNS} == {
         "length": [len(row) for row in encoded],
         "image_tokens": [int(row.image.sum()) for row in encoded],
         "trained_tokens": [int((row.labels != -100).sum()) for row in encoded],

@@ -33,12 +33,10 @@ def scale_boxes(
 ) -> list[list[float]]:
     """Boxes [x1, y1, x2, y2] in the coordinates that the processor's family writes: `"pixels"` of the image as the
     model sees it (whole numbers), shares of it from `"0-1"`, or `"0-1000"` (whole numbers). `to` names those of a
-    family that is not known. `given` says in what the boxes are, of the upright image (PIL, or its (width, height))
-    before any resize.
+    family that is not known, `given` those of the boxes, of the upright image (PIL, or its (width, height)).
 
     Raises `ValueError` for boxes that are none, or lie outside of the image or of what the model sees of it (CLIP's
-    crop), and for pixels of an image that is cut into tiles.
-    """
+    crop), and for pixels of an image that is cut into tiles."""
     size: tuple[int, int] = upright_size(image) if isinstance(image, Image.Image) else tuple(image)
     kind = type(processor).__name__
     chosen: str | None = to or BOX_SCALES.get(kind)
@@ -53,20 +51,16 @@ def scale_boxes(
     for box in boxes:
         most = [_MOST.get(given, side) for side in size] * 2
         if len(box) != 4 or not (0 <= box[0] < box[2] <= most[0] and 0 <= box[1] < box[3] <= most[1]):
-            raise ValueError(
-                f"box {[*box]}; expected x1 < x2 and y1 < y2 from 0 to {most[0]:g} and {most[1]:g} ({given})"
-            )
+            expected = f"x1 < x2 and y1 < y2 from 0 to {most[0]:g} and {most[1]:g} ({given})"
+            raise ValueError(f"box {[*box]}; expected {expected}")
         inside = [each / most[n] * size[n % 2] * view.scale[n % 2] + view.shift[n % 2] for n, each in enumerate(box)]
         inside = [min(max(each, 0), view.size[n % 2]) for n, each in enumerate(inside)]
         if inside[0] >= inside[2] or inside[1] >= inside[3]:
-            raise ValueError(
-                f"box {[*box]} lies outside of what the model sees, which crops {size[0]} x {size[1]} pixels"
-            )
-        unit = [each / view.size[n % 2] for n, each in enumerate(inside)]
-        digits, most_of = (3, 1) if chosen == "0-1" else (None, 1000)
-        scaled.append(
-            [round(each) for each in inside] if chosen == "pixels" else [round(x * most_of, digits) for x in unit]
-        )
+            told = f"which crops {size[0]} x {size[1]} pixels"
+            raise ValueError(f"box {[*box]} lies outside of what the model sees, {told}")
+        wide = [_MOST.get(chosen, side) for side in view.size]
+        digits = 3 if chosen == "0-1" else None
+        scaled.append([round(each / view.size[n % 2] * wide[n % 2], digits) for n, each in enumerate(inside)])
     return scaled
 
 

@@ -27,7 +27,6 @@ MAX_DATA_URL = 200_000_000
 """Characters of an image written into a row, its bytes as base64; longer ones are refused before they are decoded."""
 
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
-_WHITES = {bits: 2**bits - 1 for bits in (8, 10, 12, 14, 16, 31)}
 _TOLERANCE = 1.01  # of floats, which arithmetic has moved past black or white
 _HOLDS = ("bytes", "path", "url", "image", "image_url", "source", "base64", "data")
 _DESCRIBES = {"type", "media_type", "mime_type", "detail", "format", "width", "height", "image_wh"}
@@ -36,12 +35,9 @@ _BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|UklGR|R0lGOD|Qk[02])[A-Za-z0-9+/\s]{4
 
 
 def to_rgb(image: Any) -> PILImage:
-    """The image in mode RGB, upright, on white where it is transparent.
-
-    Takes what `open_image` takes. More than 8 bits per pixel and floats are scaled by the range that their values
-    reach (8, 10, 12, 14 or 16 bits; 0 to 1), not clipped. Of an animation, the first frame.
-    Raises `ValueError` saying what is wrong with the image.
-    """
+    """What `open_image` takes in mode RGB, upright, on white where it is transparent; of an animation, the first frame.
+    More than 8 bits per pixel and floats are scaled by the range that their values reach (8, 10, 12, 14 or 16 bits; 0
+    to 1), not clipped. Raises `ValueError` saying what is wrong with the image."""
     opened = open_image(image)
     try:
         opened.load()
@@ -60,8 +56,7 @@ def to_rgb(image: Any) -> PILImage:
 def source_of(image: Any) -> Any:
     """What holds the image: a PIL image, bytes, or a file name, whichever way a format wraps it: the dict of
     `datasets.Image(decode=False)`, `{"url": ...}`, `{"base64": ...}`, Anthropic's `source`, a data URL, `file://`.
-
-    Anything else is returned as it is. Raises `ValueError` for a data URL that is too long or is not base64."""
+    Anything else as it is. Raises `ValueError` for a data URL that is too long or is not base64."""
     if isinstance(image, Mapping):
         held = {name: value for name, value in image.items() if value is not None and name not in _DESCRIBES}
         if held.keys() == {"bytes", "path"}:
@@ -91,11 +86,10 @@ def source_of(image: Any) -> Any:
 def looks_like_image(value: Any) -> bool:
     """Whether a value of a row, or the first one of a list, is most likely an image: a file name that ends so, a data
     URL, encoded bytes, a PIL image, or a dict that holds one."""
+    if isinstance(value, Mapping):
+        value = [value[name] for name in _HOLDS if value.get(name) is not None]
     if isinstance(value, (list, tuple)):
         return bool(value) and looks_like_image(value[0])
-    if isinstance(value, Mapping):
-        held = [value[name] for name in _HOLDS if value.get(name) is not None]
-        return bool(held) and looks_like_image(held[0])
     if isinstance(value, str):
         is_name = len(value) < 1000 and "\n" not in value and _IMAGE_FILE.search(value) is not None
         return is_name or value.startswith("data:image/") or _BASE64.match(value) is not None
@@ -103,14 +97,11 @@ def looks_like_image(value: Any) -> bool:
 
 
 def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = False) -> PILImage:
-    """The image with its header read and, unless it came decoded, its pixels not yet; see `source_of` for what it may
-    be held in.
-
+    """The image, held in what `source_of` knows, with its header read and, unless it came decoded, its pixels not yet.
     A file path is relative to `folder`, without which none is opened, and which it must not leave, links followed,
     unless `allow_outside` is set. Nothing is fetched.
 
-    Raises `ValueError` for what is not an image, more than `MAX_DECODED_PIXELS`, and every path that is not allowed.
-    """
+    Raises `ValueError` for what is not an image, more than `MAX_DECODED_PIXELS`, and every path that is not allowed."""
     match source := source_of(image):
         case PILImage():
             opened = source
@@ -132,18 +123,13 @@ def open_image(image: Any, *, folder: Path | None = None, allow_outside: bool = 
 def repairs_of(image: Any) -> list[str]:
     """What `to_rgb` changes about the image, in words that continue "images ..."."""
     opened = open_image(image)
-    repairs = []
-    if _orientation(opened) != 1:
-        repairs.append("turned upright as their EXIF says")
-    if getattr(opened, "is_animated", False):
-        repairs.append("of several frames, the first taken")
+    repairs = ["turned upright as their EXIF says"] if _orientation(opened) != 1 else []
+    repairs += ["of several frames, the first taken"] if getattr(opened, "is_animated", False) else []
     if opened.mode[0] in "IF":
-        repairs.append(_to_8_bits(opened)[1])
-    elif opened.has_transparency_data:
-        repairs.append("with transparency, laid on white")
-    elif opened.mode != "RGB":
-        repairs.append(f"of mode {opened.mode}, converted to RGB")
-    return repairs
+        return [*repairs, _to_8_bits(opened)[1]]
+    if opened.has_transparency_data:
+        return [*repairs, "with transparency, laid on white"]
+    return repairs if opened.mode == "RGB" else [*repairs, f"of mode {opened.mode}, converted to RGB"]
 
 
 def _orientation(image: PILImage) -> int:
@@ -163,11 +149,10 @@ def upright_size(image: PILImage) -> tuple[int, int]:
 def _to_8_bits(image: PILImage) -> tuple[PILImage, str]:
     """Scaled to 8 bits by the narrowest range that holds all values, and words for it. Cameras and scanners store 10,
     12 or 14 bits in 16: by the whole range they would come out black."""
-    values = np.asarray(image).astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    slack = _TOLERANCE if image.mode == "F" else 1
-    ranges = {f"{bits} bits": white for bits, white in _WHITES.items()}
-    ranges = ({"floats up to 1": 1} if image.mode == "F" else {}) | ranges
+    values, is_float = np.asarray(image).astype(np.float64), image.mode == "F"
+    low, high, slack = float(values.min()), float(values.max()), _TOLERANCE if is_float else 1
+    ranges = {"floats up to 1": 1} if is_float else {}
+    ranges |= {f"{bits} bits": 2**bits - 1 for bits in (8, 10, 12, 14, 16, 31)}
     found = next((name for name, white in ranges.items() if high <= white * slack and low >= white * (1 - slack)), None)
     if found is None:  # also for NaN
         raise ValueError(f"the image holds values from {low:g} to {high:g}; expected 0 to 1, 255 or 65535: scale it")
@@ -190,9 +175,7 @@ def _from_file(file: BytesIO | str, name: str) -> PILImage:
 
 
 def _damaged(name: str, error: Exception) -> ValueError:
-    reason = str(error)
-    if not reason or " object at 0x" in reason:
-        reason = type(error).__name__
+    reason = type(error).__name__ if " object at 0x" in str(error) else str(error) or type(error).__name__
     return ValueError(f"{name} is damaged ({reason}); replace the file or leave the row out")
 
 
@@ -206,15 +189,18 @@ def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
         raise ValueError(f"{name} is a URL, and nothing is fetched; download it and give the file's path")
     if folder is None:
         raise ValueError(f"{name} is a path, and no folder was named to read from; name it by --image_folder")
-    if "\0" in path:
-        raise ValueError(f"{name} is a path with a NUL character; fix it")
     root = _real(os.path.abspath(folder))  # the working directory may change
-    target = os.path.realpath(os.path.join(root, path))
-    if not (allow_outside or target == root or target.startswith(os.path.join(root, ""))):
+    try:
+        target = os.path.realpath(os.path.join(root, path))
+    except ValueError:
         raise ValueError(
-            f"{name} lies outside the image folder {root!r}; name the folder by --image_folder, or read files from "
-            "anywhere by --allow_outside if you trust the rows"
+            f"{name} is a path with a NUL character, or one which is not Unicode; rename the file"
+        ) from None
+    if not (allow_outside or target == root or target.startswith(os.path.join(root, ""))):
+        found = (
+            f"lies outside the image folder {root!r}; name the folder by --image_folder, or read files from anywhere"
         )
+        raise ValueError(f"{name} {found} by --allow_outside if you trust the rows")
     if not os.path.isfile(target):
         found = f"{'is a directory' if os.path.isdir(target) else 'does not exist'} in the image folder {root!r}"
         raise ValueError(f"{name} {found}; fix the path, or name the folder by --image_folder")
@@ -222,7 +208,7 @@ def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
 
 
 def _name(image: Any) -> str:
-    """How messages call the image: by its path as the row gives it, shortened, never by an object's address."""
+    """How messages call the image: by its path as the row gives it, never by an object's address."""
     path = os.path.basename(str(getattr(image, "filename", ""))) or None if isinstance(image, PILImage) else image
     while isinstance(path, Mapping):
         path = next((path[name] for name in ("path", "url", "image", "image_url") if path.get(name) is not None), None)

@@ -1,8 +1,4 @@
-"""One conversation: its shape made uniform, its faults named.
-
-Datasets write conversations in many ways (plain strings, Arrow structs filled with None, images by index, images inside
-the part). `normalise` turns each into one shape, or says what is wrong and where.
-"""
+"""One conversation: its shape, which datasets write in many ways, made uniform; its faults named."""
 
 from __future__ import annotations
 
@@ -38,13 +34,12 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
     Content given as a string becomes one text part. Fields that are None (Arrow fills structs with them) count as
     absent. An image part takes the image it holds (`image`), else the one at its `index`, else the next one. Where
     every content is a plain string, the images stand in front of the first user message, as in TRL's own data format.
-    Raises `ValueError` naming message, part, what was found, and what to do.
-    """
+    Raises `ValueError` naming message, part, what was found, and what to do."""
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         raise ValueError(f"`messages` is {_kind(messages)}; expected a list of messages (parse JSON strings first)")
     if not messages:
         raise ValueError("`messages` is empty; expected at least a user and an assistant message")
-    pool = _flat(images)
+    pool = flat(images)
     in_front = pool and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages)
     used: set[int] = set()
     ordered: list[Any] = []
@@ -106,15 +101,12 @@ def guard_reserved(messages: Sequence[Message], reserved: re.Pattern[str], *, es
     for number, message in enumerate(guarded):
         called = json.dumps([message.get("tools"), message.get("tool_calls")], ensure_ascii=False)
         if found := sorted({*reserved.findall(text_of(message)), *reserved.findall(called)}):
+            holds = f"messages[{number}] ({message['role']}) holds"
             if other := [token for token in found if OTHER_MEDIA.match(token.strip("<|>"))]:
-                raise ValueError(
-                    f"messages[{number}] ({message['role']}) holds {other[0]!r}: {NO_MEDIA} (as plain text, by "
-                    "reserved_tokens='escape')"
-                )
+                raise ValueError(f"{holds} {other[0]!r}: {NO_MEDIA} (as plain text, by reserved_tokens='escape')")
             raise ValueError(
-                f"messages[{number}] ({message['role']}) holds {', '.join(map(repr, found))} as text, which the "
-                "tokenizer would read as control tokens; remove them, write an image as {'type': 'image'}, or set "
-                "reserved_tokens='escape'"
+                f"{holds} {', '.join(map(repr, found))} as text, which the tokenizer would read as control tokens; "
+                "remove them, write an image as {'type': 'image'}, or set reserved_tokens='escape'"
             )
     return guarded
 
@@ -146,9 +138,8 @@ def answers_of(messages: Sequence[Message]) -> list[int]:
 
 
 def one_answer(conversation: Conversation, answer: int) -> Conversation:
-    """The conversation up to the answer in this message, the answers before it not trained.
-
-    For templates that render an earlier answer differently from the last one (thinking models)."""
+    """The conversation up to the answer in this message, the answers before it not trained: for templates that render
+    an earlier answer differently from the last one (thinking models)."""
     *history, last = conversation.messages[: answer + 1]
     history = [{**message, "train": False} if message["role"] == "assistant" else message for message in history]
     return Conversation([*history, last], conversation.images[: count_images([*history, last])])
@@ -162,8 +153,8 @@ def count_images(messages: Sequence[Message]) -> int:
 def _part(part: Any, where: str, role: str, pool: list[Any], used: set[int], ordered: list[Any]) -> Message:
     """The part in its uniform shape; an image part also moves its image from `pool` to `ordered`."""
     if isinstance(part, Mapping):
-        named = [part.get("type"), *(key for key, value in part.items() if value is not None)]
-        if other := [name for name in named if isinstance(name, str) and OTHER_MEDIA.match(name)]:
+        named = [str(part.get("type")), *(str(key) for key, value in part.items() if value is not None)]
+        if other := [*filter(OTHER_MEDIA.match, named)]:
             raise ValueError(f"{where} is a part of the kind {other[0]!r}: {NO_MEDIA}")
     fields = _fields(part, where, allowed=("type", "text", "image", "index"))
     match fields.get("type"):
@@ -182,17 +173,13 @@ def _part(part: Any, where: str, role: str, pool: list[Any], used: set[int], ord
         case "image":
             if role == "assistant":
                 raise ValueError(f"{where} is an image in an assistant message; images belong to user messages")
-            if "image" in fields:
-                ordered.append(fields["image"])
-                return {"type": "image"}
-            index = fields.get("index", max(used, default=-1) + 1)
-            if not isinstance(index, int) or not 0 <= index < len(pool):
-                raise ValueError(
-                    f"{where} stands for image {index} but the row has {len(pool)} images; add the image, fix the "
-                    "index, or drop the part"
-                )
-            used.add(index)
-            ordered.append(pool[index])
+            if "image" not in fields:
+                index = fields.get("index", max(used, default=-1) + 1)
+                if not isinstance(index, int) or not 0 <= index < len(pool):
+                    found = f"stands for image {index} but the row has {len(pool)} images"
+                    raise ValueError(f"{where} {found}; add the image, fix the index, or drop the part")
+                used.add(index)
+            ordered.append(fields["image"] if "image" in fields else pool[index])
             return {"type": "image"}
         case kind:
             raise ValueError(f"{where} has the type {kind!r}; expected 'text' or 'image'")
@@ -214,10 +201,10 @@ def _fields(value: Any, where: str, *, allowed: tuple[str, ...]) -> Message:
     return fields
 
 
-def _flat(images: Any) -> list[Any]:
+def flat(images: Any) -> list[Any]:
+    """What nested lists hold. A None among images is an image that is missing, and is named when it is opened."""
     if isinstance(images, (list, tuple)):
-        # A None among images is an image that is missing, and is named when it is opened.
-        return [image for item in images for image in ([None] if item is None else _flat(item))]
+        return [image for item in images for image in ([None] if item is None else flat(item))]
     return [] if images is None else [images]
 
 

@@ -1,46 +1,42 @@
-"""`load_conversations`: rows of the Hub, of files or in memory as a `DatasetDict` whose rows hold `messages`, `images`
-and `row`.
-
-Rows stay as their source stores them; they are converted, and their images opened, when they are read, so in the data
-loader's workers. Images are read only inside the image folder: nothing in a row fetches a URL or reads another file.
-"""
+"""`load_conversations`: rows of the Hub, of files or in memory, as conversations. They stay as their source stores
+them, and are converted, and their images opened, when they are read: so in the data loader's workers."""
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import reduce
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, DatasetInfo, Features, IterableDataset, IterableDatasetDict, List
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, IterableDataset, IterableDatasetDict
 from huggingface_hub import constants
 from PIL.Image import Image as PILImage
 
 from vlm_sft.chat.images import to_rgb
-from vlm_sft.chat.messages import normalise
 from vlm_sft.data import files, formats
 from vlm_sft.data import rows as reading
 from vlm_sft.data.files import EVAL_SPLITS, KINDS, data_files, listed, read_rows, split_of
-from vlm_sft.data.formats import closest, named_columns
-from vlm_sft.data.rows import LINES, READER, READERS, Change, ImageFolder, RowReader, columns_of, named
+from vlm_sft.data.formats import closest, is_filled, named_columns, unused_columns
+from vlm_sft.data.rows import LINES, READER, Change, Readers, RowReader, columns_of, named
 from vlm_sft.distributed import print_main
 
 FIRST_ROWS = 8  # looked at while loading
 EVAL_ROWS = 500  # held out at most, unless a number is given
 _MOST_KINDS = 64  # sets of columns that are looked at while loading
 _CODE = (formats.__file__, reading.__file__, files.__file__)
+_NUMBERS = itertools.count()  # of readers
 
-NUMBER = {"row": LINES["row"]}
 Source: TypeAlias = str | Path | Dataset | DatasetDict | IterableDataset | IterableDatasetDict | list[dict[str, Any]]
 
 
@@ -64,29 +60,24 @@ def load_conversations(
 ) -> DatasetDict | IterableDatasetDict:
     """`{"train", "test"}` whose rows hold `messages`, `images` and `row`, the row's place in its source.
 
-    Reads a Hub dataset; a folder written by `save_to_disk`; a Parquet, Arrow, JSON, JSON-lines, CSV or TSV file, or a
-    folder of them, split by their names; a folder of images with a `metadata.jsonl`; a dataset that LLaMA-Factory's
-    `dataset_info.json` lists, as FOLDER/NAME or by `config_name`; a `Dataset`, `DatasetDict` or list of dicts. Each row
-    is judged by itself: docs/data.md has a row of each format that is known. Where yours have other names, `columns`
-    says so: `["prompt=question", "images=photo"]`. Columns that nothing reads are printed, those of images refused.
+    docs/data.md says where rows may come from, and has a row of each format that is known; each row is judged by
+    itself. Where yours have other names, `columns` says so: `["prompt=question", "images=photo"]`. Columns that nothing
+    reads are printed, those of images refused.
 
-    - `to_conversation`: from a stored row to one of a known format, as `messages` and `images`; images come to it
-      opened. It is not used with `columns` or `prompt`, nor where it asks for a column that rows of a known format do
-      not have; that is printed.
-    - `prompt`: the question of rows that have none, such as images with captions; `system_prompt`: the system message
-      of rows that have none.
-    - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test". Where there is
-      none, `max_eval_rows` rows do, drawn with `seed`. A number of 0 makes it empty, to train without evaluation.
-      Without a number, of its own split 500 rows at most, else `eval_fraction` of all, at most 500; with a fraction of
-      0 all of its own split, and else no "test".
+    - `to_conversation`: from a stored row to one of a known format; images come to it opened. It is not used with
+      `columns` or `prompt`, nor where it asks for a column that rows of a known format do not have; that is printed.
+    - `prompt`, `system_prompt`: the question (as of images with captions) and the system message of rows without one.
+    - `split` becomes "train". `eval_split`, else the source's validation or test split, becomes "test"; where there is
+      none, `max_eval_rows` rows drawn with `seed` do. A number of 0 makes it empty, to train without evaluation;
+      without one, of its own split 500 rows at most, else `eval_fraction` of all, at most 500; with a fraction of 0
+      all of its own split, and else no "test".
     - `streaming`: "train" is an `IterableDataset` in the order of the source; "test" a `Dataset` in memory of
       `max_eval_rows` rows, the first ones where the source has no split for it.
-    - `image_folder`: what file names in rows are relative to; the folder of the data unless given. Files outside it
-      are refused unless `allow_outside` is set, URLs always.
+    - `image_folder`: what file names in rows are relative to, else the folder of the data. Files outside it are refused
+      unless `allow_outside` is set, URLs always.
 
     Raises `ValueError` for a path or folder that does not exist, a column that is not there, a split without rows, and
-    where none of the first rows can be read. A bad row among good ones raises when it is read.
-    """
+    where none of the first rows can be read. A bad row among good ones raises when it is read."""
     if image_folder and not Path(image_folder).expanduser().is_dir():
         raise ValueError(f"--image_folder {str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
     name, root, sources, columns = _sources(name_or_path, config_name, revision, streaming, columns)
@@ -94,55 +85,42 @@ def load_conversations(
     for key in [key for key in sources if key != split]:
         with suppress(ValueError):  # nothing of an unclear name is trained on
             own.setdefault(split_of(Path(key)), key)
-    wanted = {"train": split}
-    if found := eval_split or next((own[key] for key in EVAL_SPLITS if key in own), None):
-        wanted["test"] = found
+    found = eval_split or next((own[key] for key in EVAL_SPLITS if key in own), None)
+    wanted = {"train": split} | ({"test": found} if found else {})
     if others := sources.keys() - {*wanted.values()}:
         print_main(f"{name}: splits that are not used: {', '.join(sorted(others))}")
     by = "--columns" if columns else None if prompt is None else "--prompt"
-    reader = RowReader(
-        ImageFolder(Path(image_folder).expanduser() if image_folder else root, allow_outside),
-        to_conversation if by is None else None,
-        tuple(columns or ()),
-        prompt,
-        system_prompt,
-    )
     if by and to_conversation:
         print_main(f"{name}: read by {by}; to_conversation is not used")
+    folder, change = Path(image_folder).expanduser() if image_folder else root, None if by else to_conversation
+    reader = RowReader(folder, allow_outside, change, tuple(columns or ()), prompt, system_prompt, name)
     stored: dict[str, Any] = {}
-    faults, number = [], len(READERS)
+    faults, number = [], next(_NUMBERS)
     for key, wanted_split in wanted.items():
         try:
             with named_faults(f"{name}, split {wanted_split!r}"):
                 if wanted_split not in sources:
                     near = closest(wanted_split, [*sources])
                     raise ValueError(f"no split {wanted_split!r}{near}; found {', '.join(sources)}")
-                stored[key], names = _stored(sources[wanted_split], root, streaming, number)
-                reader = _fitting(stored[key], reader, name) if key == "train" else reader
-                if not reader.change:
-                    named_columns(reader.columns, names, prompt=prompt is not None)
-                _check_first_rows(stored[key], reader)
-                _say_unused(stored[key], reader, f"{name}, split {wanted_split!r}")
+                stored[key] = _stored(sources[wanted_split], root, streaming, number)
+                reader = _fitting(stored[key], reader, name, may_replace=key == "train")
         except ValueError as error:
             faults.append(str(error))
     if faults:
         raise ValueError("\n".join(faults))
-    count = max_eval_rows
-    if "test" not in stored and (eval_fraction or count is not None):
-        rows = stored["train"]
+    if "test" not in stored and (eval_fraction or max_eval_rows is not None):
         with named_faults(name):
-            stored = _held_out(rows, count) if streaming else _drawn(rows, eval_fraction, count, seed)
-        reader = replace(reader, seed=seed if "test" in stored and not streaming else None)
+            stored = _held_out(stored["train"], eval_fraction, max_eval_rows, seed)
+        reader = replace(reader, seed=None if streaming else seed)
     if "test" in stored:
-        test, count = stored["test"], EVAL_ROWS if count is None and eval_fraction else count
-        if isinstance(test, Dataset):
-            rows = test if count is None else test.select(range(min(count, len(test))))
-        else:
-            rows = _dataset_of([*(test if count is None else test.take(count))], test.features)
+        count = EVAL_ROWS if max_eval_rows is None and eval_fraction else max_eval_rows
+        rows = stored["test"] if count is None else _first(stored["test"], count)
+        if streaming:
+            rows = _dataset_of([*rows], rows.features)
             rows = rows.add_column(READER, np.full(len(rows), number, np.int32))
         stored["test"] = rows
-    READERS[number] = reader
-    splits = {key: rows.with_transform(READERS) for key, rows in stored.items() if isinstance(rows, Dataset)}
+    readers = Readers({number: reader})
+    splits = {key: rows.with_transform(readers) for key, rows in stored.items() if isinstance(rows, Dataset)}
     if not streaming:
         return DatasetDict(splits)
     names = stored["train"].column_names or [*next(iter(stored["train"]))]
@@ -157,7 +135,8 @@ def named_faults(name: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{name}: {error.__cause__ or error}") from error
+        why = error if isinstance(error, ValueError) else error.__cause__ or error
+        raise ValueError(f"{name}: {why}") from error
 
 
 def _sources(
@@ -165,12 +144,13 @@ def _sources(
 ) -> tuple[str, Path, dict[str, Any], Sequence[str] | None]:
     """How the data is called, the folder of its images, its splits, and the columns that are named for it."""
     if not isinstance(data, (str, Path)):
-        return f"a {type(data).__name__} in memory", Path.cwd(), _in_memory(data, streaming), columns
+        splits = {split: _in_memory(rows, streaming) for split, rows in _splits_of(data).items()}
+        return f"a {type(data).__name__} in memory", Path.cwd(), splits, columns
     path, name = Path(data).expanduser(), str(data)
     if entry := listed(path, config_name):
-        columns = columns or entry.columns
-        print_main(f"{name}: read as dataset_info.json says: {entry.source} {' '.join(columns)}".rstrip())
-        path, name, config_name = Path(entry.source), entry.source, None
+        source, columns, config_name = entry[0], columns or entry[1], None
+        print_main(f"{name}: read as dataset_info.json says: {source} {' '.join(columns)}".rstrip())
+        path, name = Path(source), source
     root = path if path.is_dir() else path.parent if path.exists() else Path(constants.HF_HUB_CACHE)
     with named_faults(name if path.exists() else f"{name} (no such path, so taken for a Hub id)"):
         if path.exists():
@@ -181,17 +161,19 @@ def _sources(
         return name, root, dict(found), columns
 
 
-def _in_memory(data: Any, streaming: bool) -> dict[str, Any]:
-    splits = dict(data) if isinstance(data, dict) else {"train": data}
-    for name, rows in splits.items():
-        if isinstance(rows, list):
-            splits[name] = rows = _dataset_of([*_lines_of((row, "") for row in rows)], LINES)
-        if not isinstance(rows, IterableDataset if streaming else Dataset):
-            expected = "an IterableDataset" if streaming else "a Dataset, a list of dicts, or a dict of them by split"
-            raise ValueError(f"the rows are a {type(rows).__name__}; expected {expected} (streaming={streaming})")
-        if isinstance(rows, Dataset) and rows.format["type"] == "custom":
-            raise ValueError("the dataset has a transform, which would not be applied; give it as to_conversation")
-    return splits
+def _splits_of(data: Any) -> dict[str, Any]:
+    return dict(data) if isinstance(data, dict) else {"train": data}
+
+
+def _in_memory(rows: Any, streaming: bool) -> Any:
+    if isinstance(rows, list):
+        rows = _dataset_of([*_lines_of((row, "") for row in rows)], LINES)
+    if not isinstance(rows, IterableDataset if streaming else Dataset):
+        expected = "an IterableDataset" if streaming else "a Dataset, a list of dicts, or a dict of them by split"
+        raise ValueError(f"the rows are a {type(rows).__name__}; expected {expected} (streaming={streaming})")
+    if isinstance(rows, Dataset) and rows.format["type"] == "custom":
+        raise ValueError("the dataset has a transform, which would not be applied; give it as to_conversation")
+    return rows
 
 
 def _dataset_of(rows: list[dict[str, Any]], features: Features) -> Dataset:
@@ -199,60 +181,47 @@ def _dataset_of(rows: list[dict[str, Any]], features: Features) -> Dataset:
 
 
 def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
-    """Splits of a folder written by `save_to_disk`, of a data file, or of a folder of data files, told by their names.
-    Raises `ValueError` for a path that holds no data, or data of several kinds."""
+    """Splits of a folder written by `save_to_disk`, of a data file, or of a folder of them, told by their names."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if next(path.rglob("*.arrow"), None) is None:
-            raise ValueError("it has no row")
-        saved = datasets.load_from_disk(path)
-        splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+            raise ValueError("it holds no row")
+        splits = _splits_of(datasets.load_from_disk(path))
         return {name: rows.to_iterable_dataset() for name, rows in splits.items()} if streaming else splits
+    by_split: dict[str, list[str]] = {}
     found = data_files(path)
-    kinds = {KINDS[file.suffix.lower()] for file in found if file.suffix.lower() in KINDS}
+    kinds = {KINDS[file.suffix.lower()] for file in found}
     if len(kinds) != 1:
         what = "files of several kinds; give one of them" if kinds else f"none of {', '.join(KINDS)}"
         raise ValueError(f"it holds {what}")
-    by_split: dict[str, list[Path]] = {}
     for file in found:
-        by_split.setdefault(split_of(file.relative_to(path)) if path.is_dir() else "train", []).append(file)
-    if kinds == {"text"}:
-        return {split: tuple(paths) for split, paths in by_split.items()}
-    names = {split: [str(file) for file in paths] for split, paths in by_split.items()}
-    return dict(datasets.load_dataset(kinds.pop(), data_files=names, streaming=streaming))
+        by_split.setdefault(split_of(file.relative_to(path)) if path.is_dir() else "train", []).append(str(file))
+    kind = kinds.pop()
+    if kind == "text":
+        return {split: tuple(map(Path, names)) for split, names in by_split.items()}
+    return dict(datasets.load_dataset(kind, data_files=by_split, streaming=streaming))
 
 
-def _stored(source: Any, root: Path, streaming: bool, reader: int) -> tuple[Any, list[str]]:
-    """The source with the columns `row` and, unless it streams, `READER`, images left encoded; and the names of its own
-    columns."""
+def _stored(source: Any, root: Path, streaming: bool, reader: int) -> Any:
+    """The source with the columns `row` and, unless it streams, `READER`, images left encoded."""
     if isinstance(source, tuple):
+        if not any(True for file in source for _ in read_rows(file)):  # `from_generator` says nothing that helps
+            raise ValueError("it holds no row")
         # By the stamp the cache sees that the files, or the code that reads them, have changed.
         stamp = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in (*source, *_CODE))
-        kind: Any = IterableDataset if streaming else Dataset
-        if next((True for file in source for _ in read_rows(file)), None) is None:
-            raise ValueError(f"it holds no row ({', '.join(file.name for file in source)})")
-        source = kind.from_generator(_lines, features=LINES, gen_kwargs={"files": source, "root": root, "stamp": stamp})
-    if (source.features or {}).keys() == LINES.keys():
-        if isinstance(source, Dataset) and not len(source):
-            raise ValueError("it holds no row")
-        kinds = [json.loads(row["columns"]) for row in _one_of_each_kind(source) if row["columns"]]
-        if not (names := [*dict.fromkeys(name for kind in kinds for name in kind)]):
-            raise ValueError("no row is an object with columns; expected {'messages': [...], ...} and the like")
-        return source if streaming else source.add_column(READER, np.full(len(source), reader, np.int32)), names
-    if streaming:
-        unread = source.decode(False) if source.features else source
-        names = [name for name in source.column_names or next(iter(unread), {}) if name != "row"]
-        known = source.features and Features({name: _undecode(source.features[name]) for name in names} | NUMBER)
-        return unread.select_columns(names).map(_number, with_indices=True, features=known), names
-    if not len(source):
-        raise ValueError("it has no row")
-    source = source.flatten_indices().with_format(None)
-    source = source.remove_columns(["row"] if "row" in source.column_names else [])
-    features = Features({name: _undecode(feature) for name, feature in source.features.items()})
-    # `cast` would write all images anew.
-    unread = Dataset(source.data, info=DatasetInfo(features=features))
-    for name, numbers in (("row", np.arange(len(unread))), (READER, np.full(len(unread), reader, np.int32))):
-        unread = unread.add_column(name, numbers)
-    return unread, source.column_names
+        from_generator = IterableDataset.from_generator if streaming else Dataset.from_generator
+        source = from_generator(_lines, features=LINES, gen_kwargs={"files": source, "root": root, "stamp": stamp})
+    if (source.features or {}).keys() != LINES.keys():
+        names = [name for name in source.column_names or next(iter(source), {}) if name != "row"]
+        source = source.with_format(None).select_columns(names)
+        # `cast` would write all images of a `Dataset` anew.
+        unread = source.to_iterable_dataset() if isinstance(source, Dataset) else source
+        unread = unread.decode(False) if source.features else unread
+        if streaming:
+            known = source.features and Features({**unread.features, "row": LINES["row"]})
+            return unread.map(_number, with_indices=True, features=known)
+        source = Dataset(source.flatten_indices().data, info=DatasetInfo(features=unread.features))
+        source = source.add_column("row", np.arange(len(source)))
+    return source if streaming else source.add_column(READER, np.full(len(source), reader, np.int32))
 
 
 def _lines(files: tuple[Path, ...], root: Path, stamp: Any) -> Iterator[dict[str, Any]]:
@@ -264,10 +233,9 @@ def _lines_of(rows: Iterable[tuple[Any, str]]) -> Iterator[dict[str, Any]]:
         fault = str(row) if isinstance(row, ValueError) else None
         with named(f"row {number}"):
             text = None if fault else json.dumps(row, default=_as_json)
-        filled = [name for name, value in row.items() if formats.is_filled(value)] if isinstance(row, Mapping) else None
-        filled = ["messages"] if isinstance(row, list) else filled
-        columns = None if filled is None else json.dumps(filled)
-        yield {"json": text, "fault": fault, "file": file, "columns": columns, "row": number}
+        columns = {"messages": row} if isinstance(row, list) else row if isinstance(row, Mapping) else {}
+        filled = json.dumps([name for name, value in columns.items() if is_filled(value)]) if columns else None
+        yield {"json": text, "fault": fault, "file": file, "columns": filled, "row": number}
 
 
 def _as_json(value: Any) -> Any:
@@ -287,18 +255,13 @@ def _number(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {**row, "row": number}
 
 
-def _undecode(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, dict):
-        return {name: _undecode(part) for name, part in feature.items()}
-    if isinstance(feature, (List, datasets.LargeList)):
-        return type(feature)(_undecode(feature.feature))
-    return feature
-
-
-def _drawn(rows: Dataset, fraction: float, count: int | None, seed: int) -> dict[str, Dataset]:
-    """Training and test rows, both in the order of the source."""
+def _held_out(rows: Any, fraction: float, count: int | None, seed: int) -> dict[str, Any]:
+    """Training and test rows, both in the order of the source; of a stream its first rows are those for testing."""
+    if isinstance(rows, IterableDataset):
+        count = EVAL_ROWS if count is None else count
+        if next(iter(rows.skip(count)), None) is None:
+            raise ValueError(f"--num_eval_rows {count} holds out every row of the stream; give fewer")
+        return {"train": rows.skip(count), "test": rows.take(count)}
     if count is None:
         count = max(1, min(EVAL_ROWS, round(fraction * len(rows)))) if len(rows) > 1 else 0
     if count >= len(rows):
@@ -307,89 +270,77 @@ def _drawn(rows: Dataset, fraction: float, count: int | None, seed: int) -> dict
     return {"train": rows.select([n for n in range(len(rows)) if n not in test]), "test": rows.select(sorted(test))}
 
 
-def _held_out(stream: IterableDataset, count: int | None) -> dict[str, IterableDataset]:
-    """The first rows of the stream for testing, those after them for training."""
-    count = EVAL_ROWS if count is None else count
-    train = stream.skip(count)
-    if next(iter(train), None) is None:
-        raise ValueError(f"--num_eval_rows {count} holds out every row of the stream; give fewer")
-    return {"train": train, "test": stream.take(count)}
+def _first(rows: Any, count: int) -> Any:
+    return rows.take(count if isinstance(rows, IterableDataset) else min(count, len(rows)))
 
 
-def _first(rows: Any, count: int = FIRST_ROWS) -> list[Mapping[str, Any]]:
-    return [*rows.take(count if isinstance(rows, IterableDataset) else min(count, len(rows)))]
+def _fitting(rows: Any, reader: RowReader, name: str, *, may_replace: bool) -> RowReader:
+    """The reader, without `change` where that asks for a column that the first row has not (nor a similar one) and the
+    format is known. Raises `ValueError` for columns that are not there, and where no first row can be read."""
+    kinds, first = _kinds(rows), [*_first(rows, FIRST_ROWS)]
+    if not reader.change:
+        columns = dict.fromkeys(column for row in kinds for column in _columns(row))
+        named_columns(reader.columns, [*columns], prompt=reader.prompt is not None)
+    fault, plain = _fault(first, reader), replace(reader, change=None)
+    missing = fault.__cause__ if fault and reader.change and may_replace else None
+    asked = str(missing.args[0]) if isinstance(missing, KeyError) and missing.args else ""
+    if asked and not closest(asked, _columns(first[0])) and not _fault(first, plain):
+        fault, reader = None, plain
+        print_main(
+            f"{name}: to_conversation asks for a column {asked!r}, which rows of {', '.join(_columns(first[0]))} do "
+            "not have; it is not used, and they are read by their own format"
+        )
+    if fault:
+        raise fault
+    _say_unused(kinds, reader, name)
+    return reader
 
 
-def _fitting(rows: Any, reader: RowReader, name: str) -> RowReader:
-    """The reader, without `change` where that asks for a column that none of the first rows has (and no similar one),
-    while the format of one of them is known."""
-    if reader.change is None:
-        return reader
-    plain, asked = replace(reader, change=None), []
-    for row in _first(rows):
+def _fault(rows: Sequence[Mapping[str, Any]], reader: RowReader) -> ValueError | None:
+    """Why none of the rows can be read; None where one can."""
+    first = None
+    for row in rows:
         try:
-            reader._judged(row)
-            return reader
+            reader.read(row)
         except ValueError as error:
-            missing = error.__cause__
-            found = [*columns_of(row)] if not row.get("fault") else []
-            if not isinstance(missing, KeyError) or closest(str(missing.args[0]), found) or missing.args[0] in found:
-                return reader
-            with suppress(ValueError):
-                plain.convert(row)
-                asked.append((missing.args[0], found))
-    if not asked:
-        return reader
-    print_main(
-        f"{name}: to_conversation asks for a column {asked[0][0]!r}, which rows of {', '.join(asked[0][1])} do not "
-        "have; it is not used, and they are read by their own format"
-    )
-    return plain
+            first = first or error
+        else:
+            return None
+    fault = ValueError(f"none of the first {len(rows)} rows can be read. {first}" if rows else "it holds no row")
+    fault.__cause__ = first.__cause__ if first else None
+    return fault
 
 
-def _check_first_rows(rows: Any, reader: RowReader) -> None:
-    """Raises `ValueError` unless one of the first rows reads: a wrong column or folder shows in all of them."""
-    faults = []
-    for row in _first(rows):
-        try:
-            read = reader.read(row)
-            with named(f"row {row['row']}"):
-                normalise(read["messages"], read["images"])
-            return
-        except ValueError as error:
-            faults.append(str(error))
-    raise ValueError(f"none of the first {len(faults)} rows can be read. {faults[0]}" if faults else "it has no row")
+def _columns(row: Mapping[str, Any]) -> list[str]:
+    with suppress(ValueError):
+        return [*columns_of(row)]
+    return []
 
 
-def _one_of_each_kind(rows: Any) -> list[Mapping[str, Any]]:
-    """The first row of each set of columns that rows fill (of a stream, of its first 64 rows)."""
+def _kinds(rows: Any) -> list[Mapping[str, Any]]:
+    """The first row of each set of columns that rows fill (of a stream, its first 64 rows)."""
     if isinstance(rows, IterableDataset):
-        return [*rows.take(_MOST_KINDS)]
-    if "columns" in rows.features and "json" in rows.features:
-        kinds = rows.data.table.group_by(["file", "columns"]).aggregate([("row", "min")])["row_min"].to_pylist()
-    else:
-        filled = [pc.is_valid(rows.data.table[name]).to_numpy() for name in rows.column_names[:60]]
-        bits = reduce(lambda found, valid: found * 2 + valid, filled, np.zeros(len(rows), np.int64))
-        kinds = np.unique(bits, return_index=True)[1].tolist()
-    return [rows[number] for number in sorted(kinds)[:_MOST_KINDS]]
+        return [*_first(rows, _MOST_KINDS)]
+    table, is_text = rows.data.table, rows.features.keys() >= LINES.keys()
+    names = ["file", "columns"] if is_text else [name for name in table.column_names if name not in ("row", READER)]
+    filled = {name: table[name] if is_text else pc.is_valid(table[name]) for name in names}
+    kinds = pa.table({**filled, "row": table["row"]}).group_by(names).aggregate([("row", "min")])
+    return [rows[number] for number in sorted(kinds["row_min"].to_pylist())[:_MOST_KINDS]]
 
 
-def _say_unused(rows: Any, reader: RowReader, name: str) -> None:
+def _say_unused(kinds: Sequence[Mapping[str, Any]], reader: RowReader, name: str) -> None:
     """Prints the columns that nothing reads. Raises `ValueError` for files of which some hold no conversation."""
-    unused: dict[str, int] = {}
-    strange: dict[str, list[str]] = {}
-    known = set()
-    for row in _one_of_each_kind(rows):
+    unused, strange, known = dict[str, int](), dict[str, list[str]](), set[str]()
+    for row in kinds:
         file = str(row.get("file"))
         try:
-            for column in reader.unused(row):
+            for column in unused_columns(*reader.judged(row)):
                 unused.setdefault(column, row["row"])
             known.add(file)
         except ValueError:
-            with suppress(ValueError):
-                strange.setdefault(file, [*columns_of(row)])
-    if others := {file: names for file, names in strange.items() if file not in known and known and not reader.change}:
-        told = "; ".join(f"{file} (columns {', '.join(names)})" for file, names in others.items())
+            strange |= {file: _columns(row)} if _columns(row) else {}
+    if known and not reader.change and (others := strange.keys() - known):
+        told = "; ".join(f"{file} (columns {', '.join(strange[file])})" for file in sorted(others))
         raise ValueError(
             f"files of other rows lie beside {', '.join(sorted(known))}: {told}. Give one file, or move them"
         )

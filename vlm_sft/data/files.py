@@ -7,29 +7,27 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from vlm_sft.data.formats import FIELDS, closest, is_message
 
-TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
-KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(TEXT_SUFFIXES, "text")
-DATASET_INFO = "dataset_info.json"
+KINDS = {".parquet": "parquet", ".arrow": "arrow", **dict.fromkeys((".json", ".jsonl", ".csv", ".tsv"), "text")}
 
 _BETWEEN = re.compile(r"[\s,]*")
-_SPLITS = {  # words of a name -> the split it is
-    "train": ("train", "training", "trainset"),
-    "validation": ("validation", "validate", "validset"),
-    "valid": ("valid",),
-    "val": ("val", "valset"),
-    "dev": ("dev", "devset"),
-    "eval": ("eval", "evals", "evaluation", "evalset"),
-    "holdout": ("holdout", "heldout"),
-    "test": ("test", "tests", "testing", "testset"),
+_SPLITS = {  # split -> words of a name that say so
+    "train": "train training trainset",
+    "validation": "validation validate validset",
+    "valid": "valid",
+    "val": "val valset",
+    "dev": "dev devset",
+    "eval": "eval evals evaluation evalset",
+    "holdout": "holdout heldout",
+    "test": "test tests testing testset",
 }
-EVAL_SPLITS = ("validation", "valid", "val", "dev", "eval", "holdout", "test")
-_SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
+EVAL_SPLITS = tuple(_SPLITS)[1:]
+_SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words.split()}
 _UNCLEAR = re.compile(
     r"[a-z]{0,4}(?:eval|evaluation|test|valid|validation|dev|holdout|heldout)"
     r"(?:set|data|split|rows|part|s|ing|ation|ate|uate|ed)?"
@@ -38,9 +36,8 @@ _WORDS = {"latest", "contest", "protest", "attest", "detest", "fittest", "hottes
 
 
 def split_of(file: Path) -> str:
-    """The split that the words of a file's name, or else of its folders, say; "train" where they say none.
-
-    Raises `ValueError` for a name of two splits, and one in which a split's word is part of another (`myeval`)."""
+    """The split that the words of a file's name and folders say; "train" where they say none. Raises `ValueError` for
+    a name of two splits, and one in which a split's word is part of another (`myeval`)."""
     names = [re.sub("held[_-]out|hold[_-]out", "heldout", name.lower()) for name in (*file.parent.parts, file.stem)]
     words = [word for name in names for word in re.findall("[a-z]+", name)]
     found = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
@@ -66,26 +63,16 @@ _TAGS = {  # names that are read without being told
 }
 
 
-class Listed(NamedTuple):
-    """What LLaMA-Factory's `dataset_info.json` says of a dataset: its file or Hub id, and `--columns` for it."""
-
-    source: str
-    columns: list[str]
-
-
-def listed(path: Path, name: str | None) -> Listed | None:
-    """The entry `name` of the `dataset_info.json` that is this path or lies in this folder; a path FOLDER/NAME that
-    does not exist names both, and a data file the entry that lists it. None where there is no such file.
-
-    Raises `ValueError` for a name that is not listed, and for an entry that is not to be read as conversations."""
-    file = path if path.name == DATASET_INFO else path / DATASET_INFO if path.is_dir() else path.parent / DATASET_INFO
-    if not file.is_file():
-        return None
-    entries = json.loads(file.read_text(encoding="utf-8-sig"))
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        return None  # of a Hub dataset
+def listed(path: Path, name: str | None) -> tuple[str, list[str]] | None:
+    """The file or Hub id of a dataset, and `--columns` for it, that LLaMA-Factory's `dataset_info.json` (this path or
+    in this folder) lists as `name`; a path FOLDER/NAME names both, a data file the entry that lists it. None where
+    there is no list. Raises `ValueError` for a name that is not in it, and an entry that is no conversation."""
+    file = (path if path.is_dir() else path.parent) / "dataset_info.json"
+    entries = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else None
+    entries = entries if isinstance(entries, dict) else {}
+    entries = {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
     if not any({"file_name", "hf_hub_url", "ms_hub_url", "script_url"} & entry.keys() for entry in entries.values()):
-        return None
+        return None  # that of a Hub dataset
     if path.is_file() and path != file:
         name = next((key for key, entry in entries.items() if entry.get("file_name") == path.name), None)
         if name is None:
@@ -96,33 +83,29 @@ def listed(path: Path, name: str | None) -> Listed | None:
         found = f"no dataset {name!r}{near} is listed" if name else "it lists several datasets; give one of them"
         raise ValueError(f"{file}: {found}, as in {file.parent}/NAME; listed are {', '.join(entries)}")
     try:
-        return _entry(entries[name], file.parent)
+        columns, entry = _columns(entries[name]), entries[name]
     except ValueError as error:
         raise ValueError(f"{file}: {name}: {error}") from None
+    return str(file.parent / entry["file_name"]) if "file_name" in entry else entry["hf_hub_url"], columns
 
 
-def _entry(entry: Mapping[str, Any], folder: Path) -> Listed:
-    known = {"file_name", "hf_hub_url", "formatting", "columns", "tags"}
-    if other := sorted(entry.keys() - known):
+def _columns(entry: Mapping[str, Any]) -> list[str]:
+    if other := sorted(entry.keys() - {"file_name", "hf_hub_url", "formatting", "columns", "tags"}):
         raise ValueError(f"{', '.join(other)}: not read; give the file itself, and its columns by --columns")
     tags, said = ({k: v for k, v in (entry.get(name) or {}).items() if v} for name in ("tags", "columns"))
     if odd := [f"{tag}={name}" for tag, name in tags.items() if name not in _TAGS.get(tag, "").split()]:
         raise ValueError(f"{', '.join(odd)}: other names than role and content, from and value; use to_conversation")
-    fields = {"query": "prompt"} | {name: name for name in FIELDS if name != "ignore"}
-    fields = {name: fields[name] for name in sorted(fields, key=lambda name: name != "prompt")}  # before query
+    fields = {"prompt": "prompt", "query": "prompt"} | {name: name for name in FIELDS if name != "ignore"}
     if odd := sorted(said.keys() - fields.keys()):
         raise ValueError(f"columns {', '.join(odd)}: not read; only {', '.join(fields)} are")
     if entry.get("formatting", "alpaca") == "alpaca" and "prompt" in said:
         said.setdefault("response", "output")
-    columns = [f"{field}={said[name]}" for name, field in fields.items() if name in said]
-    return Listed(str(folder / entry["file_name"]) if "file_name" in entry else entry["hf_hub_url"], columns)
+    return [f"{field}={said[name]}" for name, field in fields.items() if name in said]
 
 
 def read_rows(path: Path) -> Iterator[Any]:
-    """Each row of JSON arrays, of JSON lines, or of a CSV or TSV file (all strings), in the memory of one row. A list
-    of messages is a row as well.
-
-    A line that is not a row comes as the `ValueError` that says so. Raises `ValueError` where a file is broken."""
+    """Each row of JSON arrays, of JSON lines, or of a CSV or TSV file (all strings), in the memory of one row; a list
+    of messages is a row as well, a line that is none the `ValueError` that says so. Raises it for a broken file."""
     with path.open("rb") as raw:
         head = raw.read(4)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
@@ -132,23 +115,20 @@ def read_rows(path: Path) -> Iterator[Any]:
         return
     # What is not UTF-8 becomes a lone surrogate, which is then found in its row.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        start, line = file.read(1), 1
-        while start.isspace():
-            line += start == "\n"
-            start = file.read(1)
-        yield from _read_arrays(file, path.name, line) if start == "[" else _read_lines(file, path.name, start)
+        start = file.read(1 << 16).lstrip()[:1]
+        file.seek(0)
+        yield from _read_arrays(file, path.name) if start == "[" else _read_lines(file, path.name)
 
 
-def _read_lines(file: TextIO, name: str, start: str) -> Iterator[Any]:
-    lines = (line for line in itertools.chain([start + file.readline()], file) if line.strip())
-    first = [_parse(line) for line in itertools.islice(lines, 2)]
+def _read_lines(file: TextIO, name: str) -> Iterator[Any]:
+    rows = (_parse(line) for line in file if line.strip())
+    first = [*itertools.islice(rows, 2)]
     if len(first) == 2 and all(isinstance(row, ValueError) for row in first):
         raise ValueError(
             f"{name} is not JSON lines, nor an array of rows: its first two lines are not JSON by themselves (pretty-"
             f"printed?). Write one row a line (jq -c . {name}), or the rows in one array [...]"
         )
-    yield from first
-    yield from map(_parse, lines)
+    yield from itertools.chain(first, rows)
 
 
 def _parse(line: str) -> Any:
@@ -158,41 +138,36 @@ def _parse(line: str) -> Any:
         return ValueError(f"the line is not JSON ({error}); fix or remove it")
 
 
-def _read_arrays(file: TextIO, name: str, line: int) -> Iterator[Any]:
-    """The elements of arrays, one after another, the first one's opening bracket having been read; an array of messages
-    is one row."""
-    decoder, buffer, at, count, inside = json.JSONDecoder(), "", 0, 0, True
+def _read_arrays(file: TextIO, name: str) -> Iterator[Any]:
+    """The elements of arrays, one after another; an array of messages is one row."""
+    decoder, buffer, at, count, line, inside = json.JSONDecoder(), "", 0, 0, 1, False
     messages: list[Any] = []
     while True:
         at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]  # matches the empty string too
-        if inside and buffer.startswith("]", at):
-            if messages:
-                yield messages
-                count += 1
-            at, inside, messages = at + 1, False, []
+        mark, why = buffer[at : at + 1], f"{buffer[at : at + 20]!r} after the array"
+        if mark == ("]" if inside else "["):
+            yield from [messages] if messages else []
+            at, count, inside, messages = at + 1, count + bool(messages), not inside, []
             continue
-        if not inside and buffer.startswith("[", at):
-            at, inside = at + 1, True
-            continue
-        try:
-            if not inside and at < len(buffer):
-                raise ValueError(f"{buffer[at : at + 20]!r} after the array")
-            element, at = decoder.raw_decode(buffer, at)
-        except ValueError as error:
-            more = file.read(max(1 << 20, len(buffer))) if inside or at == len(buffer) else ""
-            if not more and not inside and at == len(buffer):
-                return
-            line += buffer.count("\n", 0, at)
-            if not more:
-                where = f"{name}: row {count} (line {line}) cannot be read, nor what follows"
-                raise ValueError(f"{where}: {error}; fix it") from None
-            buffer, at = buffer[at:] + more, 0
-        else:
-            if is_message(element):
-                messages.append(element)
+        if inside:
+            try:
+                element, at = decoder.raw_decode(buffer, at)
+            except ValueError as error:  # perhaps because it goes on
+                why = str(error)
+            else:
+                if is_message(element):
+                    messages.append(element)
+                else:
+                    yield element
+                    count += 1
                 continue
-            yield element
-            count += 1
+        more = file.read(max(1 << 20, len(buffer))) if inside or not mark else ""
+        if not more and not inside and not mark:
+            return
+        line += buffer.count("\n", 0, at)
+        if not more:
+            raise ValueError(f"{name}: row {count} (line {line}) cannot be read, nor what follows: {why}; fix it")
+        buffer, at = buffer[at:] + more, 0
 
 
 def _read_csv(path: Path, separator: str) -> Iterator[Any]:
@@ -200,9 +175,9 @@ def _read_csv(path: Path, separator: str) -> Iterator[Any]:
     csv.field_size_limit(sys.maxsize)  # the module's own limit of 128 KiB would refuse an image in a field
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = csv.reader(file, delimiter=separator, strict=True)
-        begins, header = 1, next(lines, [])
-        other = next((mark for mark in ";\t|," if mark != separator and mark in header[0]), None) if header else None
-        if len(header) == 1 and other:
+        header = next(lines, [])
+        other = next((mark for mark in ";\t|," if len(header) == 1 and mark != separator and mark in header[0]), None)
+        if other:
             raise ValueError(
                 f"{path.name}: its fields are separated by {other!r}; expected {separator!r}: save it anew"
             )
@@ -217,12 +192,8 @@ def _read_csv(path: Path, separator: str) -> Iterator[Any]:
                 raise ValueError(f"{path.name}: the row that begins in line {begins}: {why}") from None
             if fields is None:
                 return
-            if fields:
-                yield _row_of(header, fields, begins)
-
-
-def _row_of(header: Sequence[str], fields: Sequence[str], line: int) -> Any:
-    if len(fields) == len(header):
-        return dict(zip(header, fields, strict=True))
-    found = f"line {line} has {len(fields)} fields and the header {len(header)}"
-    return ValueError(f"{found}; put fields that hold the separator in quotes")
+            if len(fields) == len(header):
+                yield dict(zip(header, fields, strict=True))
+            elif fields:
+                found = f"line {begins} has {len(fields)} fields and the header {len(header)}"
+                yield ValueError(f"{found}; put fields that hold the separator in quotes")

@@ -1,7 +1,4 @@
-"""What is to be known of a row before training, found once and remembered in a file of the cache of datasets.
-
-`check_rows` looks at all rows by it.
-"""
+"""What is to be known of a row before training, found once and remembered in a file of the cache of datasets."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import json
 import math
 import os
 import re
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +25,7 @@ from vlm_sft.chat.collator import IGNORE_INDEX, EncodedRow
 from vlm_sft.chat.images import MAX_DECODED_PIXELS, repairs_of, source_of, to_rgb
 from vlm_sft.chat.messages import Conversation, Message, check_turns, count_images, normalise, one_answer, text_of
 from vlm_sft.chat.template import RenderedDifferently
-from vlm_sft.data.rows import ImageFolder, RowReader, named, open_at
+from vlm_sft.data.rows import READER, RowReader, named
 from vlm_sft.distributed import print_main
 
 MAX_ASPECT = 200  # Qwen's processors refuse what is longer, LLaVA's cut it to a stripe
@@ -38,97 +34,49 @@ _NAME = re.compile(r"^(?:row (?:\d+|without a number)|example \d+ of the batch):
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _DETAIL = 500  # characters of a fault; a template may put a whole row into its message
 
-
+COLUMNS = ("length", "image_tokens", "trained_tokens")
+"""What `check_rows` adds to a row."""
 ONE_ANSWER = "one answer a row"
 """In the place of a fault: the chat template renders earlier answers differently, so each answer is to be a row."""
+KEPT: list[tuple[str, str]] = [("key", "S16"), *((name, "i4") for name in COLUMNS), ("note", "O")]
+"""What is remembered of a row, in 36 bytes of an array: its key and a `Record`."""
 
 
 class Record(NamedTuple):
-    """What is remembered of a row: its tokens, or what is wrong with it, and how its images are repaired."""
+    """The tokens of a row, and JSON of what is wrong with it and how its images are repaired, None without either."""
 
     length: int = 0
     image_tokens: int = 0
     trained_tokens: int = 0
-    faults: Sequence[str] = ()
-    repairs: Sequence[str] = ()
-
-
-_NOTHING = "[[], []]"  # the note of a record without faults and repairs
-
-
-class Records:
-    """Records by key, in some 40 bytes each: `keys` [N] of 16 bytes, b"" for none; `values` [N, 4], the counts and the
-    number of a note; `notes`, (faults, repairs), of which the first one is empty."""
-
-    def __init__(self, table: pa.Table | None = None) -> None:
-        self._keys, self._values, self._notes = bytearray(), array("i"), {_NOTHING: 0}
-        for batch in table.to_batches() if table is not None else ():
-            self._keys += b"".join(batch["key"].to_pylist())
-            notes = [self._notes.setdefault(note, len(self._notes)) for note in batch["note"].to_pylist()]
-            columns = [*(batch[name].to_numpy() for name in Record._fields[:3]), notes]
-            self._values.frombytes(np.stack(columns, 1).astype(np.int32).tobytes())
-
-    def add(self, key: bytes | None, record: Record) -> None:
-        self._keys += (key or b"").ljust(16, b"\0")
-        note = json.dumps(record[3:]) if record.faults or record.repairs else _NOTHING
-        self._values.extend((*record[:3], self._notes.setdefault(note, len(self._notes))))
-
-    def extend(self, other: Records) -> None:
-        values, numbers = other.values, [self._notes.setdefault(note, len(self._notes)) for note in other._notes]
-        values[:, 3] = np.array(numbers, np.int32)[values[:, 3]]
-        self._keys += other._keys
-        self._values.frombytes(values.tobytes())
-
-    def __len__(self) -> int:
-        return len(self._keys) // 16
+    note: str | None = None
 
     @property
-    def keys(self) -> np.ndarray[Any, np.dtype[np.bytes_]]:
-        return np.frombuffer(bytes(self._keys), "S16")
-
-    @property
-    def values(self) -> np.ndarray[Any, np.dtype[np.int32]]:
-        return np.array(self._values, np.int32).reshape(-1, 4)
-
-    @property
-    def notes(self) -> list[tuple[list[str], list[str]]]:
-        return [tuple(json.loads(note)) for note in self._notes]
-
-    def table(self) -> pa.Table:
-        """Each key once."""
-        keys, first = np.unique(self.keys, return_index=True)
-        held = pa.array(np.ascontiguousarray(keys).view("V16").tolist(), pa.binary(16))
-        counts = dict(zip(Record._fields[:3], self.values[first].T, strict=False))
-        notes = np.array([*self._notes], object)[self.values[first, 3]]
-        return pa.table({"key": held, **counts, "note": pa.array(notes, pa.string())})
+    def told(self) -> tuple[list[str], list[str]]:
+        """What is wrong, and how images are repaired."""
+        return tuple(json.loads(self.note)) if self.note else ([], [])
 
 
-class Known:
-    """What `read_cache` found: records by key, looked up and not changed."""
+def note_of(faults: Sequence[str], repairs: Sequence[str]) -> str | None:
+    return json.dumps([faults, repairs]) if faults or repairs else None
 
-    def __init__(self, records: Records) -> None:
-        order = np.argsort(records.keys)
-        self.keys, self.values, self.notes = records.keys[order], records.values[order], records.notes
 
-    def get(self, key: bytes) -> Record | None:
-        place = int(np.searchsorted(self.keys, key))
-        if place == len(self.keys) or self.keys[place] != key.rstrip(b"\0"):
-            return None
-        *counts, note = self.values[place].tolist()
-        return Record(*counts, *self.notes[note])
+def recall(known: Any, key: bytes | None) -> Record | None:
+    """The record of this key in an array in the order of its keys; None where there is none."""
+    place = int(np.searchsorted(known["key"], key)) if key else len(known)
+    if not key or place == len(known) or known["key"][place] != key.rstrip(b"\0"):  # NumPy drops zeros at the end
+        return None
+    return Record(*known[place].item()[1:])
 
 
 class Look:
-    """One row, as it is stored, or the exception that reading it raised: what it holds (`key`, for which nothing is
-    decoded), and what the collator makes of it (`record`)."""
+    """One row, as it is stored, or the exception that reading it raised: what it is told by (`key`, for which nothing
+    is decoded; `content`, wherever its files lie; `written`, when the last of them was, in nanoseconds), and what the
+    collator makes of it (`record`)."""
 
     def __init__(self, index: int, row: Any, reader: RowReader | None) -> None:
-        self.index, self.number, self.name, self.reader = index, index, f"row {index}", reader
-        self.folder = reader.folder if reader else None
+        self.index, self.number, self.part, self.reader = index, index, 0, reader
         self.key: bytes | None = None
-        self.content = b""  # a digest of what the row holds, wherever its files lie
-        self.written = 0  # when its files were, the last of them, in nanoseconds
-        self.looked_at = False
+        self.content, self.written, self.looked_at = b"", 0, False
         self.decoded = Conversation([], [])
         self.encoded: EncodedRow | None = None
         self.errors: list[Exception] = []
@@ -141,48 +89,42 @@ class Look:
     def _read(self, row: Any) -> None:
         if isinstance(row, Exception):
             raise row
-        if isinstance(number := row.get("row"), int):
-            self.number, self.name = number, f"row {number}"
+        if isinstance(row.get("row"), int):
+            self.number, self.part = row["row"], row.get(READER, 0)
         self.converted = self.reader.convert(row) if self.reader else row
         messages, self.images = normalise(self.converted.get("messages"), self.converted.get("images"))
         check_turns(messages)
         self.decoded = Conversation(messages, [])
-        where = self.folder and (os.path.realpath(self.folder.path), self.folder.allow_outside)
-        content = hashlib.blake2b(json.dumps(messages).encode(), digest_size=16)
-        place = hashlib.blake2b(repr(where).encode(), digest_size=16)
-        for image in self.images:
-            what, lies, written = _identity(image, self.folder)
-            content.update(what)
-            place.update(lies)
-            self.written = max(self.written, written)
-        self.content = content.digest()
-        self.key = hashlib.blake2b(self.content + place.digest(), digest_size=16).digest()
+        folder = os.path.realpath(self.reader.folder) if self.reader else None
+        told = [_identity(image, folder) for image in self.images]
+        self.content = digest(json.dumps(messages).encode(), *(what for what, _, _ in told))
+        where = repr((folder, self.reader and self.reader.allow_outside)).encode()
+        self.key = digest(self.content, where, *(place for _, place, _ in told))
+        self.written = max((written for _, _, written in told), default=0)
 
     @property
     def lasts(self) -> bool:
         """Whether what was found will be found again: not so where a disk or the memory failed."""
         return self.key is not None and not any(map(_passes, self.errors))
 
-    def record(self, collator: Any, answer: int | None = None) -> Record:
+    def record(self, collator: Any, answer: int = -1) -> Record:
         """What the collator makes of the row, or of the row that ends with the answer in this message."""
         self.decode()
-        errors = self.errors if answer is None else [*self.errors]
+        errors = [*self.errors]
         if not errors and collator is not None:
             try:
-                if answer is None:
-                    self.encoded = row = self.encoded or collator.encode([self.decoded._asdict()])[0][0]
-                else:
-                    [row] = collator.encode([one_answer(self.decoded, answer)._asdict()])[0]
+                row = self.encoded if answer < 0 else None
+                asked = self.decoded if answer < 0 else one_answer(self.decoded, answer)
+                row = row or collator.encode([asked._asdict()])[0][0]
                 if trained := int((row.labels != IGNORE_INDEX).sum()):
-                    return Record(len(row), int(row.image.sum()), trained, (), self.repairs)
+                    return Record(len(row), int(row.image.sum()), trained, note_of([], self.repairs))
                 errors.append(ValueError("no token is left to train on; give it an answer that is not blank"))
-            except RenderedDifferently as error:
-                if answer is None:
-                    return Record(0, 0, 0, [ONE_ANSWER], self.repairs)
-                errors.append(error)
             except Exception as error:  # a chat template or a processor may raise anything; the pass continues
+                if isinstance(error, RenderedDifferently) and answer < 0:
+                    return Record(note=note_of([ONE_ANSWER], self.repairs))
                 errors.append(error)
-        return Record(0, 0, 0, [*map(_words, errors)], self.repairs)
+        self.errors = errors if answer < 0 else self.errors
+        return Record(note=note_of([*map(_words, errors)], self.repairs))
 
     def decode(self) -> None:
         """Decodes the images, once; keeps what is wrong with texts and images."""
@@ -192,10 +134,11 @@ class Look:
         self.errors += map(ValueError, _text_faults(self.decoded.messages))
         for number, image in enumerate(self.images):
             try:
-                opened = open_at(image, f"images[{number}]", self.folder) if self.folder else image
                 with named(f"images[{number}]"):
+                    opened = self.reader.open(image) if self.reader else image
                     self.repairs += repairs_of(opened)
-                    self.decoded.images.append(_shown(to_rgb(opened)))
+                    self.decoded.images.append(to_rgb(opened))
+                    _check_shape(self.decoded.images[-1])
             except Exception as error:
                 self.errors.append(error)
 
@@ -206,48 +149,46 @@ def encode_together(looks: Sequence[Look], collator: Any) -> None:
     for look in looks:
         look.decode()
     sound = [look for look in looks if not look.errors]
-    if collator is None or not sound:
-        return
-    try:
-        rows, _ = collator.encode([look.decoded._asdict() for look in sound])
-    except Exception:
-        return
-    for look, row in zip(sound, rows, strict=True):
-        look.encoded = row
+    if collator is not None and sound:
+        with suppress(Exception):
+            rows, _ = collator.encode([look.decoded._asdict() for look in sound])
+            for look, row in zip(sound, rows, strict=True):
+                look.encoded = row
 
 
-def _identity(image: Any, folder: ImageFolder | None) -> tuple[bytes, bytes, int]:
+def digest(*parts: bytes) -> bytes:
+    """16 bytes that tell these apart from any others."""
+    return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=16).digest()
+
+
+def _identity(image: Any, folder: str | None) -> tuple[bytes, bytes, int]:
     """What tells an image: its encoded bytes, its pixels, or the name and size of its file; where its file lies, and
     when it was written (in nanoseconds)."""
     with suppress(ValueError):  # such as a data URL that is none
         image = source_of(image)
-    data: bytes | bytearray = b""
-    about, place, written = repr(image) if isinstance(image, (str, Path)) else type(image).__name__, "", 0
-    if isinstance(image, (str, Path)) and folder:
+    about, data, place, written = type(image).__name__, b"", "", 0
+    if isinstance(image, (str, Path)):
+        about = repr(image)
         with suppress(OSError, ValueError):  # such as no file
-            place = os.path.realpath(os.path.join(folder.path, image))
+            place = os.path.realpath(os.path.join(folder or "", image))
             found = os.stat(place)
             about, place, written = f"{about} {found.st_size}", f"{place!r} {found.st_mtime_ns}", found.st_mtime_ns
     elif isinstance(image, PILImage):
         about = repr((image.mode, image.size, image.getpalette(), sorted(map(repr, image.info.items()))))
         with suppress(Exception):  # one that was opened and is damaged
             data = image.tobytes() if math.prod(image.size) <= MAX_DECODED_PIXELS else b""
-    elif isinstance(image, np.ndarray):
-        about, data = f"{image.dtype} {image.shape}", image.tobytes()
     else:
-        data = image if isinstance(image, (bytes, bytearray)) else repr(image).encode()
-    what, place_bytes = (text.encode("utf-8", "backslashreplace") for text in (about, place))
-    return what + hashlib.blake2b(data).digest(), place_bytes, written
+        data = bytes(image) if isinstance(image, (bytes, bytearray)) else repr(image).encode()
+    return digest(about.encode("utf-8", "backslashreplace"), data), place.encode("utf-8", "backslashreplace"), written
 
 
-def _shown(image: PILImage) -> PILImage:
-    """The image. Raises `ValueError` for one that shows nothing."""
+def _check_shape(image: PILImage) -> None:
+    """Raises `ValueError` for an image that shows nothing."""
     shape = f"{image.width} x {image.height} pixels"
     if min(image.size) == 1:
         raise ValueError(f"{shape} show nothing; replace the image or drop the row")
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"{shape} are beyond {MAX_ASPECT} to 1; crop the image or drop the row")
-    return image
 
 
 def _text_faults(messages: Sequence[Message]) -> Iterator[str]:
@@ -282,43 +223,48 @@ def _passes(error: BaseException | None) -> bool:
 
 
 @functools.cache
-def _code() -> str:
-    """A hash of the files that decide what is made of a row."""
-    room = Path(__file__).parents[1]
-    files = sorted(file for name in ("chat", "data") for file in (room / name).glob("*.py"))
-    return hashlib.blake2b(b"\0".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.distributions(name=name) for name in _PACKAGES}
-    return {name: next((each.version for each in distributions), "none") for name, distributions in found.items()}
+def _made_with() -> dict[str, Any]:
+    """What decides what is made of a row: our code and the versions of packages."""
+    files = sorted(file for room in ("chat", "data") for file in (Path(__file__).parents[1] / room).glob("*.py"))
+    versions = {name: [each.version for each in importlib.metadata.distributions(name=name)] for name in _PACKAGES}
+    return {"code": digest(*(file.read_bytes() for file in files)).hex(), **versions}
 
 
 def cache_file(made_by: str) -> Path:
     """One file for all rows that this collator (its `max_length` left aside), this code and these versions read."""
-    described = json.dumps([made_by, _code(), _versions()], sort_keys=True)
-    name = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+    name = digest(json.dumps([made_by, _made_with()], sort_keys=True).encode()).hex()
     return Path(datasets.config.HF_DATASETS_CACHE, "vlm_sft", f"{name}.parquet")
 
 
-def read_cache(file: Path) -> Records:
-    """What an earlier pass found. Says so where the file cannot be read."""
+def read_cache(file: Path) -> Any:
+    """What an earlier pass found, an array of `KEPT` in the order of its keys. Says so where it cannot be read."""
+    if not file.is_file():
+        return np.zeros(0, KEPT)
     try:
-        return Records(pq.read_table(file, page_checksum_verification=True) if file.is_file() else None)
+        table = pq.read_table(file, page_checksum_verification=True)
+        found = np.zeros(len(table), KEPT)
+        for name, _ in KEPT:
+            found[name] = table[name].to_numpy()
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         print_main(f"{file} cannot be read ({error}); all rows are checked again")
-        return Records()
+        return np.zeros(0, KEPT)
+    return found[np.unique(found["key"], return_index=True)[1]]
 
 
-def write_cache(file: Path, fresh: Records) -> None:
+def write_cache(file: Path, fresh: Any) -> None:
     """Adds to the file what is new, on the main process, by a rename; says so where that cannot be done."""
     if not PartialState().is_main_process:
         return
-    fresh.extend(read_cache(file))  # another run may have written since
+    found = np.concatenate([fresh, read_cache(file)])  # another run may have written since
+    found = found[np.unique(found["key"], return_index=True)[1]]
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(fresh.table(), part, write_page_checksum=True)
+        keys = pa.array(
+            found["key"].tolist(), pa.binary()
+        )  # of an array of NumPy it would end them at their first zero
+        table = pa.table({"key": keys, **{name: found[name] for name, _ in KEPT[1:]}})
+        pq.write_table(table, part, write_page_checksum=True)
         part.replace(file)
     except OSError as error:
         print_main(f"what was found of the rows cannot be kept ({error}); the next start checks all of them again")
