@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 from runs import rows as picture_rows
-from transformers import Trainer, TrainerControl, TrainerState
+from together import together
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
@@ -152,12 +149,8 @@ def test_rows_without_lengths_are_refused_with_a_sentence(strategy: str, twin: A
         GroupByLength().on_train_begin(args, TrainerState(), TrainerControl(), train_dataloader=loader)
 
 
-def one_of_two(rank: int, port: int, folder: str, output: str) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+def seen_in_a_launch(folder: str, output: str) -> dict[str, Any]:
+    """The rows of each batch of this process: of whole runs, and of those that resume after step 9."""
     seen = {}
     for strategy in STRATEGIES:
         for name, options in (("whole", {}), ("cut", {"max_steps": 9, "save_steps": 9}), ("cut", {"resume": True})):
@@ -166,24 +159,13 @@ def one_of_two(rank: int, port: int, folder: str, output: str) -> None:
             path = Path(output, f"{strategy}-{name}")
             trainer = train(model, processor, path, train_sampling_strategy=strategy, **options)
             seen[f"{strategy} {'resumed' if 'resume' in options else name}"] = trainer.data_collator.seen
-    Path(output, f"{rank}.json").write_text(json.dumps(seen))
+    return seen
 
 
 @pytest.mark.slow
 @pytest.mark.loopback
 def test_two_processes_share_an_order(tiny_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    arguments = (port, str(tiny_dir("llava15")), str(tmp_path))
-    processes = [spawn.Process(target=one_of_two, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(400)
-        assert process.exitcode == 0
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = together(seen_in_a_launch, str(tiny_dir("llava15")), str(tmp_path))
     for strategy in STRATEGIES:
         whole = [rank[f"{strategy} whole"] for rank in ranks]
         steps = len(whole[0])
