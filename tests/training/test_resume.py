@@ -264,7 +264,7 @@ swept = pytest.mark.sweep
     ("workers", "persistent", "packed", "strategy"),
     [
         (2, True, False, "random"),
-        (1, False, True, "random"),
+        pytest.param(1, False, True, "random", marks=swept),
         pytest.param(0, False, False, "group_by_length", marks=swept),
         pytest.param(1, True, False, "group_by_length", marks=swept),
         pytest.param(2, False, False, "batch_rebalance", marks=swept),
