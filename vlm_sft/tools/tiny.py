@@ -120,51 +120,38 @@ def build(
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; the known ones are {', '.join(FAMILIES)}.")
-    odd_patches = patch_size < 1 or image_size < 1 or image_size % (2 * patch_size)
-    faults = {
-        f"hidden_size={hidden_size}: expected a multiple of 64": hidden_size < 1 or hidden_size % 64,
-        f"num_layers={num_layers}: expected 1 or more": num_layers < 1,
-        f"image_size={image_size}, patch_size={patch_size}: expected an even number of patches": odd_patches,
-    }
-    if any(faults.values()):
-        raise ValueError("; ".join(text for text, wrong in faults.items() if wrong))
+    if min(hidden_size, num_layers, image_size, patch_size) < 1 or hidden_size % 64 or image_size % (2 * patch_size):
+        raise ValueError(
+            f"hidden_size={hidden_size}, num_layers={num_layers}, image_size={image_size}, patch_size={patch_size}: "
+            "expected a multiple of 64, 1 or more layers, and an even number of patches"
+        )
     settings = _families(hidden_size, num_layers, image_size, patch_size)[family]
-    tokens, names = settings["tokens"], settings["tokens"].get("names", {})
+    tokens, names = settings["tokens"], settings["tokens"]["names"]
     others = [*(token for token in tokens["ids"].values() if token not in names.values()), *tokens["others"].split()]
     tokenizer = _TOKENIZERS[tokens["make"]]([*_TEXTS, *corpus], extra_special_tokens=others, **names)
-    try:
-        processor = _processor(settings, tokenizer)
-    except ImportError as error:
-        raise ImportError(f'{family} needs what pip install "vlm_sft[torchvision]" brings: {error}') from error
-    id_of = tokenizer.convert_tokens_to_ids
-    stop = id_of(tokens["stop"].split())
-    # Qwen's tokenizer names no first token; its generation settings take the one it pads with.
-    ends = {"bos_token_id": id_of(tokenizer.bos_token or tokenizer.pad_token), "pad_token_id": tokenizer.pad_token_id}
-    ends["eos_token_id"] = stop if len(stop) > 1 else stop[0]
-    rows = -(-len(tokenizer) // 64) * 64  # more than the tokenizer has, as those of the Hub
-    config = getattr(_hf, f"{settings['classes']['all']}Config")(
-        text_config=settings["text"] | ends | {"model_type": settings["language"], "vocab_size": rows},
-        vision_config=settings["vision"],
-        **{name: id_of(token) for name, token in tokens["ids"].items()},
-        **settings.get("config", {}),
-    )
-    return random_model(config, seed), processor
-
-
-def _processor(settings: dict[str, Any], tokenizer: Any) -> Any:
-    def make(kind: str, **given: Any) -> Any:
-        start = settings["classes"].get(kind, settings["classes"]["all"])
-        return getattr(_hf, f"{start}{kind}")(**given)
-
-    parts = {"image_processor": make("ImageProcessor", **settings["image"]), "tokenizer": tokenizer}
-    if "video" in settings:
-        parts["video_processor"] = make("VideoProcessor", **settings["video"])
-    if "audio" in settings:
-        parts["feature_extractor"] = make("AudioFeatureExtractor", **settings["audio"])
     # trl ships the other families' templates. Ours render what the Hub's do, {% generation %} marks included.
     folders = files("vlm_sft.tools") / "templates", files("trl") / "chat_templates"
     template = next(file for folder in folders if (file := folder / f"{settings['template']}.jinja").is_file())
-    return make("Processor", **parts, chat_template=template.read_text("utf-8"), **settings.get("processor", {}))
+    given = {"tokenizer": tokenizer, "chat_template": template.read_text("utf-8")}
+    try:
+        parts = {name: _made(part) for name, part in settings["parts"].items()}
+        processor = _made(settings["processor"], **parts, **given)
+    except ImportError as error:
+        raise ImportError(f'{family} needs what pip install "vlm_sft[torchvision]" brings: {error}') from error
+
+    id_of, stop = tokenizer.convert_tokens_to_ids, tokenizer.convert_tokens_to_ids(tokens["stop"].split())
+    # Qwen's tokenizer names no first token; its generation settings take the one it pads with.
+    ends = {"bos_token_id": id_of(tokenizer.bos_token or tokenizer.pad_token), "pad_token_id": tokenizer.pad_token_id}
+    ends["eos_token_id"] = stop if len(stop) > 1 else stop[0]
+    ends["vocab_size"] = -(-len(tokenizer) // 64) * 64  # more than the tokenizer has, as those of the Hub
+    ids = {name: id_of(token) for name, token in tokens["ids"].items()}
+    config = {"text_config": settings["text"] | ends, "vision_config": settings["vision"], **ids}
+    return random_model(_made(settings["config"], **config), seed), processor
+
+
+def _made(given: dict[str, Any], **more: Any) -> Any:
+    """An instance of the class that is named among its settings."""
+    return getattr(_hf, given["class"])(**{name: value for name, value in given.items() if name != "class"}, **more)
 
 
 def save(family: str, folder: str | Path, **options: Any) -> Path:
