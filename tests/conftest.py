@@ -48,7 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "families: every family of today through the whole trip; `make test-families` runs it"
     )
-    config.addinivalue_line("markers", "sweep: what all recipes share, on each of them; `make test-sweep` runs it")
+    config.addinivalue_line(
+        "markers", "sweep: on each recipe, launch and family what others show on one; `make test-sweep` runs it"
+    )
     config.addinivalue_line("markers", "web: needs Chromium or the packages of .venv/web; `make test-browser` runs it")
     for category in ("DeprecationWarning", "FutureWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}")

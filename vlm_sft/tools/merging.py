@@ -84,15 +84,11 @@ def merge(
     source = adapter if own else base_model or recorded["base_model_name_or_path"]
     revision = None if own or base_model else recorded.get("revision")
     processor = load_processor(source, revision=revision, trust_remote_code=trust_remote_code and not own)
-    if processor.chat_template is None:
-        raise ValueError(f"the processor in {source} has no chat template to ask with; save it with one")
     expected = _answers(model, processor)
     with model.disable_adapter():
         bare = _answers(model, processor, new_tokens=0)
     if not _distance(expected.prompt, bare.prompt):
-        raise ValueError(
-            f"the adapter in {adapter} has no effect: the base gives the same logits without it, so nothing was trained"
-        )
+        raise ValueError(f"the adapter in {adapter} has no effect: the base gives the same logits without it; train it")
     reference_dtype = model.dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or reference_dtype
     eight_bit = _TOLERANCE_8BIT if quantization and quantization.get("load_in_8bit") else 0.0
