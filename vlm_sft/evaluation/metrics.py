@@ -7,6 +7,7 @@ the same two arguments; where less is better, it has the attribute `lower_is_bet
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 
 from rapidfuzz.distance import Levenshtein
@@ -28,14 +29,9 @@ def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
 
     Case and runs of white space do not count. Source: Biten et al. 2019, "Scene Text Visual Question Answering".
     """
-
-    def same(text: str) -> str:
-        return " ".join(text.lower().split())
-
-    return fmean(
-        max(Levenshtein.normalized_similarity(answer, right, processor=same, score_cutoff=0.5) for right in rights)
-        for answer, rights in _pairs(predictions, references)
-    )
+    same = partial(Levenshtein.normalized_similarity, processor=lambda text: " ".join(text.lower().split()))
+    pairs = _pairs(predictions, references)
+    return fmean(max(same(answer, right, score_cutoff=0.5) for right in rights) for answer, rights in pairs)
 
 
 def cer(predictions: Sequence[str], references: Sequence[Reference]) -> float:
