@@ -13,9 +13,12 @@ sys.modules.pop("sitecustomize", None)  # a distribution may bring one of its ow
 import sitecustomize  # noqa: E402, F401
 
 _home = tempfile.TemporaryDirectory(prefix="hf-home-")
-# Set before any library reads them; launched processes inherit them.
+# Set before any library reads them; launched processes inherit them. The server of forked processes finds what it is to
+# import by PYTHONPATH alone (Python 3.11), and what it does not find it leaves to each of them.
 os.environ.update(
-    PYTHONPATH=os.pathsep.join(filter(None, [TORCHVISION_CPU, os.environ.get("PYTHONPATH")])),
+    PYTHONPATH=os.pathsep.join(
+        filter(None, [TORCHVISION_CPU, str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+    ),
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     HF_HOME=_home.name,
@@ -23,6 +26,7 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+import gc  # noqa: E402
 import ipaddress  # noqa: E402
 import logging  # noqa: E402
 import socket  # noqa: E402
@@ -44,7 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "families: every family of today through the whole trip; `make test-families` runs it"
     )
-    config.addinivalue_line("markers", "sweep: what all recipes share, on each of them; `make test-sweep` runs it")
+    config.addinivalue_line(
+        "markers", "sweep: on each recipe, launch and family what others show on one; `make test-sweep` runs it"
+    )
     config.addinivalue_line("markers", "web: needs Chromium or the packages of .venv/web; `make test-browser` runs it")
     for category in ("DeprecationWarning", "FutureWarning"):
         config.addinivalue_line("filterwarnings", f"error::{category}")
@@ -58,7 +64,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # The longest files, in this order: started first, they leave no process of pytest-xdist alone at the end.
-LONGEST = ("test_distributed.py", "test_recipes.py", "test_deletions.py", "test_proof.py", "test_checkpoints.py")
+LONGEST = ("test_distributed.py", "test_deletions.py", "test_recipes.py", "test_resume.py", "test_checkpoints.py")
+
+
+def pytest_collection_finish() -> None:
+    """Every run of a Trainer collects garbage: what the libraries made at import is none, and looking through it was a
+    third of such a run."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

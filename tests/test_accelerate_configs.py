@@ -79,6 +79,7 @@ def test_deepspeed_gets_the_stage_of_the_name(stage):
     assert section["zero_stage"] == stage
 
 
+@pytest.mark.sweep
 def test_cpu_2proc_starts_two_processes_that_know_of_each_other(tmp_path):
     script = tmp_path / "probe.py"
     script.write_text(

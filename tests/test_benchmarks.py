@@ -95,6 +95,7 @@ def test_a_first_and_a_second_start_are_timed(
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_the_gpu_program_runs_tiny_without_one(
     benchmarks: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

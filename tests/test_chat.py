@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -151,13 +152,13 @@ def test_port_in_use(tiny_dir, capsys, monkeypatch):
             run(capsys, web=True, port=port)
 
 
-@pytest.mark.slow
-def test_command_ends_with_the_sentence_and_no_traceback(tiny_dir):
-    command = [sys.executable, chat.__file__, "--model_name_or_path", str(tiny_dir("llava15")), "--image", "absent.png"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 1
-    assert "image 'absent.png' does not exist" in ended.stderr.splitlines()[-1]
-    assert "Traceback" not in ended.stderr
+def test_command_ends_with_the_sentence_and_no_traceback(tiny_dir, monkeypatch):
+    flags = ["--model_name_or_path", str(tiny_dir("llava15")), "--image", "absent.png"]
+    monkeypatch.setattr(sys, "argv", [chat.__file__, *flags])
+    with pytest.raises(
+        SystemExit, match=r"image 'absent\.png' does not exist[^\n]*$"
+    ):  # a text: it is all Python prints
+        runpy.run_path(chat.__file__, run_name="__main__")
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

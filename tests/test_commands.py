@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 import tomllib
 from collections.abc import Callable
@@ -137,11 +137,15 @@ def test_merge(tiny_dir: Callable[[str], Path], tmp_path: Path, capsys: pytest.C
     assert "out exists already" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_as_a_program() -> None:
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # this module has imported it
+def test_as_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`python -m` and the installed command are one; help lists all commands."""
-    done = subprocess.run([sys.executable, "-m", "vlm_sft", "--help"], capture_output=True, text=True, check=True)
-    assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["vlm_sft", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("vlm_sft", run_name="__main__")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert all(f"\n    {command} " in said for command in COMMANDS)
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
     script = EntryPoint("vlm-sft", project["scripts"]["vlm-sft"], "console_scripts")
     assert script.load() is main

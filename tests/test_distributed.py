@@ -39,6 +39,7 @@ from vlm_sft.training.callbacks import StopOnNaN
 from vlm_sft.training.checkpoints import SafeCheckpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.loopback]
+sweep = pytest.mark.sweep  # what another one shows of a like split already, or on another family
 
 LORA = ("llava15_sft", "--no_load_in_4bit", "--no_use_dora", "--lora_dropout", "0", "--neftune_noise_alpha", "0")
 QLORA = ("llava15_sft", "--lora_dropout", "0", "--neftune_noise_alpha", "0")
@@ -96,8 +97,15 @@ def ended(process: subprocess.Popen[str]) -> str:
     return said
 
 
-@pytest.mark.parametrize("config", ["cpu_2proc", "cpu_2proc_fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
-@pytest.mark.parametrize("recipe", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param("cpu_2proc", marks=sweep),
+        "cpu_2proc_fsdp2",
+        *(pytest.param(config, marks=sweep) for config in ("deepspeed_zero2", "deepspeed_zero3")),
+    ],
+)
+@pytest.mark.parametrize("recipe", [LORA, pytest.param(FULL, marks=sweep)], ids=["lora", "full"])
 def test_two_launched_processes_train_what_one_trains(
     recipe: Sequence[str], config: str, flags_of: Any, alone: Any, tmp_path: Path
 ) -> None:
@@ -112,6 +120,7 @@ def test_two_launched_processes_train_what_one_trains(
         torch.testing.assert_close(found[name], weight, atol=2e-3, rtol=0, msg=name)
 
 
+@sweep
 def test_two_machines_train_one_model_and_save_once(flags_of: Any, alone: Any, tmp_path: Path) -> None:
     """Two launchers as on two machines, that meet at an address of this one."""
     meet = ("--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()))
@@ -156,6 +165,7 @@ def test_four_bit_weights_are_shared_out_and_train_as_in_one_process(flags_of: A
         torch.testing.assert_close(saved[name], weight, atol=2e-3, rtol=0, msg=name)
 
 
+@sweep
 def test_in_bfloat16_as_on_a_gpu_packed_weights_train_as_in_one_process(flags_of: Any, tmp_path: Path) -> None:
     """Weights, packed weights and the forward in bfloat16, what trains in float32: FSDP casts, DDP has autocast."""
     bf16, where = ("--bf16", "True"), {1: tmp_path / "1", 2: tmp_path / "2"}
@@ -225,12 +235,12 @@ def on(processes: int, recipe: Sequence[str], flags: list[object], config: str) 
     [
         (LORA, 1, 1, "cpu_2proc"),
         (LORA, 1, 2, "cpu_2proc"),
-        (LORA, 2, 1, "cpu_2proc"),
-        pytest.param(FULL, 1, 2, "cpu_2proc", marks=pytest.mark.sweep),
-        pytest.param(FULL, 2, 1, "cpu_2proc", marks=pytest.mark.sweep),
-        (LORA, 2, 2, "cpu_2proc_fsdp2"),
-        pytest.param(FULL, 2, 2, "cpu_2proc_fsdp2", marks=pytest.mark.sweep),
-        (QLORA, 2, 2, "fsdp2_qlora"),
+        pytest.param(LORA, 2, 1, "cpu_2proc", marks=sweep),
+        pytest.param(FULL, 1, 2, "cpu_2proc", marks=sweep),
+        pytest.param(FULL, 2, 1, "cpu_2proc", marks=sweep),
+        pytest.param(LORA, 2, 2, "cpu_2proc_fsdp2", marks=sweep),
+        pytest.param(FULL, 2, 2, "cpu_2proc_fsdp2", marks=sweep),
+        pytest.param(QLORA, 2, 2, "fsdp2_qlora", marks=sweep),
     ],
     ids=["lora-1-1", "lora-1-2", "lora-2-1", "full-1-2", "full-2-1", "lora-fsdp2", "full-fsdp2", "qlora-fsdp2"],
 )
@@ -250,8 +260,9 @@ def test_a_sharded_checkpoint_is_no_whole_one(flags_of: Any, alone: Any, tmp_pat
         together(shares, LORA[0], flags_of(LORA, output, *TWO, "--max_steps", 6), config="cpu_2proc_fsdp2")
 
 
+@sweep
 @pytest.mark.parametrize("config", ["cpu_2proc", "cpu_2proc_fsdp2"])
-@pytest.mark.parametrize("recipe", [LORA, pytest.param(FULL, marks=pytest.mark.sweep)], ids=["lora", "full"])
+@pytest.mark.parametrize("recipe", [LORA, FULL], ids=["lora", "full"])
 def test_the_best_checkpoint_is_kept_and_loaded(
     recipe: Sequence[str], config: str, flags_of: Any, tmp_path: Path
 ) -> None:
@@ -310,10 +321,10 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("train", TRAINED)
+@pytest.mark.parametrize("train", ["tower frozen", pytest.param("tower trained", marks=sweep)])
 @pytest.mark.parametrize(
     ("config", "find_unused"),
-    [("cpu_2proc", True), ("cpu_2proc", False), ("cpu_2proc_fsdp2", None)],
+    [pytest.param("cpu_2proc", True, marks=sweep), ("cpu_2proc", False), ("cpu_2proc_fsdp2", None)],
     ids=["ddp-finds-unused", "ddp", "fsdp2"],
 )
 def test_a_process_without_pictures_keeps_up(
@@ -330,12 +341,13 @@ def test_a_process_without_pictures_keeps_up(
     assert found[0] == pytest.approx(uneven(*arguments, {"gradient_accumulation_steps": 2}), abs=1e-4)
 
 
-@pytest.mark.parametrize("config", ["cpu_2proc", "cpu_2proc_fsdp2"])
+@pytest.mark.parametrize("config", ["cpu_2proc", pytest.param("cpu_2proc_fsdp2", marks=sweep)])
 def test_a_short_last_batch_ends_the_epoch(config: str, tiny_dir: Any, tmp_path: Path) -> None:
     found = together(uneven, tiny_dir("llava15"), tmp_path, TRAINED["tower frozen"], 7, {}, config=config, limit_s=60)
     assert len(found[0]) == 2
 
 
+@sweep
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "gemma3", "internvl"])
 def test_sharded_families_keep_up(family: str, tiny_dir: Any, tmp_path: Path) -> None:
     arguments = (tiny_dir(family), tmp_path, TRAINED["tower frozen"], 8)
@@ -343,6 +355,7 @@ def test_sharded_families_keep_up(family: str, tiny_dir: Any, tmp_path: Path) ->
     assert found[0] == pytest.approx(uneven(*arguments, {"gradient_accumulation_steps": 2}), abs=1e-4)
 
 
+@sweep
 @pytest.mark.parametrize("config", ["deepspeed_zero2", "deepspeed_zero3"])
 def test_deepspeed_keeps_up(config: str, flags_of: Any, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
@@ -379,7 +392,7 @@ def spoiled(base: Path, output: Path, max_skipped: int) -> tuple[int, bool]:
     return guard.skipped, all(bool(torch.isfinite(share).all()) for share in shares)
 
 
-@pytest.mark.parametrize("config", ["cpu_2proc", "cpu_2proc_fsdp2"])
+@pytest.mark.parametrize("config", ["cpu_2proc", pytest.param("cpu_2proc_fsdp2", marks=sweep)])
 def test_a_nan_at_one_process_stops_both_and_can_be_passed_over(config: str, tiny_dir: Any, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"FloatingPointError: step 2: .* from row 4\b") as stopped:
         together(spoiled, tiny_dir("llava15"), tmp_path / "stopped", 0, config=config, limit_s=60)

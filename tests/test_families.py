@@ -44,7 +44,7 @@ REFUSED = {
     "paligemma": "cannot encode a question as a chat has it: .* choose a chat model",
     "t5gemma2": "an encoder-decoder",
 }
-IN_DEFAULT_SUITE = ("qwen3_5", "qwen3_vl_moe", "ovis2", "deepseek_ocr2")
+IN_DEFAULT_SUITE = ("qwen3_5", "qwen3_vl_moe", "deepseek_ocr2")
 REWRITING = ("llava15", "llava_next", "llava_onevision", "vipllava", "llava_next_video", "glm46v", "glm4v_moe")
 """Templates that write an earlier answer, or what stands before it, differently from how the model was asked for it."""
 PROVEN = [*TEN, *(name for name in FAMILIES if name not in REFUSED)]
@@ -379,6 +379,7 @@ def test_the_experts_of_a_mixture_are_counted_adapted_and_left_in_16_bit_only_wh
         check_trains(wrapped, LORA)
 
 
+@pytest.mark.families
 def test_an_adapter_that_peft_would_lose_is_there_after_a_resume(twins: Callable[[str], Twin], tmp_path: Path) -> None:
     """PEFT renames the keys of this family's adapters and loads none of them."""
     folder = twins("deepseek_ocr2").folder

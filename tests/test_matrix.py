@@ -4,7 +4,6 @@ was saved gives the same logits in a fresh process.
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from vlm_sft.training.callbacks import RestoreGenerationConfig
 from vlm_sft.training.checkpoints import SafeCheckpoints
 
 nf4 = partial(nf4_config, compute_dtype=torch.float32)
-FAMILIES = ("llava15", "qwen2_5_vl", "smolvlm", "gemma3")
+FAMILIES = ("llava15", "qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("smolvlm", "gemma3")))
 
 LORA = {"language": "lora"}
 LORA_AND_PROJECTOR = {"language": "lora", "projector": "full"}
@@ -76,13 +75,18 @@ class Run:
     reloaded: torch.Tensor = field(init=False)
 
 
+def is_of_matrix(item: Any) -> bool:
+    return "runs" in getattr(item, "fixturenames", ()) and item.path == Path(__file__)
+
+
 @pytest.fixture(scope="module")
-def runs(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Run]:
-    gc.freeze()  # each run of the Trainer collects garbage, a third of its time here with all that is imported
+def runs(
+    tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[tuple[str, str], Run]:
     folder = tmp_path_factory.mktemp("matrix")
     done: dict[tuple[str, str], Run] = {}
     saved: list[tuple[str, str, str]] = []
-    for family in FAMILIES:
+    for family in sorted({item.callspec.params["family"] for item in request.session.items if is_of_matrix(item)}):
         batch = Collate(load_processor(tiny_dir(family)))(list(rows(2).remove_columns("row")))
         torch.save(batch, folder / f"{family}.pt")
         for way, (precision, asked) in WAYS.items():
@@ -95,7 +99,6 @@ def runs(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     subprocess.run(command, input=json.dumps(saved), text=True, check=True, timeout=300)
     for run, logits in zip(done.values(), torch.load(folder / "logits.pt"), strict=True):
         run.reloaded = logits
-    gc.unfreeze()
     return done
 
 

@@ -548,6 +548,7 @@ def test_another_batch_size_found_in_the_same_training(make, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13 on TRL's head
+@pytest.mark.sweep
 def test_torch_compile(make):
     run = make(torch_compile=True, torch_compile_backend="eager")
     run.prove()

@@ -431,6 +431,7 @@ def launch(command: Sequence[object]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_accelerate_launch_on_two_processes(flags_of: Callable[[str], list[object]], tmp_path: Path) -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     config = ["--config_file", "accelerate_configs/cpu_2proc.yaml", "recipes/llava15_sft.py"]
@@ -441,12 +442,9 @@ def test_accelerate_launch_on_two_processes(flags_of: Callable[[str], list[objec
     assert verify_checkpoint(tmp_path / "output" / "checkpoint-2") == []
 
 
-# llava15_sft.py has two processes above, and those of its body are launched by `make test-sweep`.
-OF_ONE_BODY = ADAPTERS.keys() - {"llava15_sft", "table_to_markdown_sft"}
-LAUNCHED = [
-    *("table_to_markdown_sft", *WHOLE),
-    *(pytest.param(name, marks=pytest.mark.sweep) for name in sorted(OF_ONE_BODY)),
-]
+# The others are launched by `make test-sweep`, llava15_sft.py on two processes in tests/test_distributed.py.
+OTHERS = sorted({*ADAPTERS, *WHOLE} - {"llava15_sft", "table_to_markdown_sft"})
+LAUNCHED = ["table_to_markdown_sft", *(pytest.param(name, marks=pytest.mark.sweep) for name in OTHERS)]
 
 
 @pytest.mark.slow

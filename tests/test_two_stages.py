@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Features, List
 from PIL import Image
@@ -76,6 +77,7 @@ def answers(model: Any, processor: Any, rows: Any) -> list[str]:
     return generate(model, ChatTemplate(processor), rows, batch_size=100, max_new_tokens=3)
 
 
+@pytest.mark.sweep
 def test_both_stages_learn_to_read_digits(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     torch.manual_seed(0)
     tower, text = llava_parts(tmp_path, corpus=[QUESTION, *WORDS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -34,7 +35,7 @@ def together(
     not ended within `limit_s` seconds are killed, and TimeoutError says which.
     """
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["recipe_runs", "runs", "vlm_sft"])
+    forks.set_forkserver_preload(["test_distributed", "transformers.models.llava.modeling_llava"])
     answers = forks.Queue()
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port()), **_sharding(config)}
@@ -69,6 +70,7 @@ class _Failure(str):
 def _one(rank: int, shared: dict[str, str], work: Any, arguments: tuple[Any, ...], answers: Any) -> None:
     os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     try:
         answers.put((rank, work(*arguments)))
     except BaseException:

@@ -135,13 +135,13 @@ def test_as_trained_is_what_was_trained(nf4_adapter: Path, llava: Path, tmp_path
     )
     keep_packing(base)
     reference = PeftModel.from_pretrained(base, nf4_adapter).eval()
-    question = merging._questions(AutoProcessor.from_pretrained(llava))
-    expected = merging._answers(reference, question).prompt
+    processor = AutoProcessor.from_pretrained(llava)
+    expected = merging._answers(reference, processor).prompt
     off = {}
     for practice in ("as-trained", "original"):
         folder = merge(nf4_adapter, tmp_path / practice, base=practice).folder
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
-        off[practice] = merging._distance(expected, merging._answers(model, question).prompt)
+        off[practice] = merging._distance(expected, merging._answers(model, processor).prompt)
     assert off["as-trained"] < 0.02
     assert off["original"] > 5 * off["as-trained"]
 

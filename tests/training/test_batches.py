@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs import rows as picture_rows
-from transformers import TrainerControl, TrainerState
+from together import together
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
@@ -138,42 +135,25 @@ def test_a_length_column_that_would_be_dropped_is_refused(tmp_path: Path) -> Non
             GroupByLength().on_init_end(args, TrainerState(), TrainerControl())
 
 
-def one_of_two(rank: int, port: int, folder: str, output: str) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+def seen_in_a_launch(strategy: str, folder: str, output: str) -> dict[str, Any]:
+    """The rows of each batch of this process: of a whole run, and of one that resumes after step 9."""
     seen = {}
-    for strategy in STRATEGIES:
-        for name, options in (("whole", {}), ("cut", {"max_steps": 9, "save_steps": 9}), ("cut", {"resume": True})):
-            options = {"save_strategy": "steps", "save_steps": 9} | options if name == "cut" else options
-            model, processor = (kind.from_pretrained(folder) for kind in (AutoModelForImageTextToText, AutoProcessor))
-            path = Path(output, f"{strategy}-{name}")
-            trainer = train(model, processor, path, train_sampling_strategy=strategy, **options)
-            seen[f"{strategy} {'resumed' if 'resume' in options else name}"] = trainer.data_collator.seen
-    Path(output, f"{rank}.json").write_text(json.dumps(seen))
+    for name, options in (("whole", {}), ("cut", {"max_steps": 9, "save_steps": 9}), ("cut", {"resume": True})):
+        options = {"save_strategy": "steps", "save_steps": 9} | options if name == "cut" else options
+        model, processor = (kind.from_pretrained(folder) for kind in (AutoModelForImageTextToText, AutoProcessor))
+        trainer = train(model, processor, Path(output, name), train_sampling_strategy=strategy, **options)
+        seen["resumed" if "resume" in options else name] = trainer.data_collator.seen
+    return seen
 
 
 @pytest.mark.slow
 @pytest.mark.loopback
-def test_two_processes_share_an_order(tiny_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    arguments = (port, str(tiny_dir("llava15")), str(tmp_path))
-    processes = [spawn.Process(target=one_of_two, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(400)
-        assert process.exitcode == 0
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    for strategy in STRATEGIES:
-        whole = [rank[f"{strategy} whole"] for rank in ranks]
-        steps = len(whole[0])
-        for epoch in (slice(0, steps // 2), slice(steps // 2, steps)):
-            both = [n for rank in whole for batch in rank[epoch] for n in batch]
-            assert sorted(both) == list(range(COUNT)), strategy
-        assert [rank[f"{strategy} resumed"] for rank in ranks] == [rank[9:] for rank in whole], strategy
+@pytest.mark.parametrize("strategy", ["group_by_length", pytest.param("batch_rebalance", marks=pytest.mark.sweep)])
+def test_two_processes_share_an_order(strategy: str, tiny_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    ranks = together(seen_in_a_launch, strategy, str(tiny_dir("llava15")), str(tmp_path))
+    whole = [rank["whole"] for rank in ranks]
+    steps = len(whole[0])
+    for epoch in (slice(0, steps // 2), slice(steps // 2, steps)):
+        both = [n for rank in whole for batch in rank[epoch] for n in batch]
+        assert sorted(both) == list(range(COUNT))
+    assert [rank["resumed"] for rank in ranks] == [rank[9:] for rank in whole]

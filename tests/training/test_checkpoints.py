@@ -225,7 +225,10 @@ def forks() -> Any:
         yield context
 
 
-@pytest.mark.parametrize("point", ["model.safetensors", "optimizer.pt", MANIFEST])
+@pytest.mark.parametrize(
+    "point",
+    ["model.safetensors", *(pytest.param(file, marks=pytest.mark.sweep) for file in ("optimizer.pt", MANIFEST))],
+)
 def test_kill_9_in_a_save_leaves_the_checkpoint_before(
     point: str, whole: tuple[Path, dict[str, Any]], llava: Path, tmp_path: Path, forks: Any
 ) -> None:

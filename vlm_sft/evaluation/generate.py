@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from vlm_sft.chat.collator import ChatCollator
@@ -17,13 +19,6 @@ from vlm_sft.common import evaluating
 
 # Whatever the model's generation config says: Qwen-VL's samples, with a repetition penalty.
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
-
-
-class Rows(Protocol):
-    """A list or dataset of rows with `messages` and `images`."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 class Question(NamedTuple):
@@ -49,7 +44,7 @@ def split_reference(row: Mapping[str, Any]) -> Question:
 def generate(
     model: Any,
     prompter: ChatCollator | ChatTemplate,
-    rows: Rows,
+    rows: Any,
     *,
     batch_size: int = 8,
     max_new_tokens: int = 64,
@@ -57,23 +52,22 @@ def generate(
 ) -> list[str]:
     """The model's answer to each row's last question, greedy, without special tokens and outer white space.
 
-    The prompt is what the collator trains on up to the last answer (a `ChatTemplate(processor)` serves as well).
-    Generation ends at the stop token of a trained answer, at those of the model's generation config, or after
-    `max_new_tokens`. With several processes each takes its share of the rows, and each returns all answers. The model
-    is left as it was, in training mode and with its own cache setting.
+    `rows` is a list or dataset with `messages` and `images`. The prompt is what the collator trains on up to the last
+    answer (a `ChatTemplate(processor)` serves as well). Generation ends at the stop token of a trained answer, at those
+    of the model's generation config, or after `max_new_tokens`. With several processes each takes its share of the
+    rows, and each returns all answers. The model is left as it was, in training mode and with its own cache setting.
 
     Raises `ValueError` without rows, and for a bad row with its number (its `row` column where it has one).
     """
     if len(rows) == 0:
         raise ValueError("no rows to generate from; give at least one")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    rank, world_size = PartialState().process_index, PartialState().num_processes
     # Sharded models (FSDP, ZeRO-3) need the same number of batches everywhere: short shares start again from row 0.
     share = [i % len(rows) for i in range(rank, -(-len(rows) // world_size) * world_size, world_size)]
     template = prompter.template if isinstance(prompter, ChatCollator) else prompter
     tokenizer, stop_ids = template.processor.tokenizer, template.stop_ids(model.generation_config)
     settings = {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id, "use_cache": True, **GREEDY}
-    answers: dict[int, str] = {}
+    answers: list[tuple[int, str]] = []
     with _answering(model), tqdm(total=len(share), desc="Generating", disable=not progress or rank > 0) as bar:
         for start in range(0, len(share), batch_size):
             batch = share[start : start + batch_size]
@@ -81,16 +75,13 @@ def generate(
             output = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
             for row, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
-                answers[row] = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+                answers.append((row, tokenizer.decode(ids[:end], skip_special_tokens=True).strip()))
             bar.update(len(batch))
-    if world_size > 1:
-        shares: list[dict[int, str]] = [{}] * world_size
-        torch.distributed.all_gather_object(shares, answers)
-        answers = {i: answer for part in shares for i, answer in part.items()}
-    return [answers[i] for i in range(len(rows))]
+    by_row = dict(gather_object(answers))
+    return [by_row[i] for i in range(len(rows))]
 
 
-def _inputs(prompter: ChatCollator | ChatTemplate, template: ChatTemplate, rows: Rows, numbers: Sequence[int]) -> Any:
+def _inputs(prompter: ChatCollator | ChatTemplate, template: ChatTemplate, rows: Any, numbers: Sequence[int]) -> Any:
     """A `BatchFeature` with `input_ids` [B, T], padded on the left, and what else the processor makes."""
     texts, images = [], []
     for number in numbers:
@@ -103,14 +94,9 @@ def _inputs(prompter: ChatCollator | ChatTemplate, template: ChatTemplate, rows:
             texts.append(prompter.prompt(question.messages))
         except ValueError as error:
             raise ValueError(f"row {name}: {error}") from error
-    return template.processor(
-        text=texts,
-        images=images if any(images) else None,
-        add_special_tokens=template.add_special_tokens(texts[0]),
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
+    settings = {"add_special_tokens": template.add_special_tokens(texts[0]), "return_tensors": "pt"}
+    settings |= {"padding": True, "padding_side": "left"}
+    return template.processor(text=texts, images=images if any(images) else None, **settings)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from vlm_sft.chat.boxes import boxes_in, draw_boxes
 from vlm_sft.chat.collator import EncodedRow
 from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import count_images, text_of
-from vlm_sft.evaluation.generate import Rows, split_reference
+from vlm_sft.evaluation.generate import split_reference
 from vlm_sft.evaluation.metrics import Metric, Reference, row_score
 
 
@@ -42,35 +41,25 @@ class Sample:
     before: str | None = None
     score_before: float | None = None
 
-    @property
-    def kinds(self) -> list[str]:
-        """The filters of the page that show the row."""
-        right, was_right = self.score == 1, self.score_before == 1
-        changed = [] if self.score_before is None or right == was_right else ["fixed" if right else "broken"]
-        return ["all", "right" if right else "wrong", *changed]
-
 
 def make_samples(
-    rows: Rows,
+    rows: Any,
     references: Sequence[Reference],
     metric: Metric,
     after: Sequence[str],
     before: Sequence[str] | None = None,
 ) -> list[Sample]:
     """The rows' answers and, where there are, those before training, each scored by the metric (`row_score`)."""
-    questions = [split_reference(rows[n]) for n in range(len(references))]
-    return [
-        Sample(
-            images=question.images,
-            question=text_of(question.messages[-1]),
-            reference=reference if isinstance(reference, str) else " | ".join(reference),
-            after=after[n],
-            score=row_score(metric, after[n], reference),
-            before=before[n] if before else None,
-            score_before=row_score(metric, before[n], reference) if before else None,
-        )
-        for n, (question, reference) in enumerate(zip(questions, references, strict=True))
-    ]
+    samples = []
+    for n, reference in enumerate(references):
+        messages, images, _ = split_reference(rows[n])
+        text = reference if isinstance(reference, str) else " | ".join(reference)
+        shown: dict[str, Any] = {"images": images, "question": text_of(messages[-1]), "reference": text}
+        shown |= {"after": after[n], "score": row_score(metric, after[n], reference)}
+        if before:
+            shown |= {"before": before[n], "score_before": row_score(metric, before[n], reference)}
+        samples.append(Sample(**shown))
+    return samples
 
 
 def write_samples_html(
@@ -85,9 +74,8 @@ def write_samples_html(
     if len(compared) != 1:
         found = "some have it" if samples else "no samples"
         raise ValueError(f"expected samples that all have `before` and `score_before`, or none of them; found: {found}")
-    counts = Counter(kind for sample in samples for kind in sample.kinds)
     texts = {"title": title, "subtitle": subtitle}
-    _write("samples.html", path, samples=samples, before=compared.pop(), counts=counts, image_px=480, **texts)
+    _write("samples.html", path, samples=samples, before=compared.pop(), image_px=480, **texts)
 
 
 def write_audit_html(report: AuditReport, path: str | Path) -> None:
@@ -128,11 +116,10 @@ def _thumbnail(image: Any, image_px: int) -> tuple[str, bool]:
 def _write(name: str, path: str | Path, **values: Any) -> None:
     if not PartialState().is_main_process:
         return
-    source = resources.files("vlm_sft.evaluation").joinpath(name).read_text("utf-8")
+    source = Path(__file__).with_name(name).read_text("utf-8")
     for element in ("style", "script"):  # the page's policy allows exactly the text between these tags
         inside = source.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        values[f"{element}_hash"] = f"sha256-{digest}"
+        values[f"{element}_hash"] = "sha256-" + base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
     page = Environment(autoescape=True).from_string(source).render(thumbnail=_thumbnail, **values)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
@@ -146,21 +133,18 @@ def _pieces(row: EncodedRow, tokenizer: Any) -> Iterator[dict[str, Any]]:
         numbers[row.tokens_of(turn)] = number
     kinds = [*zip(kinds_of(row), numbers.tolist(), strict=True)]
     start, end = row.offsets.T.tolist()
-    shown = last = 0
-    while last < len(row):
-        first, last = last, last + 1
-        (kind, number), is_image = kinds[first], kinds[first][0] == "image"
-        while (
-            last < len(row)
-            and kinds[last] == kinds[first]
-            and (is_image or start[last] < min(end[last - 1 : last + 1]))
-        ):
-            last += 1
+    firsts, shown = [0], 0
+    for token in range(1, len(row)):
+        same_character = start[token] < min(end[token - 1], end[token])
+        if kinds[token] != kinds[token - 1] or not (kinds[token][0] == "image" or same_character):
+            firsts.append(token)
+    for first, last in zip(firsts, [*firsts[1:], len(row)], strict=True):
+        kind, number = kinds[first]
         counts = Counter(row.tokens["input_ids"][first:last].tolist())
         [(most, count)] = counts.most_common(1)
         name = tokenizer.convert_ids_to_tokens(most)
         ids = ", ".join(f"{i}" if n == 1 else f"{n} x {i}" for i, n in counts.items())
-        text = f"{name} x {count}" if is_image else row.text[start[first] : end[last - 1]] or name
+        text = f"{name} x {count}" if kind == "image" else row.text[start[first] : end[last - 1]] or name
         yield {
             "turn": number,
             "before": row.text[shown : start[first]],

@@ -28,7 +28,6 @@ GIB = 2**30
 # arXiv 2305.14314). A bfloat16 weight takes 2 bytes, a trained one 4: `cast_trainable_to_fp32`.
 _NF4, _BF16, _TRAINED = (4 + 8 / 64 + 32 / (64 * 256)) / 8, 2, 4
 _ADAM = {"adamw": 8, "adamw_8bit": 2}
-_ADAPTERS = ("lora_r", "lora_dropout", "use_dora")
 # What the driver, CUDA's context and its libraries take, and NCCL's buffers: usual sizes, not of any measurement here.
 _CONTEXT, _NCCL = 0.5 * GIB, 0.4 * GIB
 _TILE = 4096, 32768  # tokens and words that TRL 1.16's head scores at a time (trainer/utils.py, kernels)
@@ -64,55 +63,56 @@ def estimate(
         raise ValueError("method='qlora' with strategy='zero3': DeepSpeed shards no 4-bit weights; take fsdp2")
     if strategy == "fsdp2" and optimizer != "adamw":
         raise ValueError(f"optimizer={optimizer!r} with strategy='fsdp2': bitsandbytes steps no sharded weights")
-    parts, sizes = parts_of(model), _sizes(model)
+    parts, sizes, four_bit, text = parts_of(model), _sizes(model), method == "qlora", model.config.get_text_config()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     language = [m for name, m in linears.items() if part_of(name, parts) == "language"]
-    adapted, packed = method in ("qlora", "lora"), sum(m.weight.numel() for m in language) * (method == "qlora")
-    taught = sizes.total() - sizes["vision"] if method == "full" else sizes["projector"]
-    if adapted:
+    lists = [m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and part_of(n, parts) == "language"]
+    layers = [*max(lists, key=len)]
+    largest = max(m.weight.numel() for m in linears.values()) * _BF16
+    widest = max(m.out_features for m in language)
+    packed = sum(m.weight.numel() for m in language) * four_bit
+
+    taught, adapters = sizes.total() - sizes["vision"] if method == "full" else sizes["projector"], None
+    if adapted := method in ("qlora", "lora"):
         taught = sum(lora_r * (m.in_features + m.out_features) + use_dora * m.out_features for m in language)
+        # PEFT widens the input of a 16-bit layer, and so keeps another copy of it, as dropout does.
+        apart = lora_dropout or (0.0 if four_bit else 1e-9)
+        adapters = LoraConfig(r=lora_r, lora_dropout=apart, use_dora=use_dora) if lora_r else None
     taught = taught if trained is None else trained
-    # PEFT widens the input of a 16-bit layer, and so keeps another copy of it, as dropout does.
-    apart = lora_dropout or (1e-9 if method == "lora" else 0.0)
-    adapters = LoraConfig(r=lora_r, lora_dropout=apart, use_dora=use_dora) if adapted and lora_r else None
     frozen = sizes.total() - packed - (0 if adapted else taught)
     held: float = frozen * _BF16 + packed * _NF4 + taught * _TRAINED
     gradients, states = float(taught * _TRAINED), float(taught * _ADAM[optimizer])
-    lists = [m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and part_of(n, parts) == "language"]
-    layers = [*max(lists, key=len)]
-    largest = max((m.weight.numel() for m in linears.values()), default=0)
-    ends = {*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()}
-    gathered, host, load = 0.0, 0.0, held + largest * _BF16
+    gathered, host, load = 0.0, 0.0, held + largest
     if strategy == "zero2":
         held += taught * (_BF16 - _TRAINED + _TRAINED / gpus)  # 16-bit copies in each, 32-bit ones sharded
         gradients, states = gradients / gpus, states / gpus
     elif strategy in ("fsdp2", "zero3"):
         # Each process packs the whole model on the CPU; in 16 bit, the first holds what trains in 32.
-        host = gpus * (packed * _NF4 + frozen * _BF16) if method == "qlora" else taught * _TRAINED
+        host = gpus * (packed * _NF4 + frozen * _BF16) if four_bit else taught * _TRAINED
         held, gradients, states = held / gpus, gradients / gpus, states / gpus
         load = held + max(p.numel() for p in model.parameters()) * _TRAINED
         # One layer at work and the next one on its way, the embedding, and the head as it is trained.
-        layer = sum(p.numel() * (_NF4 if method == "qlora" else _BF16) for p in layers[0].parameters())
+        layer = sum(p.numel() for p in layers[0].parameters()) * (_NF4 if four_bit else _BF16)
+        ends = {*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()}
         gathered = 2 * layer + sum(p.numel() for p in ends) * _BF16 if gpus > 1 else 0.0
     elif gpus > 1:
         gathered = gradients  # the buckets in which DDP sums gradients up
     if strategy == "ddp" and not adapted:
         gathered += taught * _BF16  # autocast keeps its 16-bit copies of what trains until a forward has ended
-    text = model.config.get_text_config()
+
     whole = rows * tokens * text.hidden_size
     inside = _kept(model, rows, tokens, adapters, trains=method == "full")
-    if packed and use_dora and lora_dropout:
+    if four_bit and use_dora and lora_dropout:
         inside += sum(m.weight.numel() for m in layers[0].modules() if isinstance(m, nn.Linear)) * _BF16  # dequantized
     kept = len(layers) * (whole * _BF16 if checkpointing else inside) + checkpointing * inside
-    widest = max(m.out_features for m in language)
-    at_work = 2 * rows * tokens * widest * _BF16 + largest * _BF16 * bool(packed)  # gradients; one matrix unpacked
+    at_work = 2 * rows * tokens * widest * _BF16 + largest * four_bit  # gradients; one matrix unpacked
     head = min(rows * tokens, _TILE[0]) * min(text.vocab_size, _TILE[1]) * _BF16 + whole * (_BF16 + 4)
     head += (method == "full") * 4 * model.get_output_embeddings().weight.numel()
     asked = min(8, rows) if generation_batch_size is None else generation_batch_size
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache = 2 * len(layers) * text.num_key_value_heads * width * _BF16 * (tokens + max_new_tokens)
     answers = asked * (cache + tokens * (2 * widest + 6 * text.hidden_size) * _BF16)
-    context, tower = _CONTEXT + (_NCCL if gpus > 1 else 0), _tower(model, rows, tokens)
+    context, tower = _CONTEXT + _NCCL * (gpus > 1), _tower(model, rows, tokens)
     step = gradients + kept + max(at_work, head, tower) + gathered
     found = {"context": context, "weights": held, "gradients": gradients, "optimizer": states}
     found |= {"activations": kept + at_work, "head": head, "tower": tower, "gathered": gathered}
@@ -132,12 +132,21 @@ def _kept(model: Any, rows: int, tokens: int, adapters: LoraConfig | None, *, tr
     """Bytes that one layer of the language model keeps for its backward, as autograd counts them on PyTorch's meta
     device: what a model of two layers keeps more than one of one. The meta device has plain attention alone: its scores
     are left out, since SDPA and FlashAttention keep none, and what it widens counts as the 16 bit it has there."""
-    found = []
-    for count in (1, 2):
+
+    def kept_by(layers: int) -> int:
         config = copy.deepcopy(model.get_decoder().config)
-        config.num_hidden_layers, config._attn_implementation = count, "sdpa"
+        config.num_hidden_layers, config._attn_implementation = layers, "sdpa"
         if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:count]
+            config.layer_types = config.layer_types[:layers]
+        kept: dict[int, tuple[Any, int]] = {}  # by storage, which stays alive here, so that none has its place
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            widened = tensor.dtype == torch.float32 and tensor.shape[:-2] == (rows * config.num_attention_heads,)
+            if tensor.shape[-2:] != (tokens, tokens):
+                kept[storage._cdata] = storage, storage.nbytes() // (2 if widened else 1)
+            return tensor
+
         with torch.device("meta"):
             decoder: Any = AutoModel.from_config(config).requires_grad_(trains)  # type: ignore[no-untyped-call]
             if adapters is not None:
@@ -146,22 +155,12 @@ def _kept(model: Any, rows: int, tokens: int, adapters: LoraConfig | None, *, tr
             decoder.to(torch.bfloat16).train()
             mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)
             given = torch.empty(rows, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-            heads = rows * config.num_attention_heads
-            kept: dict[int, tuple[Any, int]] = {}  # by storage, which stays alive here, so that none has its place
-
-            def keep(tensor: Tensor, heads: int = heads, kept: dict[int, tuple[Any, int]] = kept) -> Tensor:
-                storage = tensor.untyped_storage()
-                widened = tensor.ndim == 3 and len(tensor) == heads and tensor.dtype == torch.float32
-                if tensor.shape[-2:] != (tokens, tokens):
-                    kept[storage._cdata] = storage, storage.nbytes() // (2 if widened else 1)
-                return tensor
-
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 decoder(inputs_embeds=given, attention_mask=mask, use_cache=False)
-        for weight in decoder.parameters():
-            kept.pop(weight.untyped_storage()._cdata, None)
-        found.append(sum(size for _, size in kept.values()))
-    return int(found[1] - found[0])
+        weights = {weight.untyped_storage()._cdata for weight in decoder.parameters()}
+        return sum(size for place, (_, size) in kept.items() if place not in weights)
+
+    return kept_by(2) - kept_by(1)
 
 
 def _tower(model: Any, rows: int, tokens: int) -> float:
@@ -179,16 +178,17 @@ def _tower(model: Any, rows: int, tokens: int) -> float:
 def of_run(trainer: Any, tokens: int) -> str:
     """The estimate for this trainer's own run, of rows of at most so many tokens, beside what its GPU has free."""
     model, args, plugin = base_of(trainer.model), trainer.args, trainer.accelerator.state.deepspeed_plugin
-    config = copy.deepcopy(model.config)
+    config, how = copy.deepcopy(model.config), {}
     quantized = config.__dict__.pop("quantization_config", None) is not None
     trained = {name: weight.numel() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    whole = "full" if any(part_of(name, parts_of(model)) == "language" for name in trained) else "projector"
-    adapters = next(iter(getattr(trainer.model, "peft_config", {}).values()), None)
-    how = {name: getattr(adapters, name if name != "lora_r" else "r") for name in _ADAPTERS} if adapters else {}
+    method = "full" if any(part_of(name, parts_of(model)) == "language" for name in trained) else "projector"
+    if adapters := next(iter(getattr(trainer.model, "peft_config", {}).values()), None):
+        method = "lora"
+        how = {"lora_r": adapters.r, "lora_dropout": adapters.lora_dropout, "use_dora": adapters.use_dora}
     strategy: Any = "fsdp2" if trainer.is_fsdp_enabled else f"zero{plugin.zero_stage}" if plugin else "ddp"
     found = estimate(
         on_meta(config),
-        method="qlora" if quantized else "lora" if adapters else whole,  # type: ignore[arg-type]
+        method="qlora" if quantized else method,  # type: ignore[arg-type]
         gpus=args.world_size,
         strategy=strategy,
         rows=args.per_device_train_batch_size,

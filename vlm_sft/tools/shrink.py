@@ -83,14 +83,10 @@ def _turned(rope: Any, head_dim: int) -> Any:
 def _fewer_layers(config: Mapping[str, Any], depth: str) -> dict[str, Any]:
     """One layer of each kind. A list as long as the stack has an entry for each layer; one of growing numbers below its
     depth names some of the layers."""
-    total, each, some = config[depth], {}, {}
-    for name, value in config.items():
-        if isinstance(value, list) and value:
-            numbers = {one for one in value if type(one) is int and 0 <= one < total}
-            if value == sorted(numbers):
-                some[name] = value
-            elif len(value) == total:
-                each[name] = value
+    total, lists = config[depth], {name: value for name, value in config.items() if isinstance(value, list) and value}
+    numbers = {name: {n for n in value if type(n) is int and 0 <= n < total} for name, value in lists.items()}
+    some = {name: value for name, value in lists.items() if value == sorted(numbers[name])}
+    each = {name: value for name, value in lists.items() if len(value) == total and name not in some}
     changes = {int(layer): shrink(value) for layer, value in (config.get("per_layer_config") or {}).items()}
     ends = {"first_k_dense_replace": range(config.get("first_k_dense_replace") or 0)}
     ends["num_kv_shared_layers"] = range(total - (config.get("num_kv_shared_layers") or 0), total)
