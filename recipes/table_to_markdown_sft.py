@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
-from trl import SFTTrainer, TrlParser
+from trl import SFTTrainer
 
 import vlm_sft
 from vlm_sft.evaluation.metrics import anls
@@ -75,10 +75,10 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
         if not (args.dataset_name or Path(drawn).exists()):
             write_tables(drawn, count=args.num_tables, seed=training_args.seed)
     processor = vlm_sft.load_processor(args.model_name_or_path)
-    model = vlm_sft.load_model(args.model_name_or_path, attn_implementation=training_args.attn_implementation)
-    collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length)
     source, seed = args.dataset_name or drawn, training_args.seed
     data = vlm_sft.load_conversations(source, to_conversation=to_conversation, eval_fraction=0.02, seed=seed)
+    model = vlm_sft.load_model(args.model_name_or_path, attn_implementation=training_args.attn_implementation)
+    collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length)
     data = vlm_sft.check_rows(data, collator, on_bad_rows=args.on_bad_rows)  # opens and encodes each row once
     trainer = SFTTrainer(
         model=model,
@@ -97,4 +97,4 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments, RecipeConfig)).parse_args_and_config())
+    vlm_sft.run(main, RecipeArguments, RecipeConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import whoami
@@ -59,7 +59,7 @@ class DataArguments(ReadingArguments):
     num_eval_rows: int | None = field(
         default=None, metadata={"help": "Held-out rows (500, at most a fifth); 0 trains without evaluation."}
     )
-    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
+    on_bad_rows: Literal["error", "drop", "ignore"] = field(default="error", metadata={"help": "With bad rows."})
     max_bad_fraction: float = field(default=0.1, metadata={"help": "How many rows --on_bad_rows drop may drop."})
 
     @property
