@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from vlm_sft.chat.messages import answers_of
-from vlm_sft.common import restore_rng, rng_state
+from vlm_sft.common import core_count, restore_rng, rng_state
 from vlm_sft.data.findings import SHOWN, CheckReport, Fault
 from vlm_sft.data.records import (
     ONE_ANSWER,
@@ -270,7 +270,7 @@ def _look_at_all(rows: Any, num_proc: int | None) -> tuple[Records, Any, Records
     state = PartialState()
     share = range(state.process_index, len(rows), state.num_processes)
     if num_proc is None:
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         num_proc = min(len(share) // 256, cores)
     batches: Any = DataLoader(Subset(rows, share), batch_size=_TOGETHER, collate_fn=list, num_workers=num_proc)
     found, fresh, places = Records(), Records(), array("q")

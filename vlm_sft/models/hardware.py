@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_triton_available
 
+from vlm_sft.common import core_count
 from vlm_sft.upstream import is_bitsandbytes_optimizer, is_sharded, shard_on_cpu
 
 
@@ -41,7 +42,7 @@ def best_worker_count() -> int:
     Image work is some 95% of collation; without workers (the Trainer's default) it runs between the steps.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(0, min(4, len(os.sched_getaffinity(0)) // processes - 1))
+    return max(0, min(4, core_count() // processes - 1))
 
 
 def set_hardware_defaults(args: TrainingArguments) -> list[str]:

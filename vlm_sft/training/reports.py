@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from huggingface_hub import ModelCard
 from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 
+from vlm_sft.common import peak_memory
 from vlm_sft.models.fingerprints import base_settings, data_settings, model_settings, plain, shareable
 
 _COSTS = re.compile(r"_runtime$|_per_second$|_num_tokens$|_generation_s$|^epoch$")  # run.json holds them
@@ -96,7 +96,7 @@ def write_run_json(path: str | Path, *, model: Any, datasets: Mapping[str, Any],
         "data": {split: data_settings(dataset) for split, dataset in datasets.items()},
         "model": model_settings(model) | sizes,
         "peak_memory_bytes": {
-            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "process": peak_memory(),
             "accelerators": [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())],
         },
         **facts,
@@ -203,6 +203,7 @@ def write_model_card(
     card.text = Template(template, undefined=StrictUndefined).render(
         title=output.name,
         name=args.hub_model_id or output.name,
+        version=next((found.version for found in importlib.metadata.distributions(name="vlm_sft")), ""),
         adapters=adapters,
         rows={split: len(data) if isinstance(data, Sized) else "streamed" for split, data in datasets.items()},
         facts={"optimizer": getattr(args.optim, "value", args.optim), "seed": args.seed, **facts},
