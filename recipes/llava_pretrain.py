@@ -41,7 +41,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03  # below 1, a share of all steps
-    eval_steps: float | None = 500  # and a checkpoint as often, which holds the whole model
+    eval_steps: float | None = 0.2  # a share of all steps; and a checkpoint as often, of the whole model
     save_total_limit: int | None = 2  # the newest and the one before it
 
 

@@ -47,7 +47,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     lr_scheduler_type: str = "cosine"  # as LLaVA; TRL's is linear
     warmup_steps: float = 0.03  # below 1, a share of all steps; LLaVA's
     optim: str = "paged_adamw_32bit"  # pages its states out when memory runs short. Without a GPU adamw_torch
-    eval_steps: float | None = 100  # and a checkpoint as often
+    eval_steps: float | None = 0.1  # a share of all steps: ten evaluations, and a checkpoint as often
     load_best_model_at_end: bool = True  # by eval_loss
 
 

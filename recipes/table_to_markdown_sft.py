@@ -42,7 +42,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     gradient_accumulation_steps: int = 2  # 16 rows a step on one GPU, with TRL's 8 at a time
     learning_rate: float = 2e-4  # LoRA's usual rate
     warmup_steps: float = 0.03  # below 1, a share of all steps
-    eval_steps: float | None = 100  # and a checkpoint as often
+    eval_steps: float | None = 0.1  # a share of all steps: ten evaluations, and a checkpoint as often
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "eval_anls"  # what the loss only stands for
 
