@@ -209,3 +209,11 @@ def test_make_takes_any_python_that_torch_serves(there, taken, tmp_path):
         command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True
     ).stdout
     assert f"\n{taken} -m venv {tmp_path}/none" in f"\n{told}"
+
+
+@pytest.mark.slow
+def test_the_page_of_public_names_is_current():
+    """`python docs/api.py` makes it anew."""
+    code = "import sys; sys.path.insert(0, 'docs'); import api; print(api.page())"
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert made.rstrip("\n") == (ROOT / "docs" / "api.md").read_text("utf-8").rstrip("\n")

@@ -59,7 +59,9 @@ class DataArguments(ReadingArguments):
     num_eval_rows: int | None = field(
         default=None, metadata={"help": "Held-out rows (500, at most a fifth); 0 trains without evaluation."}
     )
-    on_bad_rows: Literal["error", "drop", "ignore"] = field(default="error", metadata={"help": "With bad rows."})
+    on_bad_rows: Literal["error", "drop", "ignore"] = field(
+        default="error", metadata={"help": "What happens to bad rows."}
+    )
     max_bad_fraction: float = field(default=0.1, metadata={"help": "How many rows --on_bad_rows drop may drop."})
 
     @property
