@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from trl import TrlParser
+from trl import TrlParser  # type: ignore[attr-defined]
 from yaml import YAMLError
 
 TRACEBACK = "VLM_SFT_TRACEBACK"
@@ -72,7 +72,7 @@ class OneLineErrors:
 
     meant: Mapping[str, str] = {}
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"{self.prog}: {message}")  # type: ignore[attr-defined]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -103,7 +103,7 @@ class _RecipeParser(OneLineErrors, TrlParser):
         return super().add_argument(*names, **settings)
 
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
-        left: list[str] = super().set_defaults_with_config(**settings)  # type: ignore[no-untyped-call]
+        left: list[str] = super().set_defaults_with_config(**settings)
         self.refuse(left[::2])
         return left
 

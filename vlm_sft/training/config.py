@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -120,6 +121,7 @@ class RecipeDefaults(SFTConfig):
             self.generation_batch_size = min(8, self.per_device_eval_batch_size)
         if self.save_steps is None:
             self.save_steps = self.eval_steps or 500
+        self.run_name = self.run_name or Path(str(self.output_dir)).name
         self.hardware_changes = []
         if self.load_best_model_at_end and "no" in (idle := (self.eval_strategy, self.save_strategy)):
             self.load_best_model_at_end = False
