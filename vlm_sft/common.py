@@ -85,8 +85,8 @@ def ends_within(seconds: float) -> Iterator[None]:
 
 
 def lock_file(file: IO[str]) -> None:
-    """Locks a file until it is closed or the process ends. Raises BlockingIOError or PermissionError where another
-    process has it. (flock, and filelock with it, would leave the lock with data workers that outlive a killed run.)"""
+    """Locks a file until it is closed or the process ends; BlockingIOError or PermissionError where another process has
+    it. Not by flock, as filelock does: data workers that outlive a killed run would keep it."""
     try:
         import fcntl
     except ImportError:
@@ -98,12 +98,11 @@ def lock_file(file: IO[str]) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes of RAM that this process held at most; on Windows the peak of its working set."""
+    """Bytes of RAM that this process held at most; on Windows, those that it holds now."""
     try:
         import resource
     except ImportError:
-        memory = psutil.Process().memory_info()
-        return int(getattr(memory, "peak_wset", memory.rss))
+        return int(psutil.Process().memory_info().rss)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
