@@ -50,7 +50,7 @@ def run(main: Callable[..., Any], *kinds: Any) -> Any:
 
 
 class OneLineErrors:
-    """Mixin of argparse's parsers: a mistake in a command line is a ValueError of one line, with the nearest flag."""
+    """Mixin of a parser: a mistake in a command line is a ValueError of one line, with the nearest flag."""
 
     meant: Mapping[str, str] = {}
 
