@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import yaml
 from recipe_data import noise
@@ -136,7 +137,7 @@ def test_family_table_is_what_the_command_prints():
     assert printed.strip() in (ROOT / "docs" / "families.md").read_text("utf-8")
 
 
-def test_the_library_by_itself(tiny_dir, tmp_path, monkeypatch):
+def test_the_library_by_itself(tiny_dir, tmp_path, monkeypatch, capsys):
     """README's lines as they stand, on a twin and rows of one's own."""
     [code] = [
         block
@@ -154,6 +155,10 @@ def test_the_library_by_itself(tiny_dir, tmp_path, monkeypatch):
         {"vlm_sft": vlm_sft, "SFTTrainer": SFTTrainer, "name": tiny_dir("llava15"), "TRAINS": {"language": "lora"}},
     )
     assert vlm_sft.load_model("outputs/mine").peft_config["default"].use_dora
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text("utf-8"), re.S)
+    code = code.replace("outputs/llava15_sft", "outputs/mine").replace("photo.jpg", "0.png")
+    exec(code, {"vlm_sft": vlm_sft, "PIL": PIL})
+    assert capsys.readouterr().out.startswith("[")
 
 
 @pytest.mark.sweep
