@@ -1,4 +1,5 @@
 # make quickstart   train a tiny vision-language model on real pictures and look at the result
+# make install      .venv alone: all that recipes need, torchvision for a CPU-only torch among it
 # make test         the test suite, offline, on the CPU
 # make test-faults  runs are killed, starved and misled: the tests that docs/faults.md lists
 # make test-sweep   every statement and argument of every recipe left out, one at a time: is each heard? And launches
@@ -10,15 +11,17 @@
 # make gpu          on a machine with a GPU, first of all: what works there, how fast, in how much memory; nine minutes
 # make bench        training, collation and single switches beside TRL's own path, into benchmarks/README.md
 #
-# Each verb makes .venv if it is missing and installs what it needs, once. Another interpreter:
-#   make PYTHON=python3.12 quickstart
+# Each verb makes .venv if it is missing and installs what it needs, once, with the first Python from 3.11 on that is on
+# the PATH. Another one: make PYTHON=python3.13 quickstart
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2> /dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PURELIB := import sysconfig; print(sysconfig.get_paths()["purelib"])
 
-.PHONY: help quickstart test test-faults test-sweep test-families mutants test-browser test-latest check bench gpu
+.PHONY: help quickstart install test test-faults test-sweep test-families mutants test-browser test-latest check bench gpu
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -26,24 +29,25 @@ help:
 # One thread: two busy threads on a shared core make a tiny training step many times slower.
 quickstart: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python recipes/quickstart.py
+	@echo "Next, for every other command: source $(VENV)/bin/activate"
 
-# The processors of half the model families need torchvision. Its wheel stays out of site-packages, since
-# beside a torch without CUDA it breaks `import trl`; tests/torchvision_cpu shows the tests where it is. timm is for the
-# families whose tower it brings.
+install: $(VENV)/.installed
+	@echo "Next: source $(VENV)/bin/activate"
+
 # Two workers are faster than two threads.
-test: $(VENV)/.dev $(VENV)/test-only/.installed
+test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not sweep and not families"
 
-test-sweep: $(VENV)/.dev $(VENV)/test-only/.installed
+test-sweep: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m sweep
 
-test-faults: $(VENV)/.dev $(VENV)/test-only/.installed
+test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $$(grep -o 'tests/[a-z_/]*\.py::[a-z0-9_]*' docs/faults.md | sort -u)
 
-test-families: $(VENV)/.dev $(VENV)/test-only/.installed
+test-families: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m families
 
-mutants: $(VENV)/.dev $(VENV)/test-only/.installed
+mutants: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 test-browser: $(VENV)/web/.installed
@@ -54,7 +58,7 @@ test-browser: $(VENV)/web/.installed
 LATEST := $(VENV)/latest
 NEWEST := transformers trl peft accelerate datasets bitsandbytes
 VERSIONS = -c 'import importlib.metadata as m, sys; print(*(f"{n} {m.version(n)}" for n in sys.argv[1:]), sep="\n")' $(NEWEST)
-test-latest: $(VENV)/.dev $(VENV)/test-only/.installed
+test-latest: $(VENV)/.dev
 	$(call behind,$(LATEST))
 	ln -s $(abspath $(VENV))/test-only $(LATEST)/test-only
 	grep '^torch==' requirements.txt > $(LATEST)/constraint.txt
@@ -77,29 +81,32 @@ gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu.py
 
 # Some ten minutes; whatever else runs on the machine shows in the figures.
-bench: $(VENV)/.dev $(VENV)/test-only/.installed
+bench: $(VENV)/.dev
 	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/cpu.py --write
 
 $(BIN)/python:
 	@command -v $(PYTHON) > /dev/null || { \
-		echo "$(PYTHON) is not on the PATH. Install Python 3.11 or newer, or name yours: make PYTHON=python3.12" >&2; \
+		echo "No Python from 3.11 to 3.14 is on the PATH. Install one, or name yours: make PYTHON=/path/to/python3" >&2; \
 		exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # requirements.txt fixes torch to one release and accepts any build of it, so a CUDA or CPU build that is
 # already in .venv stays where it is.
-$(VENV)/.installed: requirements.txt pyproject.toml | $(BIN)/python
+#
+# The processors of half the model families need torchvision, whose common wheel is a CUDA build: beside a torch without
+# CUDA it would break `import trl`. So it lies in a folder of its own, without its dependencies, or pip would pull a second
+# torch in, and a module that Python imports at start shows where it is (tests/torchvision_cpu). timm is for the families
+# whose tower it brings.
+$(VENV)/.installed: requirements.txt pyproject.toml Makefile tests/torchvision_cpu/sitecustomize.py | $(BIN)/python
 	$(PIP) install --quiet --requirement requirements.txt --editable .
+	rm -rf $(VENV)/test-only
+	$(PIP) install --quiet --no-deps --target $(VENV)/test-only torchvision==0.28.0 timm==1.0.31
+	cp tests/torchvision_cpu/sitecustomize.py "$$($(BIN)/python -c '$(PURELIB)')/torchvision_cpu.py"
+	echo "import torchvision_cpu" > "$$($(BIN)/python -c '$(PURELIB)')/torchvision_cpu.pth"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) install --quiet --constraint requirements.txt --editable ".[dev]"
-	@touch $@
-
-# --no-deps, or pip would pull a second torch in beside it.
-$(VENV)/test-only/.installed: Makefile $(VENV)/.dev
-	rm -rf $(@D)
-	$(PIP) install --quiet --no-deps --target $(@D) torchvision==0.28.0 timm==1.0.31
 	@touch $@
 
 # A fresh environment that finds the packages of .venv after its own.

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md and README.md: what methods take on 1 and 8 GPUs, and which recipe runs on how much.
+"""The tables of docs/scaling.md: what methods take on 1 and 8 GPUs, and which recipe runs on how much.
 
     python benchmarks/memory.py
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from trl import TrlParser
 
 import vlm_sft
 from vlm_sft.chat.images import open_image, to_rgb
@@ -132,7 +131,4 @@ def main(args: RecipeArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*TrlParser((RecipeArguments,)).parse_args_and_config())
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    vlm_sft.run(main, RecipeArguments)

@@ -20,7 +20,6 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from trl import TrlParser
 
 import vlm_sft
 from vlm_sft.data.rows import recorded_rows
@@ -125,4 +124,4 @@ def main(args: RecipeArguments) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments,)).parse_args_and_config())
+    vlm_sft.run(main, RecipeArguments)

@@ -11,7 +11,7 @@ Not measured yet. Edit `to_conversation` and the defaults below; each default is
 
 from dataclasses import dataclass, field
 
-from trl import SFTTrainer, TrlParser
+from trl import SFTTrainer
 
 import vlm_sft
 from vlm_sft.evaluation.metrics import anls
@@ -46,7 +46,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     warmup_steps: float = 0.03  # below 1, a share of all steps; LLaVA's
     optim: str = "paged_adamw_32bit"  # QLoRA's; pages its states out when memory runs short. Without a GPU adamw_torch
     max_grad_norm: float = 0.3  # QLoRA's (arXiv 2305.14314)
-    eval_steps: float | None = 100  # and a checkpoint as often
+    eval_steps: float | None = 0.1  # a share of all steps: ten evaluations, and a checkpoint as often
     load_best_model_at_end: bool = True  # by eval_loss
 
 
@@ -59,15 +59,15 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
     name, revision, attention = args.model_name_or_path, args.model_revision, training_args.attn_implementation
     processor = vlm_sft.load_processor(name, revision=revision)
     processor.image_processor.max_soft_tokens = args.image_tokens  # saved with it, so inference does the same
+    data = vlm_sft.load_conversations(
+        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **args.reading
+    )
     model = vlm_sft.load_model(name, revision=revision, load_in_4bit=args.load_in_4bit, attn_implementation=attention)
     peft_config = vlm_sft.lora_config(
         model, TRAINS, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora
     )
     padding_free = vlm_sft.enable_padding_free(model)  # with FlashAttention, rows need no padding
     collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length, padding_free=padding_free)
-    data = vlm_sft.load_conversations(
-        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **args.reading
-    )
     data = vlm_sft.check_rows(data, collator, **args.checking)  # opens and encodes each row once
     trainer = SFTTrainer(
         model=model,
@@ -86,4 +86,4 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments, RecipeConfig)).parse_args_and_config())
+    vlm_sft.run(main, RecipeArguments, RecipeConfig)

@@ -12,7 +12,7 @@ Edit `to_conversation` and the defaults below; each default is a flag, or a line
 
 from dataclasses import dataclass, field
 
-from trl import SFTTrainer, TrlParser
+from trl import SFTTrainer
 
 import vlm_sft
 from vlm_sft.evaluation.metrics import anls
@@ -42,7 +42,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     learning_rate: float = 2e-5
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03  # below 1, a share of all steps
-    eval_steps: float | None = 500  # and a checkpoint as often, which holds the whole model and its optimizer
+    eval_steps: float | None = 0.2  # a share of all steps; and a checkpoint as often, of model and optimizer
     save_total_limit: int | None = 2  # the newest and the one before it
 
 
@@ -55,13 +55,13 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
     name, revision, attention = args.model_name_or_path, args.model_revision, training_args.attn_implementation
     check_tower(name, args.vision_tower, revision=revision)
     processor = vlm_sft.load_processor(name, revision=revision)
+    data = vlm_sft.load_conversations(
+        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **args.reading
+    )
     model = vlm_sft.load_model(name, revision=revision, attn_implementation=attention)
     peft_config = vlm_sft.lora_config(model, TRAINS)  # None: no part takes adapters
     padding_free = vlm_sft.enable_padding_free(model)  # with FlashAttention, rows need no padding
     collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length, padding_free=padding_free)
-    data = vlm_sft.load_conversations(
-        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **args.reading
-    )
     data = vlm_sft.check_rows(data, collator, **args.checking)  # opens and encodes each row once
     trainer = SFTTrainer(
         model=model,
@@ -81,4 +81,4 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments, RecipeConfig)).parse_args_and_config())
+    vlm_sft.run(main, RecipeArguments, RecipeConfig)

@@ -12,7 +12,7 @@ Not measured yet. Edit `to_conversation` and the defaults below; each default is
 
 from dataclasses import dataclass, field
 
-from trl import SFTTrainer, TrlParser
+from trl import SFTTrainer
 
 import vlm_sft
 from vlm_sft.evaluation.metrics import anls
@@ -41,7 +41,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03  # below 1, a share of all steps
-    eval_steps: float | None = 500  # and a checkpoint as often, which holds the whole model
+    eval_steps: float | None = 0.2  # a share of all steps; and a checkpoint as often, of the whole model
     save_total_limit: int | None = 2  # the newest and the one before it
 
 
@@ -53,6 +53,9 @@ def to_conversation(row: dict) -> dict:
 
 
 def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]:
+    data = vlm_sft.load_conversations(
+        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **args.reading
+    )
     model, processor = assemble_llava(
         args.vision_tower, args.model_name_or_path, language_revision=args.model_revision, seed=training_args.seed
     )
@@ -60,9 +63,6 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
     padding_free = vlm_sft.enable_padding_free(model)  # with FlashAttention, rows need no padding
     plain = {"chat_template_kwargs": {"chat_template": plain_template(processor.tokenizer)}, "stop_token": None}
     collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length, padding_free=padding_free, **plain)
-    data = vlm_sft.load_conversations(
-        args.dataset_name, to_conversation=to_conversation, seed=training_args.seed, **args.reading
-    )
     data = vlm_sft.check_rows(data, collator, **args.checking)  # opens and encodes each row once
     trainer = SFTTrainer(
         model=model,
@@ -81,4 +81,4 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments, RecipeConfig)).parse_args_and_config())
+    vlm_sft.run(main, RecipeArguments, RecipeConfig)

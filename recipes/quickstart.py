@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 from sklearn.datasets import load_digits
-from trl import SFTTrainer, TrlParser
+from trl import SFTTrainer
 
 import vlm_sft
 from vlm_sft.evaluation.metrics import exact_match
@@ -97,4 +97,4 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments, RecipeConfig)).parse_args_and_config())
+    vlm_sft.run(main, RecipeArguments, RecipeConfig)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
-from trl import SFTTrainer, TrlParser
+from trl import SFTTrainer
 
 import vlm_sft
 from vlm_sft.evaluation.metrics import anls
@@ -42,7 +42,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     gradient_accumulation_steps: int = 2  # 16 rows a step on one GPU, with TRL's 8 at a time
     learning_rate: float = 2e-4  # LoRA's usual rate
     warmup_steps: float = 0.03  # below 1, a share of all steps
-    eval_steps: float | None = 100  # and a checkpoint as often
+    eval_steps: float | None = 0.1  # a share of all steps: ten evaluations, and a checkpoint as often
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "eval_anls"  # what the loss only stands for
 
@@ -75,10 +75,10 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
         if not (args.dataset_name or Path(drawn).exists()):
             write_tables(drawn, count=args.num_tables, seed=training_args.seed)
     processor = vlm_sft.load_processor(args.model_name_or_path)
-    model = vlm_sft.load_model(args.model_name_or_path, attn_implementation=training_args.attn_implementation)
-    collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length)
     source, seed = args.dataset_name or drawn, training_args.seed
     data = vlm_sft.load_conversations(source, to_conversation=to_conversation, eval_fraction=0.02, seed=seed)
+    model = vlm_sft.load_model(args.model_name_or_path, attn_implementation=training_args.attn_implementation)
+    collator = vlm_sft.ChatCollator(processor, max_length=training_args.max_length)
     data = vlm_sft.check_rows(data, collator, on_bad_rows=args.on_bad_rows)  # opens and encodes each row once
     trainer = SFTTrainer(
         model=model,
@@ -97,4 +97,4 @@ def main(args: RecipeArguments, training_args: RecipeConfig) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    main(*TrlParser((RecipeArguments, RecipeConfig)).parse_args_and_config())
+    vlm_sft.run(main, RecipeArguments, RecipeConfig)

@@ -134,7 +134,7 @@ MUTANTS = [
     Mutant("a manifest is believed", "models/manifest.py", "if content.pop(\"xxh3\", None) != _own_digest(content):", "if content.pop(\"xxh3\", None) is None:", "training/test_checkpoints.py:flipped_bit"),
     Mutant("a manifest is written in place", "models/manifest.py", "folder / f\"{MANIFEST}.tmp\"", "folder / MANIFEST", "training/test_checkpoints.py:every_file_is"),
     Mutant("a finished run is overwritten", "training/checkpoints.py", "if complete := [", "if False and [", "training/test_checkpoints.py:is_not_overwritten"),
-    Mutant("two runs share a folder", "training/checkpoints.py", "fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "training/test_checkpoints.py:share_a_folder"),
+    Mutant("two runs share a folder", "training/checkpoints.py", "lock_file(self._locked)", "pass", "training/test_checkpoints.py:share_a_folder"),
     Mutant("settings are not compared", "training/checkpoints.py", "        if found:", "        if False:", "training/test_checkpoints.py:another_run"),
     Mutant("the base is not compared", "training/checkpoints.py", "for line in lines[:6]]", "for line in lines[:0]]", "training/test_resume.py:file_changed"),
     Mutant("the Hub's names in a checkpoint", "upstream.py", "save_original_format=not is_checkpoint", "save_original_format=True", "training/test_checkpoints.py:keep_the_names"),

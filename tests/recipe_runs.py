@@ -27,17 +27,25 @@ class Run:
 
 
 def recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    return module_of(ROOT / "recipes" / f"{name}.py")
+
+
+def module_of(path: Path) -> ModuleType:
+    """The module in this file, known by its name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their annotations up there
+    sys.modules[path.stem] = module  # dataclasses look their annotations up there
     spec.loader.exec_module(module)
     return module
 
 
 def run(name: str, flags: Sequence[object]) -> Run:
-    module: Any = recipe(name)
+    return run_module(recipe(name), flags)
+
+
+def run_module(module: Any, flags: Sequence[object]) -> Run:
     made = []
 
     class Kept(SFTTrainer):

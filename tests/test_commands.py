@@ -18,7 +18,7 @@ from vlm_sft.__main__ import _parser, main
 from vlm_sft.tools import memory, merging, tiny
 
 UNSET = {"prompt": None, "system_prompt": None, "allow_outside": False, "dataset_config": None}
-COMMANDS = ("audit", "check", "merge", "memory", "tiny")
+COMMANDS = ("audit", "check", "copy", "merge", "memory", "tiny")
 
 
 def parsed(*arguments: str) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_choices_are_the_functions_own() -> None:
         needed = {"merge": ["a", "b"], "memory": ["--model", "m"]}[command]
         for value in values:
             assert parsed(command, *needed, f"--{flag}", value)[flag] == value
-        with pytest.raises(SystemExit):
+        with pytest.raises(ValueError, match="invalid choice"):
             parsed(command, *needed, f"--{flag}", "another")
 
     choices("merge", "base", get_args(merging.Base))
@@ -72,11 +72,40 @@ def test_choices_are_the_functions_own() -> None:
     choices("memory", "optimizer", memory._ADAM)
 
 
-@pytest.mark.parametrize("arguments", [[], ["scan"], ["audit", "--dataset", "d"], ["check"], ["tiny"]])
-def test_a_wrong_use_is_told_with_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "vlm-sft: the following arguments are required: audit|check|copy|merge|memory|tiny"),
+        (["scan"], "vlm-sft: argument audit|check|copy|merge|memory|tiny: invalid choice: 'scan'"),
+        (["audit", "--dataset", "d"], "vlm-sft audit: the following arguments are required: --model"),
+        (["check", "--dataset", "d", "--modle", "m"], "vlm-sft check: --modle is unknown; use --model"),
+        (["memory", "--model", "m", "--lora-rank", "4"], "vlm-sft memory: --lora-rank is unknown; use --lora_r"),
+    ],
+)
+def test_a_wrong_use_is_told_in_a_line(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(arguments) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(line)
+    monkeypatch.setenv("VLM_SFT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="vlm-sft"):
         main(arguments)
-    assert capsys.readouterr().err.startswith("usage: python -m vlm_sft")
+
+
+def test_copy_writes_a_recipe_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["copy", "smolvlm"]) == 1
+    assert "there are chat, evaluate, gemma4_sft, " in capsys.readouterr().err
+    assert main(["copy", "smolvlm_sft"]) == 0
+    assert "accelerate launch smolvlm_sft.py --dataset_name DATA" in capsys.readouterr().out
+    recipes = Path(__file__).parents[1] / "recipes"
+    assert Path("smolvlm_sft.py").read_text("utf-8") == (recipes / "smolvlm_sft.py").read_text("utf-8")
+    assert Path("accelerate_configs/fsdp2.yaml").is_file()
+    assert main(["copy", "smolvlm_sft"]) == 1
+    assert "smolvlm_sft.py is here already" in capsys.readouterr().err
 
 
 def test_tiny_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,4 +72,4 @@ def test_the_top_level_holds_what_the_project_is_made_of():
     if listed.returncode:
         pytest.skip("not a checkout")
     folders = {name.split("/")[0] for name in listed.stdout.splitlines() if "/" in name}
-    assert folders == {".ci", "accelerate_configs", "benchmarks", "docs", "recipes", "tests", "vlm_sft"}
+    assert folders == {".ci", ".github", "accelerate_configs", "benchmarks", "docs", "recipes", "tests", "vlm_sft"}

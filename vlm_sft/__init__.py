@@ -4,6 +4,7 @@ from vlm_sft.chat.boxes import scale_boxes
 from vlm_sft.chat.collator import IGNORE_INDEX, ChatCollator
 from vlm_sft.chat.packing import enable_padding_free, pack
 from vlm_sft.chat.template import ChatTemplate
+from vlm_sft.command_line import run
 from vlm_sft.data.check_rows import check_rows
 from vlm_sft.data.datasets import load_conversations
 from vlm_sft.evaluation.callback import evaluate_answers
@@ -48,6 +49,7 @@ __all__ = [
     "pack",
     "prove",
     "register_parts",
+    "run",
     "scale_boxes",
     "split_reference",
     "write_samples_html",

@@ -1,12 +1,16 @@
-"""`python -m vlm_sft audit | check | merge | memory | tiny`, also as `vlm-sft`: 0 is good, an error is one line."""
+"""The command `vlm-sft`, also `python -m vlm_sft`: it ends with 0 where all is well, and tells an error in one line."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from vlm_sft.command_line import TRACEBACK, OneLineErrors
 
 
 def audit(options: argparse.Namespace) -> None:
@@ -53,6 +57,20 @@ def _collator(model: str, **settings: Any) -> Any:
     return ChatCollator(load_processor(model), **settings)
 
 
+def copy(options: argparse.Namespace) -> None:
+    """A recipe and the configs of accelerate, written into this folder to be changed."""
+    package = Path(__file__).parent
+    home = package if (package / "recipes").is_dir() else package.parent  # installed, or a checkout
+    recipes = {path.stem: path for path in sorted((home / "recipes").glob("*.py"))}
+    if options.recipe not in recipes:
+        raise ValueError(f"no recipe is called {options.recipe!r}; there are {', '.join(recipes)}")
+    if (own := Path(recipes[options.recipe].name)).exists():
+        raise ValueError(f"{own} is here already; rename it, or go to another folder")
+    shutil.copy(recipes[options.recipe], own)
+    configs = shutil.copytree(home / "accelerate_configs", "accelerate_configs", dirs_exist_ok=True)
+    print(f"{own} and {configs}/. Edit the first, and run: accelerate launch {own} --dataset_name DATA")
+
+
 def merge(options: argparse.Namespace) -> None:
     """An adapter merged into its base, written only if it answers as adapter on base does."""
     from vlm_sft.tools.merging import merge
@@ -79,20 +97,28 @@ def tiny(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int | None] = vars(options).pop("command")
+    prefix = ""
     try:
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int | None] = vars(options).pop("command")
+        prefix = f"{command.__name__}: "
         return command(options) or 0
     except (ValueError, ImportError, OSError) as error:
-        print(f"{command.__name__}: {error}", file=sys.stderr)
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"{prefix}{error}", file=sys.stderr)
         return 1
 
 
+class _Parser(OneLineErrors, argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m vlm_sft", description="Commands around a run of vlm_sft.")
-    commands = parser.add_subparsers(required=True, metavar="audit|check|merge|memory|tiny")
+    parser = _Parser(prog="vlm-sft", description="Commands around a run; also as python -m vlm_sft.")
+    commands = parser.add_subparsers(required=True, metavar="audit|check|copy|merge|memory|tiny")
     flags = {}
-    for command in (audit, check, merge, memory, tiny):
+    for command in (audit, check, copy, merge, memory, tiny):
         added = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         added.set_defaults(command=command)
         flags[command.__name__] = added.add_argument
@@ -115,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--max_length", type=int, help="rows of more tokens are bad (needs --model)")
     flag("--num_proc", type=int, help="processes (default: one per core)")
     flag("--to_jsonl", metavar="FILE", help="write the faults, one on each line")
+    flags["copy"]("recipe", metavar="NAME", help="such as llava15_sft; a wrong name lists them all")
     flag = flags["merge"]
     flag("adapter", metavar="ADAPTER", help="the folder that training saved the adapter in")
     flag("out", metavar="OUT", help="a folder that does not exist yet")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import psutil
 import torch
 from peft import PeftModel
 from torch import nn
@@ -31,6 +34,11 @@ def eos_ids(eos_token_id: int | Sequence[int] | None) -> list[int]:
 def is_quantized(weight: nn.Parameter) -> bool:
     """Whether bitsandbytes holds this weight in 4 or 8 bits, whatever dtype stores it."""
     return not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
+
+
+def core_count() -> int:
+    """The cores that this process may use; where the system does not tell (macOS, Windows), those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def listed(names: Collection[str]) -> str:
@@ -59,8 +67,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def ends_within(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError after so many seconds, in the main thread of a process; in others there is no limit."""
-    if threading.current_thread() is not threading.main_thread():
+    """Raises TimeoutError after so many seconds, in the main thread; in others, and on Windows, there is no limit."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
@@ -74,6 +82,28 @@ def ends_within(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
+
+
+def lock_file(file: IO[str]) -> None:
+    """Locks a file until it is closed or the process ends; BlockingIOError or PermissionError where another process has
+    it. Not by flock, as filelock does: data workers that outlive a killed run would keep it."""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def peak_memory() -> int:
+    """Bytes of RAM that this process held at most; on Windows, those that it holds now."""
+    try:
+        import resource
+    except ImportError:
+        return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def rng_state() -> tuple[Any, ...]:

@@ -1,15 +1,20 @@
-"""Lets the tests import torchvision beside a CPU-only torch.
+"""Lets recipes and tests import torchvision beside a CPU-only torch.
 
 The common torchvision wheel is a CUDA build. Beside a CPU-only torch its compiled operators do not load, and
 `import torchvision` fails with "operator torchvision::nms does not exist". The image and video processors of
 transformers call none of these operators: to declare the two that torchvision's own modules name is enough.
 
-Python imports a module of this name at start when its folder is on PYTHONPATH, so launched processes get it too.
-A torchvision installed with `pip install --target <sys.prefix>/test-only torchvision` is found after all others.
+`make` copies it into .venv as a module that Python imports at start. The tests put its folder on PYTHONPATH, so that
+launched processes get it too. A torchvision installed with `pip install --target <sys.prefix>/test-only torchvision` is
+found after all others.
+
+bitsandbytes 0.50 warns on some CPUs, at import, that an optional package is missing: that reads like a broken install
+and is none, so it is left out.
 """
 
 import contextlib
 import importlib.abc
+import logging
 import sys
 from pathlib import Path
 
@@ -47,3 +52,4 @@ _test_only = str(Path(sys.prefix, "test-only"))
 if Path(_test_only).is_dir() and _test_only not in sys.path:
     sys.path.append(_test_only)
 sys.meta_path.insert(0, _DeclareOperators())
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))

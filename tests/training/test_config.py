@@ -39,6 +39,11 @@ def test_no_evaluation_or_no_save_needs_no_second_flag(what: str, tmp_path: Path
     assert config(output_dir=str(tmp_path), **CPU).load_best_model_at_end
 
 
+def test_a_run_is_named_after_its_folder(tmp_path: Path) -> None:
+    assert RecipeDefaults(output_dir=str(tmp_path / "digits"), **CPU).run_name == "digits"
+    assert RecipeDefaults(output_dir=str(tmp_path), run_name="mine", **CPU).run_name == "mine"
+
+
 def test_a_push_that_could_not_be_made_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--push_to_hub: the Hub .* Log in with `hf auth login` or set HF_TOKEN"):
         RecipeDefaults(output_dir=str(tmp_path), push_to_hub=True, **CPU)

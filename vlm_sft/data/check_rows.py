@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from vlm_sft.chat.messages import answers_of
-from vlm_sft.common import restore_rng, rng_state
+from vlm_sft.common import core_count, restore_rng, rng_state
 from vlm_sft.data import records
 from vlm_sft.data.rows import READER, RowReader, checked_rows, compare_processes, readers_of, unpacked
 from vlm_sft.distributed import print_main
@@ -305,7 +305,7 @@ def _look_at_all(rows: Any, num_proc: int | None) -> list[Any]:
     state = PartialState()
     share = range(state.process_index, len(rows), state.num_processes)
     if num_proc is None:
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         num_proc = min(len(share) // 256, cores)
     batches: Any = DataLoader(Subset(rows, share), batch_size=_TOGETHER, collate_fn=_arrays, num_workers=num_proc)
     shown = {"desc": "Checking", "unit": " rows", "unit_scale": _TOGETHER, "disable": not state.is_main_process}

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_triton_available
 
+from vlm_sft.common import core_count
 from vlm_sft.upstream import is_bitsandbytes_optimizer, is_sharded, shard_on_cpu
 
 
@@ -39,7 +40,7 @@ def best_worker_count() -> int:
     """Data workers for each process: up to four, one core left to the process itself, and none on a lone core. Without
     workers (the Trainer's default) image work, some 95% of collation, runs between the steps."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(0, min(4, len(os.sched_getaffinity(0)) // processes - 1))
+    return max(0, min(4, core_count() // processes - 1))
 
 
 def set_hardware_defaults(args: TrainingArguments) -> list[str]:

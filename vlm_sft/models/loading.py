@@ -7,13 +7,15 @@ import importlib.util
 import re
 import warnings
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -49,7 +51,7 @@ def load_processor(
     Raises ValueError for a folder that does not exist, a text-only model, and `max_pixels` where the family has no such
     limit; ImportError that names the missing package, torchvision or num2words."""
     name = existing(name_or_path)
-    revision = resolve_revision(name, revision)
+    revision = reachable(name, revision)
     from_pretrained: Any = transformers.AutoProcessor.from_pretrained
     try:
         processor = from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -103,7 +105,7 @@ def load_model(
     adapter whose base is missing or another one, weights that are missing, left over or do not fit, and an attention
     that the model cannot run."""
     name = existing(name_or_path)
-    revision = resolve_revision(name, revision)
+    revision = reachable(name, revision)
     if load_in_4bit:
         config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
         quantization_config = nf4_config(config, experts_in_16bit=experts_in_16bit)
@@ -149,8 +151,22 @@ def read_config(name_or_path: str | Path, *, revision: str | None = None, trust_
 def existing(name_or_path: str | Path | None) -> str:
     """The folder or Hub name as given; ValueError where it can be neither."""
     if not Path(name := str(name_or_path)).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ValueError(f"No folder {name!r} (from {Path.cwd()}), and no Hub name is written so.")
+        raise ValueError(f"No folder {name!r} (from {Path.cwd()}){_meant(name)}, and no Hub name is written so.")
     return name
+
+
+def reachable(name: str, revision: str | None) -> str | None:
+    """The revision, resolved to its commit. Raises ValueError where the Hub would be asked for the model and cannot be:
+    from_pretrained (transformers 5.23) tries again for each file, for minutes."""
+    found: str | None = resolve_revision(name, revision)
+    if not (Path(name).is_dir() or hasattr(found, "resolved") or is_offline_mode()):
+        try:
+            HfApi().model_info(name, timeout=10)
+        except HfHubHTTPError:  # it answers: from_pretrained will say what is wrong
+            pass
+        except Exception as error:  # no network, by the classes of the HTTP client
+            raise ValueError(f"No model in {place(name, revision)}: the Hub is out of reach ({error})") from error
+    return found
 
 
 def first_line(error: Exception) -> str:
@@ -159,8 +175,14 @@ def first_line(error: Exception) -> str:
 
 def place(name: str, revision: str | None) -> str:
     """The name for an error, and what it was taken for: a slip in a folder's name makes a Hub name of it."""
-    as_hub = f" (no such folder; treated as a Hub name, revision {revision or 'main'})"
+    as_hub = f" (no such folder{_meant(name)}; treated as a Hub name, revision {revision or 'main'})"
     return repr(name) + ("" if Path(name).is_dir() else as_hub)
+
+
+def _meant(name: str) -> str:
+    """The folder that has nearly this name, as a question."""
+    folders = [str(path) for path in Path(name).parent.glob("*/")]
+    return "".join(f", did you mean {near!r}?" for near in get_close_matches(name, folders, n=1, cutoff=0.8))
 
 
 def _read_model(name: str, revision: str | None, *, attn_implementation: str | None, **options: Any) -> Any:

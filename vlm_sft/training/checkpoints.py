@@ -5,7 +5,6 @@ Use `SafeCheckpoints()` as a callback, and `trainer.train(resume_from_checkpoint
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import math
 import shutil
@@ -24,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vlm_sft.common import base_of, listed
+from vlm_sft.common import base_of, listed, lock_file
 from vlm_sft.distributed import any_rank, on_main, print_main
 from vlm_sft.models import fingerprints
 from vlm_sft.models.fingerprints import differences
@@ -189,7 +188,7 @@ class SafeCheckpoints(TrainerCallback):
         except OSError as error:
             raise ValueError(f"--output_dir {output_dir} cannot be written: {error}; choose another") from error
         try:
-            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self._locked)
         except (BlockingIOError, PermissionError):
             raise ValueError(
                 f"another process is training in {output_dir}; wait for it or choose another --output_dir. Processes "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import whoami
@@ -59,7 +60,9 @@ class DataArguments(ReadingArguments):
     num_eval_rows: int | None = field(
         default=None, metadata={"help": "Held-out rows (500, at most a fifth); 0 trains without evaluation."}
     )
-    on_bad_rows: str = field(default="error", metadata={"help": "Bad rows are an error; or drop, or ignore them."})
+    on_bad_rows: Literal["error", "drop", "ignore"] = field(
+        default="error", metadata={"help": "What happens to bad rows."}
+    )
     max_bad_fraction: float = field(default=0.1, metadata={"help": "How many rows --on_bad_rows drop may drop."})
 
     @property
@@ -118,6 +121,7 @@ class RecipeDefaults(SFTConfig):
             self.generation_batch_size = min(8, self.per_device_eval_batch_size)
         if self.save_steps is None:
             self.save_steps = self.eval_steps or 500
+        self.run_name = self.run_name or Path(str(self.output_dir)).name
         self.hardware_changes = []
         if self.load_best_model_at_end and "no" in (idle := (self.eval_strategy, self.save_strategy)):
             self.load_best_model_at_end = False

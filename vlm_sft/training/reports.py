@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from huggingface_hub import ModelCard
 from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 
+from vlm_sft.common import peak_memory
 from vlm_sft.models.fingerprints import base_settings, data_settings, model_settings, plain, shareable
 
 _COSTS = re.compile(r"_runtime$|_per_second$|_num_tokens$|_generation_s$|^epoch$")  # run.json holds them
@@ -90,7 +90,7 @@ def _splits(trainer: Any) -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     """When and with what this process has run, and the memory that it took."""
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    gpus, unit = range(torch.cuda.device_count()), 1 if sys.platform == "darwin" else 1024
+    gpus = range(torch.cuda.device_count())
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "process_runtime_s": round(time.time() - psutil.Process().create_time(), 1),
@@ -102,7 +102,7 @@ def _machine() -> dict[str, Any]:
             "processes": PartialState().num_processes,
         },
         "peak_memory_bytes": {
-            "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            "process": peak_memory(),
             "accelerators": [torch.cuda.max_memory_allocated(i) for i in gpus],
         },
     }
@@ -191,6 +191,7 @@ def _write_model_card(trainer: Any, dataset: str | None, results: Mapping[str, A
     card.text = Template(template, undefined=StrictUndefined).render(
         title=output.name,
         name=args.hub_model_id or output.name,
+        version=next((found.version for found in importlib.metadata.distributions(name="vlm_sft")), ""),
         adapters=adapters,
         rows={name: len(rows) if isinstance(rows, Sized) else "streamed" for name, rows in _splits(trainer).items()},
         facts={"optimizer": getattr(args.optim, "value", args.optim), "seed": args.seed, **facts},
