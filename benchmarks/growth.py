@@ -105,9 +105,8 @@ def measure(what: str, size: int) -> dict[str, float]:
 
 def exponent(sizes: list[int], values: list[float]) -> float:
     """Of the upper half of the sizes: the slope of the logarithms."""
-    upper = [(math.log(s), math.log(max(v, 1e-9))) for s, v in list(zip(sizes, values, strict=True))[len(sizes) // 2 :]]
-    upper = upper if len(upper) > 1 else [(math.log(s), math.log(max(v, 1e-9))) for s, v in zip(sizes, values)]
-    xs, ys = zip(*upper, strict=True)
+    half = len(sizes) // 2 if len(sizes) > 2 else 0
+    xs, ys = ([math.log(max(value, 1e-9)) for value in line[half:]] for line in (sizes, values))
     return statistics.linear_regression(xs, ys).slope
 
 
@@ -115,12 +114,19 @@ def table(what: str, sizes: list[int]) -> str:
     found = []
     for size in sizes:
         with tempfile.TemporaryDirectory() as home:
-            switches = {"HF_HOME": home, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+            switches = {
+                "HF_HOME": home,
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
             command = [sys.executable, __file__, "--measure", what, str(size)]
             done = subprocess.run(command, check=True, env={**os.environ, **switches}, stdout=subprocess.PIPE)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     names = list(found[0])
-    lines = [[what, *names], *([f"{s:,}", *(f"{line[name]:,.1f}" for name in names)] for s, line in zip(sizes, found))]
+    lines = [[what, *names]]
+    for size, line in zip(sizes, found, strict=True):
+        lines.append([f"{size:,}", *(f"{line[name]:,.1f}" for name in names)])
     # Of tokens, what is measured grows with their number, not with the words that were asked for.
     places = [int(line["tokens"]) for line in found] if what == "tokens in a row" else sizes
     lines.append(["exponent", *(f"{exponent(places, [line[name] for line in found]):.2f}" for name in names)])

@@ -25,12 +25,18 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import mix
 import pyarrow.parquet
-from labels import ASKS, facts, text_of
+from labels import facts, text_of
 from tools import NAMES, SETTINGS, Job, python_of
 
 TWINS = ("vision-heavy LLaVA", "LM-heavy LLaVA", "Qwen2.5-VL")
 REGIMES = {"short rows, no checkpointing": (True, False), "long-tailed rows, checkpointing": (False, True)}
-FAULTS = ("image does not open", "image is missing", "row longer than max_length", "two marks, one image", "empty answer")
+FAULTS = (
+    "image does not open",
+    "image is missing",
+    "row longer than max_length",
+    "two marks, one image",
+    "empty answer",
+)
 PLACE = 13  # of the row with the fault
 Rows = list[dict[str, Any]]
 
@@ -119,7 +125,17 @@ class Bench:
 
 def speed(bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkpointing: bool) -> list[list[str]]:
     table = [
-        ["model", "tool", "setting", "epoch, s", "CPU of it, s", "x ours (CPU)", "padding", "peak, MiB", "first step, s"]
+        [
+            "model",
+            "tool",
+            "setting",
+            "epoch, s",
+            "CPU of it, s",
+            "x ours (CPU)",
+            "padding",
+            "peak, MiB",
+            "first step, s",
+        ]
     ]
     for name, model in models.items():
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}

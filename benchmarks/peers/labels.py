@@ -1,7 +1,4 @@
-"""What a tool trained on, told from the token ids and labels that reached its model: no code of a tool is asked.
-
-And for each family of the tests' twins, what TRL's own `assistant_only_loss` trains: `python labels.py`.
-"""
+"""What a tool trained on, told from the token ids and labels that reached its model: no code of a tool is asked."""
 
 from __future__ import annotations
 
@@ -23,20 +20,22 @@ def facts(trained: Sequence[Row], rows: Sequence[dict[str, Any]], processor: Any
     image, stop, bos = processor.image_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id
     pairs = [(row, source_of(row, rows, tokenizer)) for row in trained]
     known = [(row, source) for row, source in pairs if source is not None]
-    answers = [answers_of(source) for _, source in known]
-    spans = [[tokenizer.decode(span) for span in spans_of(row)] for row, _ in known]
-    whole = [sum(f"{answer}{tokenizer.eos_token}" in "".join(span) for answer in a) for a, span in zip(answers, spans)]
-    exact = [[text.lstrip() for text in s] == [f"{t}{tokenizer.eos_token}" for t in a] for a, s in zip(answers, spans)]
-    starts = [prompt_of(source, processor) for _, source in known[:64]]
-    begins = [without_runs(row["ids"], image)[: len(p)] == p for (row, _), p in zip(known, starts)]
+    ended = [[f"{answer}{tokenizer.eos_token}" for answer in answers_of(source)] for _, source in known]
+    spans = [[tokenizer.decode(span).lstrip() for span in spans_of(row)] for row, _ in known]
+    both = list(zip(ended, spans, strict=True))
+    whole = sum(any(answer in text for text in texts) for answers, texts in both for answer in answers)
+    begins = []
+    for row, source in known[:64]:
+        prompt = prompt_of(source, processor)
+        begins.append(without_runs(row["ids"], image)[: len(prompt)] == prompt)
     every = [token for row in trained for token in row["labels"] if token != IGNORE_INDEX]
-    total = sum(map(len, answers))
+    total = sum(map(len, ended))
     return {
         "rows": f"{len({id(source) for _, source in known})} of {len(rows)}",
         "learns user's words": of(sum(any(ASKS in text for text in s) for s in spans), len(known)),
         "learns image tokens": f"{sum(token == image for token in every):,} of {len(every):,} tokens learned",
-        "answers learned with their stop token": of(sum(whole), total),
-        "rows in which nothing else is learned": of(sum(exact), len(known)),
+        "answers learned with their stop token": of(whole, total),
+        "rows in which nothing else is learned": of(sum(texts == answers for answers, texts in both), len(known)),
         "stop tokens an answer": f"{sum(token == stop for token in every) / max(1, total):.2f}",
         "BOS a row": "none in this family" if bos is None else one(row["ids"].count(bos) for row in trained),
         "prompts equal to inference": of(sum(begins), len(begins)),

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = {
     "llama_factory": ["llamafactory==0.9.5", "bitsandbytes==0.50.2"],
-    "ms_swift": ["ms-swift==4.6.0", "qwen-vl-utils", "bitsandbytes==0.50.2"],
+    "ms_swift": ["ms-swift==4.6.0", "qwen-vl-utils", "torchvision==0.28.0", "bitsandbytes==0.50.2"],
 }
 NAMES = {"vlm_sft": "vlm_sft", "trl": "TRL", "llama_factory": "LLaMA-Factory", "ms_swift": "ms-swift"}
 SETTINGS = {"vlm_sft": ("default",), "trl": ("default", "best"), "llama_factory": ("default", "best")}
@@ -100,8 +100,10 @@ class Job:
         return own, []
 
     def _ms_swift(self) -> tuple[dict[str, object], list[str]]:
+        kind = "qwen2_5_vl" if "Qwen" in self.model.name else "llava1_5_hf"
         own = {
-            "model_type": "qwen2_5_vl" if "Qwen" in self.model.name else "llava1_5_hf",
+            "model_type": kind,
+            "template": kind,
             "dataset": self.data / "rows.jsonl",
             "tuner_type": "lora",
             "lora_rank": 8,
