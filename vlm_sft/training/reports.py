@@ -26,7 +26,6 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import ModelCard
 from jinja2 import StrictUndefined, Template
-from matplotlib.figure import Figure
 
 from vlm_sft.models.fingerprints import base_settings, data_settings, model_settings, plain, shareable
 
@@ -138,7 +137,8 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, tit
     The axis is logarithmic where the smoothed loss falls to a twentieth; values that are not finite are marked on the
     upper edge. Raises `ValueError` for a history without any loss.
     """
-    import pandas as pd  # half a second
+    import pandas as pd  # half a second, and the next a third: no first step waits for them
+    from matplotlib.figure import Figure
 
     train, evaluation, rate = (_series(log_history, key) for key in ("loss", "eval_loss", "learning_rate"))
     if not (len(train) or len(evaluation)):
