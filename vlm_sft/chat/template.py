@@ -361,6 +361,8 @@ def _same_but_white_space(text: str, prompt: str) -> int | None:
 
 def _common(a: str, b: str) -> str:
     """The characters that two texts share at their start."""
+    if b.startswith(a):  # mostly so, and `commonprefix` takes 0.1 us for each character
+        return a
     return os.path.commonprefix([a, b])  # noqa: RUF071
 
 
