@@ -74,7 +74,7 @@ def guards(model: Any, *, max_skipped: int = 0) -> list[TrainerCallback]:
 @dataclass(frozen=True)
 class Proof:
     """What `prove` found: `facts` for the run record (subject -> sentence; "changed" is what the library changed on
-    model and trainer) and the `report` of the audited rows. `results` fills when training has ended."""
+    model and trainer) and the `report` of the audited rows (no images once it trains). `results` fills at the end."""
 
     facts: dict[str, str]
     report: AuditReport
@@ -123,6 +123,9 @@ class Gate(TrainerCallback):
         self.eval_on_start, args.eval_on_start = args.eval_on_start, args.eval_on_start and self.recorded is None
         if self.recorded is None:
             write_audit_html(proof.report, output / "audit.html")
+        if not args.auto_find_batch_size:  # which may begin again, and is then judged again
+            for row in proof.report.rows:
+                row.conversation.images.clear()  # decoded, 64 photos of 12 million pixels take 2.3 GB
         restore_rng(random)
 
     def on_prediction_step(
