@@ -36,13 +36,12 @@ def cpu_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def talk(turns: int, words: int, images: int, number: int = 0) -> list[dict[str, Any]]:
-    """Messages with some `words` in all, the images before the first question."""
+def talk(turns: int, words: int, number: int = 0) -> list[dict[str, Any]]:
+    """Messages with some `words` in all; images of the row stand before the first question."""
     half = max(1, words // (2 * turns))
     messages = []
-    for turn in range(turns):
-        question = "<image>" * (images if turn == 0 else 0) + " ".join(["where"] * half)
-        messages.append({"role": "user", "content": f"{question} {number}?"})
+    for _ in range(turns):
+        messages.append({"role": "user", "content": " ".join(["where"] * half) + f" {number}?"})
         messages.append({"role": "assistant", "content": " ".join(["there"] * half) + "."})
     return messages
 
@@ -54,8 +53,8 @@ def collated(*, turns: int = 1, words: int = 64, images: int = 1) -> dict[str, f
     from vlm_sft import ChatCollator
     from vlm_sft.tools import tiny
 
-    collator = ChatCollator(tiny.build("llava15", corpus=["where there"])[1], reserved_tokens="error")
-    row = {"messages": talk(turns, words, images), "images": [Image.new("RGB", (336, 336))] * images}
+    collator = ChatCollator(tiny.build("llava15", corpus=["where there"])[1])
+    row = {"messages": talk(turns, words), "images": [Image.new("RGB", (336, 336))] * images}
     times, tokens = [], 0
     for _ in range(7):
         start = time.process_time()
@@ -77,7 +76,7 @@ def checked(rows: int, num_proc: int | None) -> dict[str, float]:
     Image.new("RGB", (32, 32)).save(folder / "image.png")
     with (folder / "rows.jsonl").open("w") as file:
         for number in range(rows):
-            file.write(json.dumps({"messages": talk(1, 64, 1, number), "images": ["image.png"]}) + "\n")
+            file.write(json.dumps({"messages": talk(1, 64, number), "images": ["image.png"]}) + "\n")
     collator = ChatCollator(tiny.build("llava15", corpus=["where there"])[1])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {}
@@ -121,7 +120,9 @@ def table(what: str, sizes: list[int]) -> str:
                 "TOKENIZERS_PARALLELISM": "false",
             }
             command = [sys.executable, __file__, "--measure", what, str(size)]
-            done = subprocess.run(command, check=True, env={**os.environ, **switches}, stdout=subprocess.PIPE)
+            done = subprocess.run(command, env={**os.environ, **switches}, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{what} {size}: {done.stderr}")
             found.append(json.loads(done.stdout.splitlines()[-1]))
     names = list(found[0])
     lines = [[what, *names]]
