@@ -10,6 +10,7 @@
 # make check        lint, format and types
 # make gpu          on a machine with a GPU, first of all: what works there, how fast, in how much memory; nine minutes
 # make bench        training, collation and single switches beside TRL's own path, into benchmarks/README.md
+# make bench-peers  recipes beside LLaMA-Factory, ms-swift and TRL on the same rows: speed, labels, planted faults
 #
 # Each verb makes .venv if it is missing and installs what it needs, once, with the first Python from 3.11 on that is on
 # the PATH. Another one: make PYTHON=python3.13 quickstart
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PURELIB := import sysconfig; print(sysconfig.get_paths()["purelib"])
 
-.PHONY: help quickstart install test test-faults test-sweep test-families mutants test-browser test-latest check bench gpu
+.PHONY: help quickstart install test test-faults test-sweep test-families mutants test-browser test-latest check bench bench-peers gpu
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -83,6 +84,10 @@ gpu: $(VENV)/.installed
 # Some ten minutes; whatever else runs on the machine shows in the figures.
 bench: $(VENV)/.dev
 	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/cpu.py --write
+
+# Each of the other tools in an environment of its own under .venv/peers; some two hours, of which most is its rounds.
+bench-peers: $(VENV)/.dev
+	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/peers/bench.py
 
 $(BIN)/python:
 	@command -v $(PYTHON) > /dev/null || { \

@@ -4,6 +4,7 @@ Rows, as in LLaVA's instruction mix: one in ten has no picture; of the others 85
 1 to 8 exchanges, each further one with a chance of 55% (LLaVA's conversations are mostly short). Words of a question:
 6 to 20; of an answer: log-normal with a median of 18 (40 where there is no picture), at most 250, some 7% of the
 answers over 60. Pictures: JPEG of quality 85, the sizes of COCO and of screens, sides whole or shorter by a sixteenth.
+Short rows have one or two exchanges, and answers with a median of 12 words, at most 40.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ FEATURES = Features(
 )  # the columns of HuggingFaceH4/llava-instruct-mix-vsft
 
 
-def rows(count: int, *, seed: int = 0) -> Dataset:
+def rows(count: int, *, seed: int = 0, short: bool = False) -> Dataset:
     draw = random.Random(seed)
+    exchanges_at_most, longest, median = (2, 40, 2.5) if short else (8, 250, None)
 
     def words(number: int) -> str:
         return " ".join(draw.choices(WORDS, k=number))
@@ -44,13 +46,13 @@ def rows(count: int, *, seed: int = 0) -> Dataset:
     def row() -> dict[str, Any]:
         images = 0 if draw.random() < 0.1 else draw.choices([1, 2, 3], [85, 10, 5])[0]
         exchanges = 1
-        while exchanges < 8 and draw.random() < 0.55:
+        while exchanges < exchanges_at_most and draw.random() < 0.55:
             exchanges += 1
         messages = []
         for n in range(exchanges):
             pictures = [part("image", index=i) for i in range(images)] if n == 0 else []
             question = [*pictures, part("text", f"What about {words(draw.randint(6, 20))}?")]
-            length = min(250, max(1, round(draw.lognormvariate(3.7 if not images else 2.9, 0.8))))
+            length = min(longest, max(1, round(draw.lognormvariate(median or (2.9 if images else 3.7), 0.8))))
             answer = [part("text", f"{words(length)}.".capitalize())]
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return {"messages": messages, "images": [{"bytes": picture(draw), "path": None} for _ in range(images)]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import logging
 import re
 import sys
@@ -14,19 +15,22 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from datasets import load_dataset
 
-from vlm_sft import RecipeDefaults
+from vlm_sft import ChatCollator, RecipeDefaults, check_rows, load_conversations
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("mix", "training", "parts", "collation", "cpu", "gpu", "first_step")
+NAMES = ("mix", "training", "parts", "collation", "cpu", "gpu", "first_step", "growth")
+PEERS = ("labels", "tools", "child", "bench")
 
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     monkeypatch.syspath_prepend(str(FOLDER))
-    yield {name: importlib.import_module(name) for name in NAMES}
+    monkeypatch.syspath_prepend(str(FOLDER / "peers"))
+    yield {name: importlib.import_module(name) for name in (*NAMES, *PEERS)}
     logging.disable(logging.NOTSET)
-    for name in NAMES:
+    for name in (*NAMES, *PEERS):
         sys.modules.pop(name)
 
 
@@ -147,11 +151,81 @@ def test_what_runs_longer_than_the_time_left_is_ended(benchmarks: dict[str, Any]
     assert time.monotonic() - began < 20
 
 
+def test_what_a_tool_trains_is_told_by_its_labels(benchmarks: dict[str, Any]) -> None:
+    """Our collator's labels, and the same with everything learned, and with a line break before each prompt."""
+    _, processor = benchmarks["mix"].llava("LM-heavy")
+    rows = benchmarks["bench"].stored(12, True)
+    encoded = ChatCollator(processor).encode(list(benchmarks["mix"].rows(12, short=True)))[0]
+    ours = [{"ids": row.tokens["input_ids"].tolist(), "labels": row.labels.tolist()} for row in encoded]
+    found = benchmarks["labels"].facts(ours, rows, processor)
+    for fact in ("answers learned with their stop token", "rows in which nothing else is learned"):
+        assert found[fact] == found["prompts equal to inference"] == "all"
+    assert found["learns user's words"] == "none"
+    assert found["learns image tokens"].startswith("0 of ")
+    assert (found["rows"], found["BOS a row"], found["stop tokens an answer"]) == ("12 of 12", "1", "1.00")
+    broken = [{"ids": [5, *row["ids"]], "labels": [5, *row["ids"]]} for row in ours]
+    found = benchmarks["labels"].facts(broken, rows, processor)
+    assert found["learns user's words"] == "all"
+    assert found["rows in which nothing else is learned"] == found["prompts equal to inference"] == "none"
+    assert not found["learns image tokens"].startswith("0 of ")
+
+
+def test_peers_get_the_same_rows_and_one_with_a_fault(benchmarks: dict[str, Any], tmp_path: Path) -> None:
+    bench = benchmarks["bench"]
+    for fault in bench.FAULTS:
+        rows = bench.spoiled(fault, bench.stored(40, True))
+        data = bench.write_rows(rows, tmp_path / fault.replace(" ", "_"))
+        lines = (data / "rows.jsonl").read_text("utf-8").splitlines()
+        stock = load_dataset(str(data / "trl"), cache_dir=str(tmp_path / "cache"))["train"]
+        assert len(lines) == len(stock) == 40
+        try:
+            faulty = check_rows(
+                load_conversations(data / "rows.jsonl", eval_fraction=0),
+                ChatCollator(benchmarks["mix"].llava("LM-heavy")[1], max_length=512),
+                num_proc=0,
+            )
+        except ValueError as error:
+            assert f"row {bench.PLACE}" in str(error)  # noqa: PT017
+        else:
+            pytest.fail(f"{fault}: {faulty}")
+
+
+def test_a_run_beside_others_is_described(benchmarks: dict[str, Any]) -> None:
+    outcome = benchmarks["bench"].outcome
+    seen = [{"ids": [1, 2, 3], "labels": [-100, 2, 3]}]
+    assert outcome({"code": 1, "steps": 0, "names": True}, []) == "stops before the first step, names the row"
+    assert outcome({"code": 1, "steps": 2, "names": False}, seen) == "stops after 2 steps"
+    assert outcome({"code": 0, "steps": 5, "names": False}, []) == "trains without the row, silent"
+    assert outcome({"code": 0, "steps": 5, "names": False}, seen) == "trains on it, 2 of 3 tokens learned, silent"
+
+
+def test_a_tool_is_watched_while_it_trains(benchmarks: dict[str, Any], tmp_path: Path) -> None:
+    """Ours, by its recipe, in a process of its own as in the benchmark."""
+    bench, tools = benchmarks["bench"], benchmarks["tools"]
+    model = bench.save_twin("LM-heavy LLaVA", tmp_path)
+    data = bench.write_rows(bench.stored(16, True), tmp_path / "rows")
+    job = tools.Job("vlm_sft", "default", model, data, tmp_path / "output")
+    done = job.run(tools.python_of("vlm_sft", tmp_path), tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "output.json").read_text("utf-8"))
+    assert (report["steps"], report["trains"], len(report["rows"])) == (2, ["language"], 16)
+    assert 0 < report["epoch_cpu"] < report["total_cpu"]
+    assert report["real"] == sum(len(row["ids"]) for row in report["rows"]) < report["computed"]
+    assert report["peak"] > 300
+
+
+def test_growth_is_told_by_its_exponent(benchmarks: dict[str, Any]) -> None:
+    growth = benchmarks["growth"]
+    assert growth.exponent([1, 2, 4, 8], [5, 4, 16, 64]) == pytest.approx(2)
+    assert growth.exponent([1, 2], [3, 6]) == pytest.approx(1)
+    assert growth.collated(words=500)["tokens"] > growth.collated(words=50)["tokens"] > 64
+
+
 def test_the_switches_of_the_readme_exist() -> None:
     text = (FOLDER / "README.md").read_text("utf-8")
     fields = {field.name for field in dataclasses.fields(RecipeDefaults)} | {"no_use_dora", "lora_dropout"}
     flags = set(re.findall(r"`--(\w+)", text))
     assert len(flags) > 6
     assert flags <= fields
-    for program in re.findall(r"python benchmarks/(\w+\.py)", text):
+    for program in re.findall(r"python benchmarks/([\w/]+\.py)", text):
         assert (FOLDER / program).is_file()

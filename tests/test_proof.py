@@ -110,6 +110,15 @@ def test_proof_twice_and_after_training(make):
             run.trainer.train()
 
 
+def test_the_images_of_audited_rows_are_not_held_in_training(make):
+    run = make()
+    report = run.prove().report
+    assert any(row.conversation.images for row in report.rows)
+    run.trainer.train()
+    assert not any(row.conversation.images for row in report.rows)
+    assert "data:image/webp" in (Path(run.trainer.args.output_dir) / "audit.html").read_text("utf-8")
+
+
 def test_a_second_training(make):
     run = make(save_strategy="no", load_best_model_at_end=False)
     run.prove()

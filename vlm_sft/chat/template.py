@@ -336,6 +336,8 @@ def moved(position: int, edits: Sequence[Edit]) -> int:
 
 def _common(a: str, b: str) -> str:
     """The characters that two texts share at their start."""
+    if b.startswith(a):  # mostly so, and `commonprefix` takes 0.1 us for each character
+        return a
     return os.path.commonprefix([a, b])  # noqa: RUF071
 
 

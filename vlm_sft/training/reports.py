@@ -24,7 +24,6 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import ModelCard
 from jinja2 import StrictUndefined, Template
-from matplotlib.figure import Figure
 
 from vlm_sft.common import peak_memory
 from vlm_sft.models.fingerprints import base_settings, data_settings, model_settings, plain, shareable
@@ -137,7 +136,8 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, tit
     """Draws training loss (raw, and smoothed over a fifteenth of the points), evaluation loss with its best step, and
     learning rate of `trainer.state.log_history`: on a logarithmic axis where the smoothed loss falls to a twentieth.
     Values that are not finite are marked on the upper edge. Raises `ValueError` for a history without any loss."""
-    import pandas as pd  # half a second
+    import pandas as pd  # half a second, and the next a third: no first step waits for them
+    from matplotlib.figure import Figure
 
     def by_step(key: str) -> Any:  # of a step logged twice (resumed), the later value
         values = {float(entry["step"]): entry[key] for entry in log_history if key in entry and "step" in entry}

@@ -1,0 +1,151 @@
+"""How cost grows: with the rows, the images in a row, the tokens, the turns, the processes that check rows.
+
+    python benchmarks/growth.py [--rows 1000 4000 16000] [--only tokens ...]
+
+Processor time, that of worker processes included, for the twin of LLaVA-1.5. The last line of each table is the
+exponent of the upper half: 1 is linear. The rows of a table are each measured in a process of their own, offline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SIZES = {
+    "rows": (1_000, 4_000, 16_000),
+    "images in a row": (1, 2, 4, 8, 16, 32),
+    "tokens in a row": (256, 1_024, 4_096, 16_384),
+    "turns": (1, 2, 4, 8, 16, 32, 64),
+    "processes": (1, 2),
+}
+CHECKED = 2_000  # rows, where processes are counted
+
+
+def cpu_seconds() -> float:
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def talk(turns: int, words: int, number: int = 0) -> list[dict[str, Any]]:
+    """Messages with some `words` in all; images of the row stand before the first question."""
+    half = max(1, words // (2 * turns))
+    messages = []
+    for _ in range(turns):
+        messages.append({"role": "user", "content": " ".join(["where"] * half) + f" {number}?"})
+        messages.append({"role": "assistant", "content": " ".join(["there"] * half) + "."})
+    return messages
+
+
+def collated(*, turns: int = 1, words: int = 64, images: int = 1) -> dict[str, float]:
+    """Milliseconds of the collator for one row."""
+    from PIL import Image
+
+    from vlm_sft import ChatCollator
+    from vlm_sft.tools import tiny
+
+    collator = ChatCollator(tiny.build("llava15", corpus=["where there"])[1])
+    row = {"messages": talk(turns, words), "images": [Image.new("RGB", (336, 336))] * images}
+    times, tokens = [], 0
+    for _ in range(7):
+        start = time.process_time()
+        tokens = collator([row])["input_ids"].shape[1]
+        times.append((time.process_time() - start) * 1e3)
+    return {"tokens": tokens, "ms": statistics.median(times)}
+
+
+def checked(rows: int, num_proc: int | None) -> dict[str, float]:
+    """Seconds of a first start and of a second one (reading and checking), and MiB that the process grew by."""
+    import datasets
+    from PIL import Image
+
+    from vlm_sft import ChatCollator, check_rows, load_conversations
+    from vlm_sft.tools import tiny
+
+    datasets.disable_progress_bars()
+    folder = Path(os.environ["HF_HOME"])
+    Image.new("RGB", (32, 32)).save(folder / "image.png")
+    with (folder / "rows.jsonl").open("w") as file:
+        for number in range(rows):
+            file.write(json.dumps({"messages": talk(1, 64, number), "images": ["image.png"]}) + "\n")
+    collator = ChatCollator(tiny.build("llava15", corpus=["where there"])[1])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {}
+    for start in ("first start, s", "second start, s"):
+        began, clock = cpu_seconds(), time.perf_counter()
+        check_rows(load_conversations(folder / "rows.jsonl", eval_fraction=0), collator, num_proc=num_proc)
+        found[start] = cpu_seconds() - began
+        found.setdefault("first start, wall s", time.perf_counter() - clock)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {**found, "memory, MiB": grown / 1024}
+
+
+def measure(what: str, size: int) -> dict[str, float]:
+    match what:
+        case "rows":
+            return checked(size, 0)
+        case "processes":
+            return checked(CHECKED, 0 if size == 1 else size)
+        case "images in a row":
+            return collated(images=size)
+        case "tokens in a row":
+            return collated(words=size)
+    return collated(turns=size, words=16 * size)
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """Of the upper half of the sizes: the slope of the logarithms."""
+    half = len(sizes) // 2 if len(sizes) > 2 else 0
+    xs, ys = ([math.log(max(value, 1e-9)) for value in line[half:]] for line in (sizes, values))
+    return statistics.linear_regression(xs, ys).slope
+
+
+def table(what: str, sizes: list[int]) -> str:
+    found = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as home:
+            switches = {
+                "HF_HOME": home,
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+            command = [sys.executable, __file__, "--measure", what, str(size)]
+            done = subprocess.run(command, env={**os.environ, **switches}, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{what} {size}: {done.stderr}")
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    names = list(found[0])
+    lines = [[what, *names]]
+    for size, line in zip(sizes, found, strict=True):
+        lines.append([f"{size:,}", *(f"{line[name]:,.1f}" for name in names)])
+    # Of tokens, what is measured grows with their number, not with the words that were asked for.
+    places = [int(line["tokens"]) for line in found] if what == "tokens in a row" else sizes
+    lines.append(["exponent", *(f"{exponent(places, [line[name] for line in found]):.2f}" for name in names)])
+    return "\n".join("".join(f"{cell:>20}" for cell in line) for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=list(SIZES["rows"]))
+    parser.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure[0], int(args.measure[1]))))
+        return
+    for what in args.only:
+        print(table(what, args.rows if what == "rows" else list(SIZES[what])), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
