@@ -91,7 +91,9 @@ class _RecipeParser(OneLineErrors, TrlParser):
         lines = [(self.description or "").partition("\n\n")[0], ""]
         for kind in self.dataclass_types:
             own = {
-                f.name: (f.default_factory() if f.default is MISSING else f.default, f) for f in fields(kind) if f.init
+                f.name: (f.default if f.default_factory is MISSING else f.default_factory(), f)
+                for f in fields(kind)
+                if f.init
             }
             named = {name: own.pop(name) for name in inspect.get_annotations(kind)}  # the class's own come first
             if len(own) < 100:

@@ -59,8 +59,8 @@ def guards(model: Any, *, max_skipped: int = 0) -> list[TrainerCallback]:
 
 @dataclass(frozen=True)
 class Proof:
-    """What `prove` found: `facts` for the run record (subject -> sentence) and the `report` of the audited rows, without
-    their images once it trains. `results` fills when training has ended."""
+    """What `prove` found: `facts` for the run record (subject -> sentence) and the `report` of the audited rows,
+    without their images once it trains. `results` fills when training has ended."""
 
     facts: dict[str, str]
     report: AuditReport

@@ -183,3 +183,12 @@ def test_page_filters_searches_and_sorts_in_a_browser(tmp_path):
         [7, ["2", "3", "1"]],  # scores: 0.5, 1, 1
         [1, ["1", "2", "3"]],
     ]
+
+
+def test_words_that_are_new_are_marked(tmp_path):
+    kept = {"images": [], "question": "What?", "reference": "a black cat", "score": 1.0, "score_before": 0.0}
+    rows = [("a dog", "a black cat"), ("same", "same"), ("", "all new"), ("gone words", "")]
+    write_samples_html([Sample(before=old, after=new, **kept) for old, new in rows], tmp_path / "page.html")
+    cells = re.findall(r'data-label="After">(.*?)</td>', (tmp_path / "page.html").read_text("utf-8"))
+    assert [re.findall("<b>(.*?)</b>", cell) for cell in cells] == [[" black cat"], [], ["all new"], []]
+    assert [row[5] for row in Page(tmp_path / "page.html").rows[1:4]] == ["a black cat", "same", "all new"]

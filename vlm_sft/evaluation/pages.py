@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -113,6 +115,13 @@ def _thumbnail(image: Any, image_px: int) -> tuple[str, bool]:
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}", is_tiny
 
 
+def _pieces_of(text: str, before: str | None) -> Iterator[tuple[str, bool]]:
+    """The text in pieces, each with whether it is new against `before`, word by word."""
+    old, new = (re.findall(r"\s*\S+|\s+", each) for each in (text if before is None else before, text))
+    for kind, _, _, start, end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        yield "".join(new[start:end]), kind != "equal"
+
+
 def _write(name: str, path: str | Path, **values: Any) -> None:
     if not PartialState().is_main_process:
         return
@@ -120,7 +129,7 @@ def _write(name: str, path: str | Path, **values: Any) -> None:
     for element in ("style", "script"):  # the page's policy allows exactly the text between these tags
         inside = source.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
         values[f"{element}_hash"] = "sha256-" + base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-    page = Environment(autoescape=True).from_string(source).render(thumbnail=_thumbnail, **values)
+    page = Environment(autoescape=True).from_string(source).render(thumbnail=_thumbnail, pieces_of=_pieces_of, **values)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
 
