@@ -159,7 +159,7 @@ def test_a_stop_token_of_ones_own_ends_earlier_answers_and_generation(tiny_proce
     pad = processor.tokenizer.pad_token_id
     assert model.asked[0]["input_ids"][0].tolist().count(pad) == 1
     assert pad in model.asked[0]["eos_token_id"]
-    with pytest.raises(ValueError, match="'<stop>' is not a token"):
+    with pytest.raises(ValueError, match="'<stop>' is not an added token"):
         ChatTemplate(processor, stop_token="<stop>")
 
 
