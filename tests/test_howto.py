@@ -18,7 +18,7 @@ from recipe_data import noise
 from vlm_sft.models.parts import part_of, parts_of
 
 PAGE = (recipe_runs.ROOT / "docs" / "howto.md").read_text("utf-8")
-CODE = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+CODE = re.findall(r"```(?:python|diff)\n(.*?)```", PAGE, re.S)
 FLAGS = [shlex.split(line)[2:] for line in re.findall(r"```bash\n(.*?)```", PAGE, re.S)]
 SMALL = (
     *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--num_eval_rows", "2"),
@@ -28,19 +28,14 @@ SMALL = (
 
 def changed(source: str, code: str) -> str:
     """The recipe with this piece of the page in the place of its own."""
-    if code.startswith("TRAINS"):
-        pattern = r"TRAINS = .*\n"
-    elif code.startswith("def to_conversation"):
-        pattern = r"def to_conversation.*?\n(?=\n\n)"
-    elif code.startswith("callbacks="):
-        pattern, code = r" +callbacks=.*\n", f"        {code}"
+    if code.startswith("-"):
+        lines = code.splitlines(keepends=True)
+        old, new = ("".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
     else:
-        pattern, code = r"(?= +callbacks=)", f"        {code}"
-    replaced, count = re.subn(
-        pattern, lambda _: code if code.endswith("\n") else f"{code}\n", source, flags=re.S, count=1
-    )
-    assert count == 1, code
-    return replaced
+        pattern = r"TRAINS = [^\n]*\n" if code.startswith("TRAINS") else r"def to_conversation.*?\n(?=\n\n)"
+        [old], new = re.findall(pattern, source, re.S), code
+    assert source.count(old) == 1, code
+    return source.replace(old, new)
 
 
 def number(start: str) -> int:
@@ -88,7 +83,7 @@ def trainable(trainer: Any) -> dict[str, set[str]]:
 
 
 def test_adapters_and_a_whole_projector_by_parts_of_their_own_rates(train: Callable[..., Any]) -> None:
-    trainer = train(CODE[number('TRAINS = {"projector"')], CODE[number("optimizer_cls")])
+    trainer = train(CODE[number('TRAINS = {"projector"')], CODE[number("-        peft_config")])
     found = trainable(trainer)
     assert found["projector"] == {"full"}
     assert "q_proj" in found["language"]
@@ -110,7 +105,7 @@ def test_nothing_is_frozen(train: Callable[..., Any]) -> None:
 
 
 def test_it_stops_early_by_a_metric_of_answers(train: Callable[..., Any]) -> None:
-    trainer = train(CODE[number("callbacks=")], flags=[*FLAGS[1], "--max_steps", "20"])
+    trainer = train(CODE[number("-        callbacks")], flags=[*FLAGS[1], "--max_steps", "20"])
     scores = [entry["eval_anls"] for entry in trainer.state.log_history if "eval_anls" in entry]
     assert trainer.args.metric_for_best_model == "eval_anls"
     assert trainer.state.best_metric == max(scores)

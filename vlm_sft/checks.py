@@ -210,8 +210,8 @@ def plan_of(trainer: Any, answers: Mapping[str, Any]) -> tuple[int, dict[str, st
     if warmup >= max(steps, 1):
         faults.append(
             f"the warm-up takes {warmup} of the run's {steps} steps, so the learning rate never reaches "
-            f"--learning_rate {args.learning_rate:g}: --warmup_steps 0, or a share of the steps as in --warmup_steps "
-            "0.03"
+            f"--learning_rate {args.learning_rate:g}: --warmup_steps 0, a share of more steps as in "
+            "--warmup_steps 0.03, or more --num_train_epochs"
         )
     if faults:
         raise ValueError("this run cannot be meant so: " + "; ".join(faults))

@@ -148,7 +148,7 @@ load_processor(sys.argv[1])
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ImportError: The processor of")
-    assert "torchvision is not installed: pip install 'vlm_sft[torchvision]'" in done.stderr
+    assert "torchvision is not installed: pip install torchvision num2words, of torch's own build" in done.stderr
 
 
 def test_without_num2words_the_processor_says_what_to_install(

@@ -66,3 +66,10 @@ def test_plot_takes_what_there_is_and_refuses_nothing(tmp_path, drawn):
     with pytest.raises(ValueError, match="neither 'loss' nor 'eval_loss'"):
         plot_loss([{"step": 1, "train_runtime": 3.0}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_plot_shows_epochs_as_well_as_steps(tmp_path, drawn):
+    plot_loss([{**entry, "epoch": entry["step"] / 2} for entry in HISTORY], tmp_path / "loss.png")
+    [above] = drawn[0].axes[0].child_axes
+    assert above.get_xlabel() == "epoch"
+    assert above.get_xlim() == pytest.approx([limit / 2 for limit in drawn[0].axes[0].get_xlim()])

@@ -62,7 +62,9 @@ def load_processor(
         if not missing:
             raise
         found = f"The processor of {name!r} did not load, and {' and '.join(missing)} is not installed: pip install "
-        raise ImportError(f"{found}'vlm_sft[torchvision]' brings it, of torch's own build (CPU or CUDA).") from error
+        raise ImportError(
+            f"{found}torchvision num2words, of torch's own build (in a checkout, make install)."
+        ) from error
     except (OSError, ValueError) as error:
         found = f"No processor for images in {place(name, revision)}: {first_line(error)}. Give the folder or Hub name"
         raise ValueError(f"{found} of a vision-language model, not of a text-only model.") from error

@@ -137,7 +137,9 @@ def build(
         parts = {name: _made(part) for name, part in settings["parts"].items()}
         processor = _made(settings["processor"], **parts, **given)
     except ImportError as error:
-        raise ImportError(f'{family} needs what pip install "vlm_sft[torchvision]" brings: {error}') from error
+        raise ImportError(
+            f"{family} needs torchvision, of torch's own build (in a checkout, make install): {error}"
+        ) from error
 
     id_of, stop = tokenizer.convert_tokens_to_ids, tokenizer.convert_tokens_to_ids(tokens["stop"].split())
     # Qwen's tokenizer names no first token; its generation settings take the one it pads with.

@@ -166,6 +166,9 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | Path, *, tit
     falls_far = 0 < values.min() < values.max() / 20
     upper.set(title=title, ylabel="loss", yscale="log" if falls_far else "linear")
     upper.legend()
+    if len(epochs := by_step("epoch")) and (step := epochs.index[-1]):
+        an_epoch = step / epochs.iloc[-1]
+        upper.secondary_xaxis("top", functions=(lambda s: s / an_epoch, lambda e: e * an_epoch)).set_xlabel("epoch")
     lower.plot(by_step("learning_rate"), color="tab:gray")
     lower.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     figure.savefig(path)
