@@ -85,9 +85,9 @@ gpu: $(VENV)/.installed
 bench: $(VENV)/.dev
 	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/cpu.py --write
 
-# Each of the other tools in an environment of its own under .venv/peers; some two hours, of which most is its rounds.
+# Each of the other tools in an environment of its own under .venv/peers; an hour and a half, most of it the rounds.
 bench-peers: $(VENV)/.dev
-	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/peers/bench.py
+	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/peers/bench.py --write
 
 $(BIN)/python:
 	@command -v $(PYTHON) > /dev/null || { \

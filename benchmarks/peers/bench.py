@@ -1,10 +1,11 @@
 """vlm_sft beside the tools that people would use instead, on the same rows and models: `make bench-peers`, or
 
-    python benchmarks/peers/bench.py [--quick] [--rounds 3] [--environments .venv/peers] [--output FOLDER]
+    python benchmarks/peers/bench.py [--quick] [--rounds 3] [--environments .venv/peers] [--output FOLDER] [--write]
 
 Three random twins, two regimes, four tools; each run is a process of its own, the tools take turns, and figures are
 medians. Nothing is downloaded but the tools, once. Ours is the recipe as it ships, with its pass over the rows, its
-proof and its guards. What is written: `peers.md`, the tables, and `peers.json`, every run.
+proof and its guards. What is written: `peers.md`, the tables (`--write` puts them into benchmarks/README.md as well),
+and `peers.json`, every run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import mix
 import pyarrow.parquet
+from cpu import README, machine
 from labels import facts, text_of
-from tools import NAMES, SETTINGS, Job, python_of
+from tools import ENVIRONMENTS, NAMES, SETTINGS, Job, python_of
 
 TWINS = ("vision-heavy LLaVA", "LM-heavy LLaVA", "Qwen2.5-VL")
 REGIMES = {"short rows, no checkpointing": (True, False), "long-tailed rows, checkpointing": (False, True)}
@@ -228,7 +231,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one twin, one regime, one round, 32 rows: does all run?")
     parser.add_argument("--environments", type=Path, default=Path(sys.prefix) / "peers", help="of the other tools")
     parser.add_argument("--output", type=Path, default=Path("outputs/peers"))
+    parser.add_argument("--write", action="store_true", help="the tables into benchmarks/README.md")
     args = parser.parse_args()
+    load, began = os.getloadavg()[0], time.monotonic()
     if args.quick:
         args.rounds, args.rows = 1, 32
     args.output.mkdir(parents=True, exist_ok=True)
@@ -246,9 +251,15 @@ def main() -> None:
         tables["What each trains, 32 rows"] = trained(bench, kinds, write_rows(few, bench.folder / "few"), few)
         tables["Planted faults, one row of 40"] = faults(bench, next(iter(models.values())))
         text = "\n\n".join(f"### {title}\n\n{markdown(table)}" for title, table in tables.items())
-        (args.output / "peers.md").write_text(f"{text}\n")
+        others = ", ".join(packages[0] for packages in ENVIRONMENTS.values())
+        minutes = f"Load {load:.1f} at the start, {(time.monotonic() - began) / 60:.0f} minutes."
+        text = f"{machine()} {others}. {minutes}\n\n{text}\n"
+        (args.output / "peers.md").write_text(text)
         (args.output / "peers.json").write_text(json.dumps(bench.runs, indent=1))
         print(text)
+    if args.write:
+        before, _, rest = README.read_text().partition("<!-- peers -->\n")
+        README.write_text(f"{before}<!-- peers -->\n{text}{rest[rest.index('<!-- end peers -->') :]}")
 
 
 if __name__ == "__main__":
