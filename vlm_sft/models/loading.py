@@ -61,9 +61,9 @@ def load_processor(
         missing = [package for package in ("torchvision", "num2words") if importlib.util.find_spec(package) is None]
         if not missing:
             raise
-        found = f"The processor of {name!r} did not load, and {' and '.join(missing)} is not installed: pip install "
         raise ImportError(
-            f"{found}torchvision num2words, of torch's own build (in a checkout, make install)."
+            f"The processor of {name!r} did not load, and {' and '.join(missing)} is not installed: "
+            f"pip install {' '.join(missing)} (torchvision in your torch's build; in a checkout, make install)."
         ) from error
     except (OSError, ValueError) as error:
         found = f"No processor for images in {place(name, revision)}: {first_line(error)}. Give the folder or Hub name"
