@@ -301,7 +301,8 @@ def test_page_holds_the_answers_before_training_beside_the_newest(tiny_dir, tmp_
         page = (tmp_path / "samples.html").read_text()
         assert "before: step 0, after: step 4" in page
         assert page.count("data:image/webp") == 2
-        return [html.unescape(text) for text in re.findall(r'class="mark \w+">([^<]*)<', page)]
+        answers = re.findall(r'class="mark \w+">(.*?)</span></td>', page, re.S)
+        return [html.unescape(re.sub(r"</?b>", "", text)) for text in answers]
 
     assert shown() == [said[0, 0], said[4, 0], said[0, 2], said[4, 2]]
     # An evaluation after training, as of the best model, takes the place of the last one.
