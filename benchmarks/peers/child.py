@@ -40,7 +40,11 @@ def llama_factory(flags: list[str]) -> None:
 
 def ms_swift(flags: list[str]) -> None:
     from swift import sft_main
+    from swift.template.templates.qwen import Qwen2VLTemplate
 
+    # It holds the image token of Qwen's own vocabulary as a number, and would leave those of a twin unexpanded.
+    config = json.loads(Path(flags[flags.index("--model") + 1], "config.json").read_text())
+    Qwen2VLTemplate.image_token_id = config.get("image_token_id")
     sft_main(flags)
 
 

@@ -32,6 +32,7 @@ def facts(trained: Sequence[Row], rows: Sequence[dict[str, Any]], processor: Any
     total = sum(map(len, ended))
     return {
         "rows": f"{len({id(source) for _, source in known})} of {len(rows)}",
+        "image tokens a row": f"{sum(row['ids'].count(image) for row in trained) / max(1, len(trained)):.1f}",
         "learns user's words": of(sum(any(ASKS in text for text in s) for s in spans), len(known)),
         "learns image tokens": f"{sum(token == image for token in every):,} of {len(every):,} tokens learned",
         "answers learned with their stop token": of(whole, total),
