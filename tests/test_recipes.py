@@ -355,7 +355,7 @@ def test_one_row_alone(flags_of: Callable[[str], list[object]], tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("what", "told"),
-    [("ignore", "^row 5: 2 images"), ("drop", "more than --max_bad_fraction 0.1"), ("skip", "on_bad_rows='skip'")],
+    [("ignore", "^row 5: 2 images"), ("drop", "more than --max_bad_fraction 0.1")],
 )
 def test_what_to_do_with_bad_rows(
     what: str, told: str, flags_of: Callable[[str], list[object]], data: Callable[[str], Path], tmp_path: Path

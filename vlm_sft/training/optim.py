@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from bitsandbytes.optim.optimizer import GlobalOptimManager
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -46,6 +45,8 @@ def _build(model: nn.Module, *, args: TrainingArguments, lr_by_part: dict[str, f
         raise ValueError(f"--optim {name} makes its own parameter groups; choose another one for lr_by_part")
     optimizer: torch.optim.Optimizer = optimizer_class(_groups(model, args, lr_by_part), **settings)
     if settings.get("optim_bits") == 8:  # unstable for embeddings: the Trainer does so for optimizers that it makes
+        from bitsandbytes.optim.optimizer import GlobalOptimManager
+
         manager: Any = GlobalOptimManager.get_instance()  # type: ignore[no-untyped-call]
         for module in model.modules():
             if isinstance(module, nn.Embedding):
