@@ -54,9 +54,12 @@ BOX_SCALES = {
     "Qwen2VLProcessor": "0-1000",
     "Qwen3VLProcessor": "0-1000",
     "InternVLProcessor": "0-1000",
+    "Glm4vProcessor": "0-1000",
+    "Glm46VProcessor": "0-1000",
 }
-"""In what the families of these processors write boxes, of the image as the model sees it, after the resize. Nothing in
-transformers 5.23 says so, and no test can: where your model's report says otherwise, pass `to=`."""
+"""In what the families of these processors write boxes, of the image as the model sees it, after the resize, as their
+authors say: QwenLM/Qwen3-VL's issues 676, 866 and 1486, OpenGVLab/InternVL's 285, zai-org's skill glmv-grounding.
+Nothing in transformers 5.23 does, and no test can: where your model's report says otherwise, pass `to=`."""
 
 
 def flash_attentions(model: PreTrainedModel) -> list[str]:
