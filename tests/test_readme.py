@@ -192,7 +192,8 @@ def test_readmes_commands_run_as_they_stand(tmp_path):
     assert "Traceback" not in said
     [share] = re.findall(r"Held-out digits read correctly: ([\d.]+)%", done.stdout)
     assert abs(float(share) - float(re.findall(r"([\d.]+)% of 297 held-out digits", readme)[0])) < 2
-    listing = next(b for b in re.findall(r"```\n(.*?)```", readme, re.S) if b.startswith("part "))
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.S | re.M)
+    [listing] = [block for language, block in blocks if not language and block.startswith("part ")]
     assert [line for line in listing.splitlines() if line not in done.stderr] == []
     assert "\ntuned: " in done.stdout
     left = ["outputs/quickstart/samples.html", "audit.html", "outputs/try/run.json", "outputs/merged/model.safetensors"]
