@@ -192,8 +192,13 @@ def main() -> None:
     text = f"{machine()} {(time.perf_counter() - start) / 60:.0f} minutes.\n\n{text}\n"
     print(text)
     if args.write:
-        before, _, rest = README.read_text().partition("<!-- cpu -->\n")
-        README.write_text(f"{before}<!-- cpu -->\n{text}<!-- end -->\n{rest.partition('<!-- end -->')[2].lstrip()}")
+        write("cpu", text)
+
+
+def write(part: str, text: str) -> None:
+    """Puts tables into benchmarks/README.md, between the marks of their part."""
+    before, begin, rest = README.read_text().partition(f"<!-- {part} -->\n")
+    README.write_text(f"{before}{begin}{text}{rest[rest.index(f'<!-- end {part} -->') :]}")
 
 
 if __name__ == "__main__":

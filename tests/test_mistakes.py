@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from recipe_data import noise
 from recipe_runs import ROOT, recipe
 
 import vlm_sft
 from vlm_sft.models import loading
+from vlm_sft.models.fingerprints import loaded_from
 
 # What is given beyond a command that works, and the sentence. {folder} holds rows.jsonl, its images and a twin.
 BEFORE = {
@@ -157,8 +159,32 @@ def test_a_model_that_is_nowhere_is_told_at_once_without_a_network(monkeypatch: 
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(loading, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(loading, "resolve_revision", lambda name, revision: revision)
+    monkeypatch.setattr(loading, "resolve_revision", lambda name, revision, **_: revision)
     monkeypatch.setattr(loading.HfApi, "model_info", refuse)
     with pytest.raises(ValueError, match=r"'outputs/twn' \(no such folder.*the Hub is out of reach \(Name or service"):
         vlm_sft.load_processor("outputs/twn")
     assert asked == ["outputs/twn"]
+
+
+def test_a_model_of_the_cache_is_read_without_a_network(
+    tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the computing nodes of a cluster, without HF_HUB_OFFLINE."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Name or service not known")
+
+    commit, cached = "a" * 40, Path(constants.HF_HUB_CACHE, "models--nobody--cached-twin")
+    shutil.copytree(tiny_dir("llava15"), cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit, encoding="utf-8")
+    resolve = loading.resolve_revision
+    monkeypatch.setattr(loading, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(
+        loading,
+        "resolve_revision",
+        lambda name, revision, local_files_only=False: resolve(name, revision) if local_files_only else revision,
+    )
+    monkeypatch.setattr(loading.HfApi, "model_info", refuse)
+    model, processor = vlm_sft.load_model("nobody/cached-twin"), vlm_sft.load_processor("nobody/cached-twin")
+    assert loaded_from(model) == loaded_from(processor) == ("nobody/cached-twin", commit)

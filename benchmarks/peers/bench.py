@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import mix
 import pyarrow.parquet
-from cpu import README, machine
+from cpu import machine, write
 from labels import facts, text_of
 from tools import ENVIRONMENTS, NAMES, SETTINGS, Job, python_of
 
@@ -258,8 +258,7 @@ def main() -> None:
         (args.output / "peers.json").write_text(json.dumps(bench.runs, indent=1))
         print(text)
     if args.write:
-        before, _, rest = README.read_text().partition("<!-- peers -->\n")
-        README.write_text(f"{before}<!-- peers -->\n{text}{rest[rest.index('<!-- end peers -->') :]}")
+        write("peers", text)
 
 
 if __name__ == "__main__":

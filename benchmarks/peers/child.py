@@ -3,7 +3,8 @@
     python child.py REPORT.json TOOL [FLAG ...]
 
 The tool is started by its own entry point with its own flags. Two methods of transformers' Trainer, on which all four
-build, are watched: nothing of a run is changed. Nothing of vlm_sft is imported here but by its recipe.
+build, are watched, and nothing of a run is changed but one number: ms-swift learns the twin's image token. Nothing of
+vlm_sft is imported here but by its recipe.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _thumbnail(image: Any, image_px: int) -> tuple[str, bool]:
     """The image as an address that holds it, and whether it is tiny: then it is exact, else a small WebP."""
     small, data = small_image(image, image_px), BytesIO()
     is_tiny = max(small.size) <= 64
-    small.save(data, "WEBP", lossless=is_tiny, quality=80, method=0)  # a third of the time, a tenth more bytes
+    small.save(data, "WEBP", lossless=is_tiny, quality=80, method=0)  # the fastest
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}", is_tiny
 
 

@@ -158,8 +158,8 @@ def existing(name_or_path: str | Path | None) -> str:
 
 
 def reachable(name: str, revision: str | None) -> str | None:
-    """The revision, resolved to its commit. Raises ValueError where the Hub would be asked for the model and cannot be:
-    from_pretrained (transformers 5.23) tries again for each file, for minutes."""
+    """The revision, resolved to its commit: without a network, that of the cache. Raises ValueError where the model is
+    neither there nor to be had: from_pretrained (transformers 5.23) tries again for each file, for minutes."""
     found: str | None = resolve_revision(name, revision)
     if not (Path(name).is_dir() or hasattr(found, "resolved") or is_offline_mode()):
         try:
@@ -167,7 +167,10 @@ def reachable(name: str, revision: str | None) -> str | None:
         except HfHubHTTPError:  # it answers: from_pretrained will say what is wrong
             pass
         except Exception as error:  # no network, by the classes of the HTTP client
-            raise ValueError(f"No model in {place(name, revision)}: the Hub is out of reach ({error})") from error
+            found = resolve_revision(name, revision, local_files_only=True)
+            if not hasattr(found, "resolved"):
+                why = f"the Hub is out of reach ({error}), and the cache does not hold it. Give a folder, or connect"
+                raise ValueError(f"No model in {place(name, revision)}: {why}.") from error
     return found
 
 
