@@ -44,6 +44,7 @@ COMMANDS = [
 ] + [(f"recipes/{recipe.name}", line) for recipe in RECIPES for line in header_commands(recipe)]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[command[:70] for _, command in COMMANDS])
 def test_command(document, command, tmp_path):
     words = [word for word in shlex.split(command, comments=True) if not re.fullmatch(r"[A-Z0-9_]+=\S*", word)]
