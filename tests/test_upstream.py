@@ -206,6 +206,33 @@ def test_the_head_is_gathered_before_it_is_read(
     assert gathered == [1, 2]
 
 
+def test_trl_scores_all_positions_on_a_cpu(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses and gradients from the positions with a label; also where a batch has none."""
+    monkeypatch.setattr(trl_utils, "_use_triton", lambda device: False)  # as it is on a CPU, whatever ran before
+    scored = []
+    function = trl_utils._ChunkedLogProbFunction
+    given = function.apply
+    monkeypatch.setattr(function, "apply", lambda hidden, *rest: scored.append(len(hidden)) or given(hidden, *rest))
+    ids = torch.randint(5, 90, (3, 40), generator=torch.Generator().manual_seed(0))
+    labels = torch.where(torch.arange(40) > torch.tensor([[30], [20], [38]]), ids, -100)
+    found = []
+    for patched in (False, True):
+        if patched:
+            upstream.score_labelled_positions()
+        for of in (labels, torch.full_like(labels, -100)):
+            model = tiny_model("llava15")
+            trl_utils.add_fused_lm_head(model)
+            out = model(input_ids=ids, labels=of, fused_lm_head=True)
+            (-out.log_probs.sum()).backward()
+            found.append([out.log_probs.detach(), *(weight.grad for weight in model.parameters())])
+    trained = int((labels[:, 1:] != -100).sum())
+    assert scored == [3 * 39, 3 * 39, trained, 0]
+    for before, after in zip(found[:2], found[2:], strict=True):
+        for one, other in zip(before, after, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+
+
 def test_bitsandbytes_lists_the_scales_of_a_weight_in_the_state(tiny_model: Callable[..., Any]) -> None:
     model = nf4(tiny_model)
     names = {name for name, _ in model.named_parameters()}

@@ -41,7 +41,7 @@ from vlm_sft.training.callbacks import KeepRandomState, RestoreGenerationConfig,
 from vlm_sft.training.checkpoints import SafeCheckpoints
 from vlm_sft.training.neftune import noise_by_conversation
 from vlm_sft.training.reports import recorded_results, write_reports
-from vlm_sft.upstream import widen_once
+from vlm_sft.upstream import score_labelled_positions, widen_once
 
 
 def guards(model: Any, *, max_skipped: int = 0) -> list[TrainerCallback]:
@@ -203,6 +203,8 @@ def prove(
     steps, plan = checks.plan_of(trainer, metrics)
     restore_rng(random)
     explain_out_of_memory(trainer)
+    if not trainer.args.torch_compile:
+        score_labelled_positions()
     facts = {
         "trains": "\n".join(parts.lines()),
         "parts": str(parts_of(model)),
@@ -271,6 +273,7 @@ def _library_changes(trainer: Any) -> list[str]:
         "rows come without padding": trainer.data_collator.settings.padding_free,
         "checkpoints keep the names of parameters and end with a manifest": True,
         "the random state and the generation config are kept over evaluations": True,
+        "the loss scores trained positions alone": args.device.type in ("cpu", "mps") and not args.torch_compile,
         "a step that runs out of memory says why": True,
     }
     return [change for change, is_so in changes.items() if is_so]

@@ -40,6 +40,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
+from trl.trainer import utils as trl_utils
 
 
 def sees_both_ways(model: PreTrainedModel) -> bool:
@@ -134,6 +135,13 @@ def _gather_head(model: Any, *_: Any) -> None:
     head = model.get_output_embeddings()
     if isinstance(head, FSDPModule) and torch.is_grad_enabled():
         head.unshard()
+
+
+def score_labelled_positions() -> None:
+    """Makes TRL 1.16's fused head score only positions with a label on CPUs and Apple's GPUs, as it does where Triton
+    runs. On all other devices it scores every position, and each again backwards, for compilers that want fixed shapes
+    (`add_fused_lm_head`). Losses and gradients stay the same."""
+    trl_utils._use_triton = lambda device: device.type in ("cpu", "cuda", "mps", "xpu")  # type: ignore[attr-defined]
 
 
 def leave_out_scales(model: nn.Module) -> None:
