@@ -152,7 +152,7 @@ def _read_arrays(file: TextIO, name: str) -> Iterator[Any]:
         if inside:
             try:
                 element, at = decoder.raw_decode(buffer, at)
-            except ValueError as error:  # perhaps because it goes on
+            except (ValueError, RecursionError) as error:  # perhaps because it goes on
                 why = str(error)
             else:
                 if is_message(element):

@@ -142,7 +142,7 @@ def read_training_base(folder: Path) -> Any:
     file = folder / TRAINING_BASE
     try:
         return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else None
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); take it from a checkpoint of the same run") from error
 
 

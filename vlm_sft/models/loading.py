@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import resolve_revision
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -57,15 +60,15 @@ def load_processor(
         processor = from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         if getattr(processor, "image_processor", None) is None:
             raise ValueError(f"it is a {type(processor).__name__} without an image processor")
-    except (AttributeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RecursionError) as error:
         missing = [package for package in ("torchvision", "num2words") if importlib.util.find_spec(package) is None]
-        if not missing:
+        if isinstance(error, (AttributeError, ImportError)) and missing:
+            raise ImportError(
+                f"The processor of {name!r} did not load, and {' and '.join(missing)} is not installed: "
+                f"pip install {' '.join(missing)} (torchvision in your torch's build; in a checkout, make install)."
+            ) from error
+        if isinstance(error, ImportError):
             raise
-        raise ImportError(
-            f"The processor of {name!r} did not load, and {' and '.join(missing)} is not installed: "
-            f"pip install {' '.join(missing)} (torchvision in your torch's build; in a checkout, make install)."
-        ) from error
-    except (OSError, ValueError) as error:
         found = f"No processor for images in {place(name, revision)}: {first_line(error)}. Give the folder or Hub name"
         raise ValueError(f"{found} of a vision-language model, not of a text-only model.") from error
     if (tokenizer := processor.tokenizer).pad_token is None:
@@ -137,7 +140,7 @@ def read_config(name_or_path: str | Path, *, revision: str | None = None, trust_
     from_pretrained: Any = transformers.AutoConfig.from_pretrained
     try:
         config = from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:  # no file, or a family that transformers does not know
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # no file, or a family it does not know
         own_code = "Where you trust it, load it with trust_remote_code=True; else choose one that transformers knows"
         how = own_code if "custom code" in str(error) else "Give the folder or Hub name of one"
         raise ValueError(f"No model in {at}: {first_line(error)}. {how}.") from error
@@ -270,9 +273,10 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # `restore_adapter` fills or names them
             model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
         missing, left = upstream.restore_adapter(model, Path(folder, ADAPTER_WEIGHTS))
-    except RuntimeError as error:
+    except Exception as error:  # PEFT asks little of a config before it uses it
         some = "\n".join(str(error).splitlines()[:3])
-        raise ValueError(f"The {what} does not fit {base.name_or_path!r}: {some}") from error
+        found = f"The {what} does not fit {base.name_or_path!r}: {type(error).__name__}: {some}"
+        raise ValueError(f"{found}. Save the adapter again, or pass base_model= its own base.") from error
     if missing or left:
         some = f"{len(missing)} weights are missing ({listed(missing)}) and {len(left)} left over ({listed(left)})"
         raise ValueError(f"The {what} does not fit {base.name_or_path!r}: {some}.")
@@ -280,13 +284,23 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
 
 
 def check_files(folder: str | Path) -> None:
-    """Raises ValueError for a folder whose safetensors do not open, or differ from its manifest."""
+    """Raises ValueError for a folder whose safetensors or their index do not open, or differ from its manifest."""
     faults = verify_checkpoint(folder) if Path(folder, MANIFEST).is_file() else []
     for file in [] if faults else sorted(Path(folder).glob("*.safetensors")):
         try:
             safe_open(file, framework="pt")  # reads its header
         except SafetensorError as error:
             faults.append(f"{file.name} is damaged ({error})")
+    index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
+    try:
+        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else []
+        faults += [
+            f"{index.name} names {shard!r}, which is no file beside it"
+            for shard in shards
+            if shard not in os.listdir(folder)
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        faults.append(f"{index.name} is damaged ({error})")
     if faults:
         how = f"train or download it again; where weights were changed on purpose, delete {MANIFEST}."
         raise ValueError(f"{folder}: {'; '.join(faults)}. Take the folder of a checkpoint, or {how}")
@@ -296,6 +310,6 @@ def read_adapter_config(folder: str | Path) -> Any:
     """PEFT's config of an adapter. Raises ValueError for one that cannot be read, such as of another version."""
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         found = f"{Path(folder, 'adapter_config.json')} cannot be read ({type(error).__name__}: {first_line(error)})"
         raise ValueError(f"{found}; save the adapter again, or install the PEFT that wrote it") from error
