@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -340,3 +341,39 @@ def test_no_path_of_this_machine_is_left_for_others(ended: Any) -> None:
             assert os.fsencode(folder) not in file.read_bytes(), file
             assert os.fsencode(base.parent) not in file.read_bytes(), file
     assert vlm_sft.load_model(folder / "output")  # and yet the base is found
+
+
+@pytest.mark.parametrize(
+    "finished", [pytest.param(False, marks=swept, id="stopped"), pytest.param(True, id="finished")]
+)
+def test_a_flipped_bit_in_any_file_of_a_run_is_named_or_harmless(
+    finished: bool, ended: Any, tiny_dir: Any, tmp_path: Path
+) -> None:
+    """Outside of checkpoints, whose files have a test of their own: started again, the run ends with the same weights."""
+    base, folder = ended
+
+    def again(place: Path) -> Any:
+        run = make(base, place, folder / "rows")
+        proof = run.prove()
+        run.trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(run.trainer))
+        vlm_sft.finish(run.trainer, proof)
+        return runs.weights(run.trainer.model)
+
+    shutil.copytree(folder / "output", tmp_path / "whole/output")
+    weights, draw = again(tmp_path / "whole"), random.Random(0)
+    run = tmp_path / "whole" / "output" if finished else folder / "output"
+    inside = [path.relative_to(run) for path in run.rglob("*") if path.is_file()]
+    files = sorted(path for path in inside if not path.parts[0].startswith("checkpoint-"))
+    assert {"run.json", "samples.jsonl", "README.md", "adapter_model.safetensors"} <= {path.name for path in files}
+    for number, file in enumerate(files):
+        copy = Path(shutil.copytree(run, tmp_path / str(number) / "output"))
+        content = bytearray((copy / file).read_bytes())
+        if not content:
+            continue
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        (copy / file).write_bytes(content)
+        try:
+            assert runs.same(weights, again(copy.parent)), file
+        except ValueError as error:
+            assert file.name in str(error), (file, error)
+        shutil.rmtree(copy)

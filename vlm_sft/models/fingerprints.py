@@ -134,7 +134,7 @@ def write_training_base(folder: Path, base: Mapping[str, Any], place: str) -> No
         for file in filter(Path.is_file, (folder / "adapter_config.json", folder / "README.md")):
             names = [place, str(base["base_model_name_or_path"])]
             was, told = [json.dumps(name)[1:-1] for name in names] if file.suffix == ".json" else names
-            file.write_text(file.read_text("utf-8").replace(was, told), encoding="utf-8")
+            file.write_bytes(file.read_bytes().replace(was.encode(), told.encode()))  # even where it is damaged
 
 
 def read_training_base(folder: Path) -> Any:
