@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -135,3 +136,26 @@ def test_every_piece_of_the_page_is_tried() -> None:
     """By the tests above, which find each by how it begins."""
     assert len(CODE) == 7
     assert len(FLAGS) == 3
+
+
+def test_the_table_of_differences_says_what_the_recipe_has() -> None:
+    recipe = recipe_runs.recipe("llava15_sft")
+    table = PAGE.partition("## Where llava15_sft.py differs")[2]
+    here = {cells[1]: cells[2] for line in table.splitlines() if len(cells := re.split(r" *\| *", line)) > 4}
+    default = {field.name: field.default for field in dataclasses.fields(recipe.RecipeConfig)}
+    lora = {field.name: field.default for field in dataclasses.fields(recipe.RecipeArguments)}
+    rows, steps = default["per_device_train_batch_size"], default["gradient_accumulation_steps"]
+    assert here["rows a step"] == f"{rows * steps} on one GPU: {rows}, {steps} steps"
+    made = ("DoRA" if lora["use_dora"] else "LoRA", lora["lora_r"], lora["lora_alpha"], lora["lora_dropout"])
+    assert here["adapters"] == "{}, rank {}, alpha {}, dropout {}".format(*made)
+    for name, cell in {
+        "max_grad_norm": "max_grad_norm",
+        "lr_scheduler_type": "schedule",
+        "optim": "optimizer",
+    }.items():
+        assert str(default[name]) == here[cell]
+    assert here["noise"] == f"NEFTune {default['neftune_noise_alpha']}"
+    assert recipe.TRAINS == {"language": "lora"}
+    assert (here["projector"], here["adapters in CLIP"]) == ("frozen", "none")
+    assert not default["save_only_model"]
+    assert here["checkpoints"] == "with the optimizer"
