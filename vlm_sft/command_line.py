@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -38,6 +39,8 @@ def run(main: Callable[..., Any], *kinds: Any) -> Any:
     A wrong flag, setting, file or row (ValueError, OSError, ImportError) ends the process with exit code 1 and its
     sentence; where another package raised it, with the place. VLM_SFT_TRACEBACK=1 shows the frames.
     """
+    # PEFT 0.21.2 and TRL 1.16 ask by a name that transformers 5.23 has replaced.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     try:
         return main(*_RecipeParser(kinds, description=inspect.getdoc(inspect.getmodule(main))).parse_args_and_config())
     except (ValueError, OSError, ImportError, YAMLError) as error:

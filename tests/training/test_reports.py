@@ -10,6 +10,7 @@ from pathlib import Path
 import runs
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -108,6 +109,17 @@ def finished(folder: Path, base: Path, *, dataset_name: str, results: dict, **op
     return json.loads((folder / "run.json").read_text()), card, (folder / "README.md").read_text()
 
 
+def follows_the_hubs_rules(card: ModelCard) -> None:
+    """Fields that the Hub knows, ids where it wants ids, short texts in lists: its own check needs the network."""
+    data = card.data.to_dict()
+    assert data.keys() <= {"library_name", "model_name", "tags", "pipeline_tag", "base_model", "datasets", "license"}
+    for name in ("base_model", "datasets"):
+        for each in [data[name]] if isinstance(data.get(name), str) else data.get(name, []):
+            validate_repo_id(each)
+    assert all(isinstance(tag, str) and re.fullmatch(r"[\w:./-]{1,100}", tag) for tag in data["tags"])
+    assert "license" not in data or re.fullmatch("[a-z0-9.-]+", data["license"])
+
+
 def test_model_card_tells_data_method_and_results_and_its_lines_run(tiny_dir, tmp_path, monkeypatch):
     lora = LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=8, use_dora=True)
     results = {"eval_loss": 1.25, "eval_exact_match": 0.75, "eval_runtime": 3.5, "note": "text"}
@@ -130,6 +142,7 @@ def test_model_card_tells_data_method_and_results_and_its_lines_run(tiny_dir, tm
     assert (card.data.pipeline_tag, card.data.library_name) == ("image-text-to-text", "peft")
     assert card.data.datasets == "HuggingFaceM4/ChartQA"
     assert {"trl", "sft"} <= {*card.data.tags}
+    follows_the_hubs_rules(card)
     lines = text.splitlines()
     for line in (
         "| train | 8 |",
@@ -165,5 +178,6 @@ def test_model_card_of_a_full_model_and_local_data(tmp_path):
     assert "Fine-tuned from `my_base` on `rows.jsonl` with" in text
     assert card.data.library_name == "transformers"
     assert card.data.datasets is None
+    follows_the_hubs_rules(card)
     assert str(tmp_path) not in text
     assert 'from_pretrained("run", dtype="auto")' in text

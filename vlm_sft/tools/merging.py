@@ -97,7 +97,7 @@ def merge(
         model = PeftModel.from_pretrained(model.unload().dequantize(dtype=reference_dtype), adapter).eval()
     if dtype == torch.float32:
         model.float()  # before the sum, which rounds in the dtype of the weights
-    model = model.merge_and_unload(safe_merge=True).to(dtype)
+    model = model.merge_and_unload(progressbar=True, safe_merge=True).to(dtype)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
