@@ -318,5 +318,5 @@ def test_copy_writes_recipes_alone(name: str, tmp_path: Path, monkeypatch: pytes
 
 def test_a_deep_array_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"rows\.json: row 0 \(line 1\) cannot be read, nor what follows: maximum recur"):
+    with pytest.raises(ValueError, match=r"rows\.json: row 0 \(line 1\) cannot be read, nor what follows: maximum"):
         vlm_sft.load_conversations(tmp_path / "rows.json")
