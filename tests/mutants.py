@@ -148,8 +148,8 @@ MUTANTS = [
     Mutant("an adapter without effect is merged", "tools/merging.py", "if not _distance(expected.prompt, bare.prompt):", "if False:", "tools/test_merging.py:without_effect"),
     Mutant("keys left over pass", "models/loading.py", "if missing or left:", "if False:", "tools/test_merging.py:unknown_key"),
     # Hostile files
-    Mutant("TRL's head scores all positions", "upstream.py", "device.type in (\"cpu\", \"cuda\", \"mps\", \"xpu\")", "device.type in (\"cuda\", \"xpu\")", "test_upstream.py:scores_all"),
-    Mutant("files added to a checkpoint are no fault", "models/manifest.py", "if file.name not in files and file.is_file()", "if False", "test_attacks.py:pickle_in_a_checkpoint"),
+    Mutant("TRL's head scores all positions", "proof.py", "    score_labelled_positions(not trainer.args.torch_compile)\n", "", "test_proof.py:loss_scores_trained"),
+    Mutant("files added to a checkpoint are no fault", "models/manifest.py", "sorted(there - files.keys())", "()", "test_attacks.py:pickle_in_a_checkpoint"),
     Mutant("an index names files anywhere", "models/loading.py", "if shard not in os.listdir(folder)", "if False", "test_attacks.py:index_names"),
     Mutant("weights of any format are read", "models/loading.py", "use_safetensors=True", "use_safetensors=None", "test_attacks.py:only_weights"),
     Mutant("a damaged adapter config ends a resume", "models/fingerprints.py", "file.write_bytes(file.read_bytes().replace(was.encode(), told.encode()))", "file.write_text(file.read_text(\"utf-8\").replace(was, told), encoding=\"utf-8\")", "training/test_resume.py:flipped_bit_in_any_file_of_a_run"),

@@ -1,6 +1,6 @@
 """Models, adapters, checkpoints and rows by somebody who means harm: none of their code runs, nothing outside is read,
-and what is refused is refused in a sentence. Templates: chat/test_collators.py; images: chat/test_images.py; pages:
-evaluation/test_samples.py."""
+and what cannot be meant is refused in a sentence. Templates: chat/test_collators.py; images: chat/test_images.py;
+pages: evaluation/test_samples.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -144,7 +145,7 @@ def adapter(adapted: Path, tmp_path: Path) -> Path:
         {"peft_type": "EVIL"},
         {"r": "eight"},
         {"r": -1},
-        {"r": 10**9},
+        {"r": 10**15},
         {"lora_alpha": None},
         {"target_modules": 5},
         {"target_modules": "(("},
@@ -166,7 +167,7 @@ def test_an_adapter_config_that_cannot_be_meant_is_a_sentence(
     (tmp_path / "evil.py").write_text(payload.code)
     monkeypatch.syspath_prepend(tmp_path)
     edit(adapter / "adapter_config.json", **values)
-    with pytest.raises(ValueError, match=str(adapter)):
+    with pytest.raises(ValueError, match=re.escape(str(adapter))):
         load_model(adapter)
 
 
@@ -212,15 +213,18 @@ def ended(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "scaler.pt")
+READ = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+ADDED = ("scaler.pt", "optimizer.bin", "pytorch_model.bin", "model.safetensors", "adapter_model.bin")
 
 
-@pytest.mark.parametrize("forged", [False, True])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("name", "forged"), [*((name, False) for name in READ + ADDED), *((name, True) for name in READ)]
+)
 def test_a_pickle_in_a_checkpoint_is_not_run(
     name: str, forged: bool, ended: Path, tiny_dir: Callable[[str], Path], tmp_path: Path, payload: Any
 ) -> None:
-    """Passed over by its name; with a manifest made for it, read by torch as weights alone, which refuses it."""
+    """Passed over by its name; with a manifest made for it, torch reads weights alone, and raises. (`scaler.pt` is read
+    in float16 alone.)"""
     run = Path(shutil.copytree(ended, tmp_path / "run"))
     checkpoint = run / "output" / "checkpoint-2"
     (checkpoint / name).write_bytes(payload.pickled)
@@ -233,7 +237,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(
     if name == "training_args.bin":  # which nobody reads
         assert goes_on(tiny_dir("llava15"), run, 4).endswith("checkpoint-2")
         return
-    with pytest.raises((pickle.UnpicklingError, AttributeError), match=r"Weights only load failed|NoneType"):
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         goes_on(tiny_dir("llava15"), run, 4)
 
 

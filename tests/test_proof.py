@@ -15,6 +15,7 @@ from recipe_data import chats
 from runs import Collate
 from transformers import EarlyStoppingCallback, TrainingArguments
 from trl import SFTConfig
+from trl.trainer import utils as trl_utils
 
 import vlm_sft
 from vlm_sft.models.adapters import check_trains
@@ -563,6 +564,29 @@ def test_torch_compile(make):
     run.prove()
     run.trainer.train()
     assert run.trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_scores_trained_positions_alone(compiled, make, monkeypatch, capsys):
+    """On a CPU, unless it is compiled. What TRL scores is counted at its own function."""
+    function, scored, rows = trl_utils._ChunkedLogProbFunction, [], []
+    given = function.apply
+    monkeypatch.setattr(trl_utils, "_use_triton", trl_utils._use_triton)  # put back afterwards
+    monkeypatch.setattr(function, "apply", lambda hidden, *rest: scored.append(len(hidden)) or given(hidden, *rest))
+    options = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+    run = make(eval_on_start=False, max_steps=1, **options)
+    run.prove()
+    assert ("the loss scores trained positions alone" in " ".join(capsys.readouterr().err.split())) is not compiled
+    if compiled:
+        assert not trl_utils._use_triton(torch.device("cpu"))
+        return
+    step = run.trainer.training_step
+    monkeypatch.setattr(
+        run.trainer, "training_step", lambda *all_: rows.append(all_[1]["labels"].clone()) or step(*all_)
+    )
+    run.trainer.train()
+    assert scored[0] == int((rows[0][:, 1:] >= 0).sum())
+    assert scored[0] < rows[0].numel() / 2
 
 
 def test_rows_that_are_not_checked_before_come_in_random_order(make, capsys):

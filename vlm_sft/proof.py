@@ -203,8 +203,7 @@ def prove(
     steps, plan = checks.plan_of(trainer, metrics)
     restore_rng(random)
     explain_out_of_memory(trainer)
-    if not trainer.args.torch_compile:
-        score_labelled_positions()
+    score_labelled_positions(not trainer.args.torch_compile)
     facts = {
         "trains": "\n".join(parts.lines()),
         "parts": str(parts_of(model)),
@@ -273,7 +272,7 @@ def _library_changes(trainer: Any) -> list[str]:
         "rows come without padding": trainer.data_collator.settings.padding_free,
         "checkpoints keep the names of parameters and end with a manifest": True,
         "the random state and the generation config are kept over evaluations": True,
-        "the loss scores trained positions alone": args.device.type in ("cpu", "mps") and not args.torch_compile,
+        "the loss scores trained positions alone": args.device.type == "cpu" and not args.torch_compile,
         "a step that runs out of memory says why": True,
     }
     return [change for change, is_so in changes.items() if is_so]

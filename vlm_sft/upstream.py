@@ -137,11 +137,15 @@ def _gather_head(model: Any, *_: Any) -> None:
         head.unshard()
 
 
-def score_labelled_positions() -> None:
-    """Makes TRL 1.16's fused head score only positions with a label on CPUs and Apple's GPUs, as it does where Triton
-    runs. On all other devices it scores every position, and each again backwards, for compilers that want fixed shapes
-    (`add_fused_lm_head`). Losses and gradients stay the same."""
-    trl_utils._use_triton = lambda device: device.type in ("cpu", "cuda", "mps", "xpu")  # type: ignore[attr-defined]
+_scores_some = trl_utils._use_triton  # type: ignore[attr-defined]
+
+
+def score_labelled_positions(on: bool) -> None:
+    """Makes TRL 1.16's fused head score only positions with a label on a CPU, as it does where Triton runs, or leaves
+    it as it is. It would score every position, and each again backwards, as devices want it that compile for fixed
+    shapes (`add_fused_lm_head`). Losses and gradients are equal up to rounding."""
+    ours = lambda device: device.type == "cpu" or _scores_some(device)  # noqa: E731
+    trl_utils._use_triton = ours if on else _scores_some  # type: ignore[attr-defined]
 
 
 def leave_out_scales(model: nn.Module) -> None:

@@ -368,12 +368,13 @@ def test_a_flipped_bit_in_any_file_of_a_run_is_named_or_harmless(
         content = bytearray((copy / file).read_bytes())
         if not content:
             continue
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        at, bit = draw.randrange(len(content)), draw.randrange(8)
+        content[at] ^= 1 << bit
         (copy / file).write_bytes(content)
         told, found = "", None
         try:
             found = again(copy.parent)
         except ValueError as error:
             told = str(error)
-        assert file.name in told or runs.same(weights, found), (file, told)
+        assert file.name in told or runs.same(weights, found), (file, at, bit, told)
         shutil.rmtree(copy)

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import resolve_revision
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -69,8 +69,11 @@ def load_processor(
             ) from error
         if isinstance(error, ImportError):
             raise
-        found = f"No processor for images in {place(name, revision)}: {first_line(error)}. Give the folder or Hub name"
-        raise ValueError(f"{found} of a vision-language model, not of a text-only model.") from error
+        found = f"No processor for images in {place(name, revision)}: {first_line(error)}"
+        if isinstance(error, (TypeError, KeyError, AttributeError)):
+            found += f" ({type(error).__name__}: its files are damaged, or of another version of transformers)"
+        how = "Give the folder or Hub name of a vision-language model, not of a text-only model."
+        raise ValueError(f"{found}. {how}") from error
     if (tokenizer := processor.tokenizer).pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if max_pixels is not None:
@@ -178,7 +181,7 @@ def reachable(name: str, revision: str | None) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def place(name: str, revision: str | None) -> str:
@@ -273,6 +276,8 @@ def _read_adapted(name: str, revision: str | None, base_model: Any, is_trainable
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # `restore_adapter` fills or names them
             model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
         missing, left = upstream.restore_adapter(model, Path(folder, ADAPTER_WEIGHTS))
+    except (MemoryError, torch.OutOfMemoryError, ImportError, OSError):
+        raise
     except Exception as error:  # PEFT asks little of a config before it uses it
         some = "\n".join(str(error).splitlines()[:3])
         found = f"The {what} does not fit {base.name_or_path!r}: {type(error).__name__}: {some}"
@@ -292,8 +297,9 @@ def check_files(folder: str | Path) -> None:
         except SafetensorError as error:
             faults.append(f"{file.name} is damaged ({error})")
     index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
+    read = index.is_file() and not Path(folder, SAFE_WEIGHTS_NAME).is_file()  # which transformers prefers
     try:
-        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else []
+        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if read else []
         faults += [
             f"{index.name} names {shard!r}, which is no file beside it"
             for shard in shards

@@ -13,20 +13,22 @@ from typing import Any
 import xxhash
 
 MANIFEST = "manifest.json"
+# What the Trainer loads from a checkpoint wherever it finds it (transformers 5.23); one without them is no checkpoint.
+_LOADED = ("optimizer.*", "scheduler.pt", "scaler.pt", "model*.safetensors*", "pytorch_model*", "adapter_model.*")
 
 
 def verify_checkpoint(folder: str | Path) -> list[str]:
     """What is missing from a checkpoint or differs from its manifest; nothing if it is complete."""
     folder = Path(folder)
     try:
-        files = read_manifest(folder)["files"]
+        content = read_manifest(folder)
+        files = content["files"]
     except FileNotFoundError:
         return [f"it has no {MANIFEST}, so its save did not end"]
     except (ValueError, KeyError, TypeError):
         return [f"its {MANIFEST} is damaged"]
-    # The Trainer loads such a file wherever it finds one.
-    added = sorted(file.name for file in folder.glob("*.pt*") if file.name not in files and file.is_file())
-    faults = [f"{name} was added after its save" for name in added]
+    there = {file.name for pattern in _LOADED if "resumable" in content for file in folder.glob(pattern)}
+    faults = [f"{name} was added after its save" for name in sorted(there - files.keys())]
     for name, recorded in files.items():
         if not (folder / name).is_file():
             faults.append(f"{name} is missing")
