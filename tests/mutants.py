@@ -150,7 +150,7 @@ MUTANTS = [
     # Hostile files
     Mutant("TRL's head scores all positions", "proof.py", "    score_labelled_positions(not trainer.args.torch_compile)\n", "", "test_proof.py:loss_scores_trained"),
     Mutant("files added to a checkpoint are no fault", "models/manifest.py", "sorted(there - files.keys())", "()", "test_attacks.py:pickle_in_a_checkpoint"),
-    Mutant("an index names files anywhere", "models/loading.py", "if shard not in os.listdir(folder)", "if False", "test_attacks.py:index_names"),
+    Mutant("an index names files anywhere", "models/loading.py", "sorted({*shards} - {*os.listdir(folder)})", "[]", "test_attacks.py:index_names"),
     Mutant("weights of any format are read", "models/loading.py", "use_safetensors=True", "use_safetensors=None", "test_attacks.py:only_weights"),
     Mutant("a damaged adapter config ends a resume", "models/fingerprints.py", "file.write_bytes(file.read_bytes().replace(was.encode(), told.encode()))", "file.write_text(file.read_text(\"utf-8\").replace(was, told), encoding=\"utf-8\")", "training/test_resume.py:flipped_bit_in_any_file_of_a_run"),
     Mutant("deep JSON ends the reading of a file", "data/files.py", "except (ValueError, RecursionError) as error:  # perhaps", "except ValueError as error:  # perhaps", "test_attacks.py:deep_array"),

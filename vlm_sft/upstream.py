@@ -144,8 +144,7 @@ def score_labelled_positions(on: bool) -> None:
     """Makes TRL 1.16's fused head score only positions with a label on a CPU, as it does where Triton runs, or leaves
     it as it is. It would score every position, and each again backwards, as devices want it that compile for fixed
     shapes (`add_fused_lm_head`). Losses and gradients are equal up to rounding."""
-    ours = lambda device: device.type == "cpu" or _scores_some(device)  # noqa: E731
-    trl_utils._use_triton = ours if on else _scores_some  # type: ignore[attr-defined]
+    trl_utils._use_triton = lambda device: (on and device.type == "cpu") or _scores_some(device)  # type: ignore[attr-defined]
 
 
 def leave_out_scales(model: nn.Module) -> None:

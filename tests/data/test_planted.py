@@ -50,7 +50,7 @@ def planted_in(name: str, folder: Path) -> dict[str, str]:
         if old in text:
             found[name] = text.replace(old, new, 1)
 
-    files = (
+    files = [
         "gone.jpg",
         "broken.jpg",
         "cut.jpg",
@@ -60,13 +60,9 @@ def planted_in(name: str, folder: Path) -> dict[str, str]:
         "long.png",
         "../outside.jpg",
         "sub",
-    )
-    addresses = (
-        "https://nowhere.invalid/a.jpg",
-        "data:image/png;base64,QUJD",
-        "data:image/png;base64,%",
-        "data:text/html,a",
-    )
+    ]
+    addresses = ["https://nowhere.invalid/a.jpg"]
+    addresses += [f"data:{rest}" for rest in ("image/png;base64,QUJD", "image/png;base64,%", "text/html,a")]
     for name in (*files, str(folder.parent / "outside.jpg"), *addresses):
         change(name, '"a.jpg"', json.dumps(name))
     change("a number for an image", '"a.jpg"', "7")

@@ -299,12 +299,9 @@ def check_files(folder: str | Path) -> None:
     index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
     read = index.is_file() and not Path(folder, SAFE_WEIGHTS_NAME).is_file()  # which transformers prefers
     try:
-        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if read else []
-        faults += [
-            f"{index.name} names {shard!r}, which is no file beside it"
-            for shard in shards
-            if shard not in os.listdir(folder)
-        ]
+        shards = json.loads(index.read_text("utf-8"))["weight_map"].values() if read else ()
+        absent = sorted({*shards} - {*os.listdir(folder)}) if read else []
+        faults += [f"{index.name} names {shard!r}, which is no file beside it" for shard in absent]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         faults.append(f"{index.name} is damaged ({error})")
     if faults:

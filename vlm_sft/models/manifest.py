@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 MANIFEST = "manifest.json"
-# What the Trainer loads from a checkpoint wherever it finds it (transformers 5.23); one without them is no checkpoint.
+# What the Trainer loads from a checkpoint wherever it finds it (transformers 5.23).
 _LOADED = ("optimizer.*", "scheduler.pt", "scaler.pt", "model*.safetensors*", "pytorch_model*", "adapter_model.*")
 
 
