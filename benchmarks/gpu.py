@@ -8,8 +8,8 @@ LoRA, and DoRA on a 4-bit base: TRL's own path with the default collator, with d
 with padding, without, and packed. All through SFTTrainer, on the same rows, with the recipe's own optimizer, precision,
 dropout and checkpointing. An epoch is thrown away, the next one counts, and the paths take turns in another order each
 round. Beside the peaks stands what `vlm_sft.tools.memory` estimates. No failure ends the others; what is found is
-written to outputs/gpu.md and outputs/gpu.jsonl as it comes, and the program ends after --minutes. `--tiny` tries the
-program itself, on twins, also without a GPU.
+written to outputs/gpu.md and outputs/gpu.jsonl as it comes, each program's output to a .log beside them, and the
+program ends after --minutes. `--tiny` tries the program itself, on twins, also without a GPU.
 
 Where no package index can be reached and torch is there already (2.11 or newer): on a machine with an index,
 `grep -v '^torch==' requirements.txt > r.txt && pip download -r r.txt kernels --no-deps -d wheels`; copy the project
@@ -200,18 +200,24 @@ def build(name: str, method: str, small: bool) -> tuple[Any, Any]:
 
 
 class Clock(TrainerCallback):
-    """Seconds of each epoch, with all that the GPU was given done; the peak is counted from the second one on."""
+    """Seconds of each epoch, with all that the GPU was given done; the peak is counted from the second one on. An epoch
+    begins with its first step, since the start of data workers, once an epoch, is long beside a few steps."""
 
     def __init__(self) -> None:
         self.epochs: list[float] = []
-        self.began = 0.0
+        self.began: float | None = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = now()
+        self.began = None
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.began is None:
+            self.began = now()
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.began is not None
         self.epochs.append(now() - self.began)
 
 
@@ -221,12 +227,21 @@ def now() -> float:
     return time.perf_counter()
 
 
+def forget_runs(model: Any) -> None:
+    """Takes off what earlier runs left on the model. TRL 1.16 and the Trainer each mark the embeddings, the tower's
+    too, and transformers 5.23 removes the last marks only: the next run would send gradients through a frozen tower."""
+    for module in model.modules():
+        for name in ("forward", "train", "enable_input_require_grads", "disable_input_require_grads"):
+            vars(module).pop(name, None)
+        for key, hook in [*module._forward_hooks.items()]:
+            if "require_grads" in hook.__qualname__:
+                del module._forward_hooks[key]
+
+
 def train(path: str, model: Any, processor: Any, folder: Path, output: str) -> dict[str, float]:
     """Trains two epochs, and says of the second its seconds and the peak of memory in GiB."""
     base, clock = base_of(model), Clock()
-    base.disable_input_require_grads()
-    vars(base).pop("enable_input_require_grads", None)
-    vars(base).pop("disable_input_require_grads", None)
+    forget_runs(model)
     given: dict[str, Any] = {"optim": "paged_adamw_32bit" if ON_GPU else "adamw_torch", "max_grad_norm": 0.3}
     given |= {"per_device_train_batch_size": BATCH, "num_train_epochs": 2, "learning_rate": 2e-4, "max_length": None}
     given |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
@@ -265,10 +280,10 @@ def train(path: str, model: Any, processor: Any, folder: Path, output: str) -> d
     return found
 
 
-def measure(name: str, method: str, folder: Path, small: bool) -> None:
+def measure(name: str, method: str, folder: Path, args: argparse.Namespace) -> None:
     """Prints a line of JSON for each thing found; an error of one path is a line too."""
     began = time.perf_counter()
-    model, processor = build(name, method, small)
+    model, processor = build(name, method, args.tiny)
     attention = base_of(model).config._attn_implementation
     collator = vlm_sft.ChatCollator(processor, name_rows=False)
     encoded = collator.encode(list(load_from_disk(str(folder))))[0]
@@ -286,10 +301,10 @@ def measure(name: str, method: str, folder: Path, small: bool) -> None:
     trained = sum(int((row.labels != vlm_sft.IGNORE_INDEX).sum()) for row in encoded)
     say(model=name, method=method, attention=attention, trained=trained, estimated=estimated["peak"] / 2**30)
     say(model=name, method=method, built=time.perf_counter() - began)
-    paths = [path for path in PATHS if small or "flash" in attention or path not in PATHS[3:]]
+    paths = [path for path in args.paths if args.tiny or "flash" in attention or path not in PATHS[3:]]
     with tempfile.TemporaryDirectory() as output:
-        for turn in range(2):
-            for path in [*paths[turn:], *paths[:turn]][:: 1 if turn == 0 else -1]:
+        for turn in range(args.rounds):
+            for path in [*paths[turn:], *paths[:turn]][:: -1 if turn % 2 else 1]:
                 try:
                     say(model=name, method=method, path=path, **train(path, model, processor, folder, output))
                 except Exception as error:
@@ -324,6 +339,13 @@ class Report:
         with self.text.open("a", encoding="utf-8") as file:
             file.write(f"{text}\n")
 
+    def keep(self, name: str, lines: Iterator[str]) -> Iterator[str]:
+        """The lines as they come, kept in a file of this name beside the report."""
+        with (self.text.parent / f"{name.replace(' ', '-').replace(',', '')}.log").open("w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(line)
+                yield line
+
     def fact(self, **found: Any) -> None:
         with self.facts.open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(found)}\n")
@@ -333,8 +355,8 @@ def lines_of(command: list[str], until: float, environment: dict[str, str] | Non
     """What a command prints, as it comes; it is ended at this time. Raises RuntimeError where it fails, TimeoutError
     where it was ended."""
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    there = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"} | (environment or {})
-    process = subprocess.Popen(command, env=there, cwd=ROOT, **streams)
+    there = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(command, env=there | (environment or {}), cwd=ROOT, **streams)
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -376,8 +398,8 @@ def try_paths(report: Report, until: Callable[[], float], folder: Path) -> None:
             report.line(f"| {name} | no time left |")
             continue
         try:
-            said = "".join(lines_of(command, min(until(), began + 180), {"OMP_NUM_THREADS": "1"}))
-            loss = [line for line in said.splitlines() if line.startswith("forward")]
+            said = list(report.keep(name, lines_of(command, min(until(), began + 180), {"OMP_NUM_THREADS": "1"})))
+            loss = [line for line in said if line.startswith("forward")]
             result = f"works, {time.monotonic() - began:.0f} s{': ' + ' '.join(loss[0].split()[1:3]) if loss else ''}"
         except (RuntimeError, TimeoutError) as error:
             result = f"FAILED: {error}"
@@ -385,18 +407,18 @@ def try_paths(report: Report, until: Callable[[], float], folder: Path) -> None:
         report.fact(check=name, result=result)
 
 
-def try_speed(report: Report, until: Callable[[], float], folder: Path, small: bool, rows: int) -> None:
-    mix.rows(rows).save_to_disk(folder / "rows")
-    flags = ["--tiny"] if small else []
-    for method in METHODS:
-        for name in MODELS:
+def try_speed(report: Report, until: Callable[[], float], folder: Path, args: argparse.Namespace) -> None:
+    mix.rows(args.rows).save_to_disk(folder / "rows")
+    flags = ["--rounds", str(args.rounds), "--paths", *args.paths, *(["--tiny"] if args.tiny else [])]
+    for method in args.methods:
+        for name in args.models:
             if time.monotonic() > until():
                 report.line(f"\n{name}, {method}: no time left")
                 continue
             found: list[dict[str, Any]] = []
             command = [sys.executable, __file__, "--one", name, method, str(folder / "rows"), *flags]
             try:
-                for line in lines_of(command, until()):
+                for line in report.keep(f"{name}, {method}", lines_of(command, until())):
                     with contextlib.suppress(ValueError):
                         if isinstance(fact := json.loads(line), dict):
                             found.append(fact)
@@ -429,13 +451,18 @@ def table(report: Report, name: str, method: str, found: list[dict[str, Any]]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="ends after so many, with what it has")
-    parser.add_argument("--rows", type=int, default=32, help="of an epoch")
+    parser.add_argument("--rows", type=int, default=48, help="of an epoch")
+    parser.add_argument("--rounds", type=int, default=2, help="of all paths, each in another order")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=[*METHODS], help="whose speed is measured")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--paths", nargs="*", choices=PATHS, default=[*PATHS])
+    parser.add_argument("--checks", action=argparse.BooleanOptionalAction, default=True, help="the paths on a twin")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, also without a GPU")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs", help="folder of gpu.md and gpu.jsonl")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "METHOD", "ROWS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        measure(args.one[0], args.one[1], Path(args.one[2]), args.tiny)
+        measure(args.one[0], args.one[1], Path(args.one[2]), args)
         return
     if not (args.tiny or ON_GPU):
         parser.error("no GPU is visible; --tiny tries the program without one")
@@ -445,8 +472,9 @@ def main() -> None:
     report.line(f"On {where}, torch {torch.__version__}, {'tiny' if args.tiny else 'real'} sizes, {args.rows} rows\n")
     with tempfile.TemporaryDirectory() as folder:
         # Checks get at most 40% of the time, so that there is a figure of speed too.
-        try_paths(report, lambda: end - 0.6 * 60 * args.minutes, Path(folder))
-        try_speed(report, lambda: end, Path(folder), args.tiny, args.rows)
+        if args.checks:
+            try_paths(report, lambda: end - 0.6 * 60 * args.minutes, Path(folder))
+        try_speed(report, lambda: end, Path(folder), args)
 
 
 if __name__ == "__main__":

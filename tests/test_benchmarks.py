@@ -100,6 +100,19 @@ def test_a_first_and_a_second_start_are_timed(
 
 @pytest.mark.slow
 @pytest.mark.sweep
+@pytest.mark.parametrize("name", ["LLaVA-1.5-7B", "Qwen2.5-VL-3B"])
+def test_a_path_leaves_nothing_on_the_model_for_the_next(name: str, benchmarks: dict[str, Any], tmp_path: Path) -> None:
+    gpu, seen = benchmarks["gpu"], []
+    benchmarks["mix"].rows(4).save_to_disk(tmp_path / "rows")
+    model, processor = gpu.build(name, "LoRA", True)
+    tower = model.get_submodule("base_model.model.model." + ("vision_tower" if "LLaVA" in name else "visual"))
+    tower.register_forward_hook(lambda module, _, out: seen.append(out.last_hidden_state.requires_grad))
+    for path in ("TRL", "recipe, padded", "TRL", "recipe, packed"):
+        seen.clear()
+        gpu.train(path, model, processor, tmp_path / "rows", str(tmp_path / "out"))
+        assert set(seen) == {path == "TRL"}
+
+
 def test_the_gpu_program_runs_tiny_without_one(
     benchmarks: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -116,11 +129,11 @@ def test_the_gpu_program_runs_tiny_without_one(
     def lines_of(command: list[str], *given: Any) -> Any:
         if "--one" not in command:
             return plain(command, *given)
-        name, method, rows = command[command.index("--one") + 1 :][:3]
-        asked.append((name, method))
+        asked.append(command)
         if len(asked) > 1:
             raise TimeoutError("not ended in time")
-        gpu.measure(name, method, Path(rows), True)
+        monkeypatch.setattr(sys, "argv", command[1:])
+        gpu.main()
         return iter(capsys.readouterr().out.splitlines())
 
     monkeypatch.setattr(gpu, "checks", few)

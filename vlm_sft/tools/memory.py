@@ -28,8 +28,9 @@ GIB = 2**30
 # arXiv 2305.14314). A bfloat16 weight takes 2 bytes, a trained one 4: `cast_trainable_to_fp32`.
 _NF4, _BF16, _TRAINED = (4 + 8 / 64 + 32 / (64 * 256)) / 8, 2, 4
 _ADAM = {"adamw": 8, "adamw_8bit": 2}
-# What the driver, CUDA's context and its libraries take, and NCCL's buffers: usual sizes, not of any measurement here.
-_CONTEXT, _NCCL = 0.5 * GIB, 0.4 * GIB
+# What the driver, CUDA's context and its libraries take: 0.99 to 1.06 GiB on an H200 (benchmarks/README.md), less on a
+# smaller card. NCCL's buffers: a usual size, not of any measurement here.
+_CONTEXT, _NCCL = 1.0 * GIB, 0.4 * GIB
 _TILE = 4096, 32768  # tokens and words that TRL 1.16's head scores at a time (trainer/utils.py, kernels)
 
 
