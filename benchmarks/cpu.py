@@ -36,6 +36,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 
 from vlm_sft import IGNORE_INDEX, ChatCollator, pack
 from vlm_sft.tools import tiny
+from vlm_sft.training.batches import Groups
 
 PATHS = ("trl", "note", "recipe", "packed")
 NAMES = {
@@ -107,10 +108,19 @@ def run_of(path: str, kind: str, folder: Path) -> training.Run:
 
 
 def padding(lengths: list[int], batch: int) -> Table:
-    """Tokens that are real, of those computed, by the way of batching."""
+    """Tokens that are real, of those computed, by the way of batching: of the first 320 rows and of all."""
+    return [
+        ["batches", "320 rows", f"{len(lengths):,} rows"],
+        *(
+            [*few, many[1]]
+            for few, many in zip(*(shares(some, batch) for some in (lengths[:320], lengths)), strict=True)
+        ),
+    ]
+
+
+def shares(lengths: list[int], batch: int) -> Table:
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(lengths), generator=generator).tolist()
-    grouped = list(LengthGroupedSampler(batch, lengths=lengths, generator=generator))
     balanced = BatchRebalanceSampler(lengths, effective_batch_size=4 * batch, dp_size=1, grad_accum=4)
     budget = 2048
     packs = pack(datasets.Dataset.from_dict({"length": lengths}), max_length=budget).with_format(None)["length"][:]
@@ -119,13 +129,15 @@ def padding(lengths: list[int], batch: int) -> Table:
         chosen = [[lengths[n] for n in batch] for batch in batches]
         return f"{sum(map(sum, chosen)) / sum(len(those) * max(those) for those in chosen):.3f}"
 
-    def cut(indices: list[int]) -> list[list[int]]:
-        return [indices[n : n + batch] for n in range(0, len(indices), batch)]
+    def cut(indices: Iterable[int]) -> list[list[int]]:
+        found = [*indices]
+        return [found[n : n + batch] for n in range(0, len(found), batch)]
 
+    theirs, ours = (kind(batch, lengths=lengths, generator=generator) for kind in (LengthGroupedSampler, Groups))
     return [
-        ["batches", "real/computed"],
         [f"random, {batch} rows", share(cut(order))],
-        ["`group_by_length`", share(cut(grouped))],
+        ["`group_by_length`, transformers' order", share(cut(theirs))],
+        ["`group_by_length`, the recipes' order", share(cut(ours))],
         ["`batch_rebalance`, 4 accumulation steps", share(list(balanced))],
         [f"`pack` to {budget:,} tokens, rows without padding", "1.000"],
         [f"`pack` to {budget:,} tokens, of the budget", f"{sum(packs) / (budget * len(packs)):.3f}"],
@@ -181,7 +193,7 @@ def main() -> None:
     }
     lengths = collation.lengths()
     tables |= {
-        f"Padding, {len(lengths):,} rows of the same mix": padding(lengths, training.BATCH),
+        "Padding, rows of the same mix": padding(lengths, training.BATCH),
         "Collation, CPU ms a row, images at LLaVA-1.5's own size, by Pillow": collated("pil"),
         "Collation, the same by torchvision": collated("torchvision"),
         "Collation, the text side alone (rendering, spans, labels), CPU ms a row": text_sides(),

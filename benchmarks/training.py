@@ -32,6 +32,7 @@ from vlm_sft.chat.packing import check_padding_free
 from vlm_sft.models.freezing import detach_frozen_tower
 from vlm_sft.models.hardware import best_worker_count
 from vlm_sft.training.batches import GroupByLength
+from vlm_sft.upstream import score_labelled_positions
 
 BATCH = 8
 
@@ -138,15 +139,14 @@ def stock_parts(path: str, model: Any, processor: Any, folder: Path, output: Pat
 def recipe_parts(path: str, model: Any, processor: Any, folder: Path, output: Path) -> tuple[dict[str, Any], Any]:
     data = vlm_sft.load_conversations(folder, eval_fraction=0)
     detach_frozen_tower(model)  # as load_model does
+    score_labelled_positions(True)  # as prove does
     flat = path == "packed"
     collator = vlm_sft.ChatCollator(processor, padding_free=flat, name_rows=False)
     data = vlm_sft.check_rows(data, collator, num_proc=0)
-    workers = best_worker_count()
     options = {
         "remove_unused_columns": False,
         "train_sampling_strategy": "group_by_length",
-        "dataloader_num_workers": workers,
-        "dataloader_persistent_workers": workers > 0,
+        "dataloader_num_workers": best_worker_count(),
     }
     callbacks: list[Any] = [GroupByLength()]
     if flat:

@@ -202,8 +202,8 @@ def test_a_run_on_a_gpu_is_estimated_beside_what_is_free(
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (2 * memory.GIB, 24 * memory.GIB))
     monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda: memory.GIB)
     said = memory.of_run(run.trainer, 64)
-    assert re.fullmatch(r"1\.\d GiB at the peak, estimated \(weights .*\); 3\.0 GiB of 24\.0 are free", said)
-    monkeypatch.setattr(memory, "_CONTEXT", 4 * memory.GIB)
+    assert re.fullmatch(r"1\.\d GiB at the peak, estimated \(weights .*\); 4\.0 GiB of 24\.0 are free", said)
+    monkeypatch.setattr(memory, "_CONTEXT", 40 * memory.GIB)
     assert "it may not fit: halve the batch" in memory.of_run(run.trainer, 64)
 
 

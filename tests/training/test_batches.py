@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import rows as picture_rows
 from together import together
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerControl, TrainerState
@@ -14,7 +17,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from trl import SFTConfig, SFTTrainer
 
 from vlm_sft import ChatCollator, check_rows, lora_config
-from vlm_sft.training.batches import GroupByLength
+from vlm_sft.training.batches import GroupByLength, Groups
 
 STRATEGIES = {"group_by_length": LengthGroupedSampler, "batch_rebalance": BatchRebalanceSampler}
 COUNT = 48
@@ -83,6 +86,33 @@ def twin(tiny_model: Callable[..., Any], tiny_processor: Callable[..., Any]) -> 
 
 def waste(shapes: list[tuple[int, int]], tokens: int) -> float:
     return 1 - tokens / sum(rows * length for rows, length in shapes)
+
+
+def computed(order: list[int], lengths: list[int], rows: int) -> int:
+    steps = [order[at : at + rows] for at in range(0, len(order), rows)]
+    return sum(len(step) * max(lengths[n] for n in step) for step in steps)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 333, 400, 401, 3000])
+def test_steps_are_of_one_length_and_in_no_order_of_length(count: int) -> None:
+    """Each row once; the longest first, what fills no step last; another order each epoch; less padding than in
+    transformers' own order, which once it computes no more makes `Groups` needless."""
+    draw, rows = random.Random(count), 8
+    lengths = [round(draw.lognormvariate(5, 0.6)) for _ in range(count)]
+    orders = [[*Groups(rows, lengths=lengths, generator=torch.Generator().manual_seed(seed))] for seed in (0, 0, 1)]
+    order, full = orders[0], count // rows * rows
+    assert orders[1] == order
+    assert sorted(order) == sorted(orders[2]) == [*range(count)]
+    assert (orders[2] == order) == (count <= rows)
+    assert not full or max(lengths[n] for n in order[:rows]) == max(lengths[n] for n in order[:full])
+    if count > 300:
+        theirs = LengthGroupedSampler(rows, lengths=lengths, generator=torch.Generator().manual_seed(0))
+        ratio = computed(order, lengths, rows) / computed([*theirs], lengths, rows)
+        assert ratio < (0.96 if count < 1000 else 1.01)
+        assert computed(order, lengths, rows) < 1.15 * sum(lengths)
+        longest = [max(lengths[n] for n in order[at : at + rows]) for at in range(rows, full, rows)]
+        falls = sum(after < before for before, after in itertools.pairwise(longest)) / len(longest)
+        assert 0.3 < falls < 0.7
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
