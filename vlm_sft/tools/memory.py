@@ -202,7 +202,7 @@ def of_run(trainer: Any, tokens: int) -> str:
     )
     free, total = torch.accelerator.get_memory_info()
     free += torch.accelerator.memory_reserved()  # this process's own, such as the weights
-    free += min(found["context"], total - free)  # and its context
+    free += int(min(found["context"], total - free))  # and its context
     verdict = "" if found["peak"] <= free else "; it may not fit: halve the batch, or python -m vlm_sft memory"
     kinds = ", ".join(f"{name} {found[name] / GIB:.1f}" for name in ("weights", "optimizer", "activations", "answers"))
     beside = f"{free / GIB:.1f} GiB of {total / GIB:.1f} are free{verdict}"
