@@ -48,7 +48,7 @@ _NOTES = (
     *("torch_compile", "torch_compile_backend", "torch_compile_mode", "ignore_data_skip"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
-_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+_LIBRARIES = ("vlm_sft", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 class SafeCheckpoints(TrainerCallback):
@@ -151,7 +151,8 @@ class SafeCheckpoints(TrainerCallback):
 
     def notes(self, args: TrainingArguments) -> dict[str, Any]:
         """What may differ, and is then printed."""
-        versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+        found = {name: [*importlib.metadata.distributions(name=name)] for name in _LIBRARIES}
+        versions = {name: those[0].version if those else None for name, those in found.items()}
         return fingerprints.plain({**{n: getattr(args, n, None) for n in _NOTES}, **self.noted, "versions": versions})
 
     def check(self, folder: Path, settings: dict[str, Any], model: nn.Module, *, complete: bool = False) -> None:
