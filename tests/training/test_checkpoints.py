@@ -536,6 +536,7 @@ def test_a_checkpoint_without_optimizer_is_refused(llava: Path, tmp_path: Path) 
 def test_other_versions_and_a_longer_run_are_said(broken: Path, llava: Path, capfd: pytest.CaptureFixture[str]) -> None:
     manifest = broken / "checkpoint-4" / MANIFEST
     content = read_manifest(manifest.parent)
+    assert content["notes"]["versions"].keys() > {"vlm_sft", "trl", "torch"}
     content["notes"]["versions"] |= {"trl": "0.9.0", "vlm_sft": "0.0.1"}
     write_manifest(manifest.parent, content)
     assert latest_checkpoint(untrained(llava, broken, max_steps=8)) == str(broken / "checkpoint-4")
