@@ -234,7 +234,7 @@ def forget_runs(model: Any) -> None:
         for name in ("forward", "train", "enable_input_require_grads", "disable_input_require_grads"):
             vars(module).pop(name, None)
         for key, hook in [*module._forward_hooks.items()]:
-            if "require_grads" in hook.__qualname__:
+            if "require_grads" in getattr(hook, "__qualname__", ""):
                 del module._forward_hooks[key]
 
 
@@ -268,6 +268,8 @@ def train(path: str, model: Any, processor: Any, folder: Path, output: str) -> d
     args = SFTConfig(output, **given)
     use_one_gpu(args)
     trainer = SFTTrainer(model, args, processing_class=processor, callbacks=callbacks, **parts)
+    if not path.startswith("TRL"):
+        cast_trainable_to_fp32(model)  # as prove does: TRL leaves the adapters of a 4-bit base in bfloat16
     trainer.train()
     found = {"seconds": clock.epochs[-1]}
     if ON_GPU:

@@ -123,7 +123,7 @@ MUTANTS = [
     Mutant("data_seed is ignored", "training/batches.py", "return args.seed if args.data_seed is None else args.data_seed", "return args.seed", "training/test_batches.py:own_order"),
     Mutant("steps from short rows to long ones", "training/batches.py", "drawn = torch.randperm(count, generator=self.generator).tolist()", "drawn = [*range(count)]", "training/test_batches.py:no_order_of_length"),
     Mutant("small datasets are sorted by quarters", "training/batches.py", "max(1, -(-count // _POOL))", "4", "training/test_batches.py:no_order_of_length"),
-    Mutant("the longest step comes anywhere", "training/batches.py", "        drawn.sort(key=lambda step: step != first)\n", "", "training/test_batches.py:no_order_of_length"),
+    Mutant("the longest step comes anywhere", "training/batches.py", "        drawn.sort(key=lambda step: longest not in steps[step])\n", "", "training/test_batches.py:no_order_of_length"),
     Mutant("every epoch in the same order", "training/batches.py", "torch.Generator().manual_seed(_seed(args) + epoch)", "torch.Generator().manual_seed(_seed(args))", "training/test_batches.py:own_order"),
     Mutant("workers draw from training's state", "upstream.py", "getattr(loader, \"base_dataloader\", loader).generator", "loader.unused", "training/test_resume.py:exact"),
     Mutant("an evaluation changes the random state", "training/callbacks.py", "restore_rng(self._state)", "pass", "training/test_callbacks.py"),

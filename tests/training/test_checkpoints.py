@@ -475,6 +475,18 @@ def test_the_same_rows_in_other_batches_are_the_same_run(adapted: tuple[Path, di
     assert latest_checkpoint(trainer) == str(adapted[0] / "checkpoint-4")
 
 
+def test_another_order_of_rows_is_refused(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows would be trained twice, and others never."""
+    rows = runs.rows().map(lambda row, n: {"length": 20 + n}, with_indices=True)
+    how = {"dataset": rows, "train_sampling_strategy": "group_by_length"}
+    train(llava, tmp_path, **how)
+    assert latest_checkpoint(untrained(llava, tmp_path, **how)) == str(tmp_path / "checkpoint-4")
+    monkeypatch.setattr("vlm_sft.training.checkpoints.ORDER", "another")
+    with pytest.raises(ValueError, match=r"order_of_rows: recorded 'pools of 50 steps, .*', now 'another'"):
+        latest_checkpoint(untrained(llava, tmp_path, **how))
+    latest_checkpoint(untrained(llava, tmp_path / "new", dataset=runs.rows()))
+
+
 def test_another_base_is_refused(broken: Path, llava: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(llava, tmp_path / "another")
     with pytest.raises(ValueError, match=r"base.base_model_name_or_path: recorded '.*', now '.*another'"):

@@ -20,10 +20,12 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from vlm_sft.upstream import seed_workers
 
 _POOL = 50  # steps, as many as transformers sorts together at most
+ORDER = "pools of 50 steps, in a drawn order"  # what a run can only be resumed in: other words for another order
 
 
 class GroupByLength(TrainerCallback):
-    """Draws the order of each epoch from `data_seed` (else `seed`) and the epoch alone; every row comes once an epoch.
+    """Draws the order of each epoch from `data_seed` (else `seed`) and the epoch alone; every row comes once an epoch,
+    and where they do not divide among processes, accelerate repeats some of the first ones to fill up the last step.
     Raises `ValueError` where the Trainer would drop the lengths."""
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -61,13 +63,15 @@ class GroupByLength(TrainerCallback):
 
 class Groups(LengthGroupedSampler):
     """Indices of rows, those of a step, `batch_size` of them, of about one length. An epoch draws pools of up to fifty
-    steps, sorts each by length, cuts it into steps, and draws the order of all steps; the longest comes first, so that
-    memory runs out at once or not at all, and a step that is not full last. transformers' own order (5.23) has pools of
-    a quarter of a small dataset, where it computes much padding, and in each goes from long rows to short ones."""
+    steps, sorts each by length, cuts it into steps, and draws the order of all steps; the step of the longest row comes
+    first, so that memory runs out early, and one that is not full last. transformers' own order (5.23) has pools of a
+    quarter of a small dataset, where it computes much padding, and in each goes from long rows to short ones."""
 
     def __iter__(self) -> Iterator[int]:
         lengths, rows = self.lengths, self.batch_size
         order = torch.randperm(len(lengths), generator=self.generator).tolist()
+        longest = max(order, key=lengths.__getitem__, default=0)
+        order.sort(key=lambda n: n != longest)  # into a full step, if there is one
         count = len(order) // rows
         full, rest = order[: count * rows], order[count * rows :]
         pool = rows * -(-count // max(1, -(-count // _POOL)))
@@ -75,8 +79,7 @@ class Groups(LengthGroupedSampler):
         ordered = [n for cut in [*pools, rest] for n in sorted(cut, key=lengths.__getitem__)]
         steps = [ordered[at : at + rows] for at in range(0, len(full), rows)]
         drawn = torch.randperm(count, generator=self.generator).tolist()
-        first = max(drawn, key=lambda step: lengths[steps[step][-1]], default=0)
-        drawn.sort(key=lambda step: step != first)
+        drawn.sort(key=lambda step: longest not in steps[step])
         return chain(*(steps[step] for step in drawn), ordered[count * rows :])
 
 

@@ -29,6 +29,7 @@ from vlm_sft.models import fingerprints
 from vlm_sft.models.fingerprints import differences
 from vlm_sft.models.loading import ADAPTER_WEIGHTS
 from vlm_sft.models.manifest import MANIFEST, read_manifest, verify_checkpoint, write_manifest
+from vlm_sft.training.batches import ORDER
 from vlm_sft.upstream import restore_adapter, save_with_own_names
 
 # What changes no trained number, by how its name begins: how is logged, evaluated, saved and reported, where, by how
@@ -141,6 +142,7 @@ class SafeCheckpoints(TrainerCallback):
         """All that must be equal between a checkpoint and the run that resumes it."""
         own = {
             "rows_per_step": _rows_per_step(args),
+            "order_of_rows": ORDER if args.train_sampling_strategy == "group_by_length" else None,
             "data": fingerprints.data_settings(dataset),
             "sharding": _sharding(),
             "dataloader_drop_last": args.dataloader_drop_last,  # the rest of the loader changes no number
