@@ -285,7 +285,8 @@ def loses_a_worker(base: Path, output: Path) -> None:
 
 
 def test_a_killed_worker_is_said_and_the_run_can_go_on(llava: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid|Connection reset by peer"):
+    # torch's own words, by how far the worker had come with a batch.
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid|Connection reset by peer|raise EOFError"):
         together(loses_a_worker, llava, tmp_path, processes=1, limit_s=60)
     again = runs.trainer(llava, tmp_path, callbacks=[SafeCheckpoints()], max_steps=40, dataset=runs.rows(80))
     assert latest_checkpoint(again) == str(tmp_path / "checkpoint-2")
