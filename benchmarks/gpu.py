@@ -453,7 +453,7 @@ def table(report: Report, name: str, method: str, found: list[dict[str, Any]]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="ends after so many, with what it has")
-    parser.add_argument("--rows", type=int, default=48, help="of an epoch")
+    parser.add_argument("--rows", type=int, default=32, help="of an epoch")
     parser.add_argument("--rounds", type=int, default=2, help="of all paths, each in another order")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=[*METHODS], help="whose speed is measured")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=[*MODELS])

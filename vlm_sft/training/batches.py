@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from vlm_sft.upstream import seed_workers
 
 _POOL = 50  # steps, as many as transformers sorts together at most
-ORDER = "pools of 50 steps, in a drawn order"  # what a run can only be resumed in: other words for another order
+ORDER = f"pools of {_POOL} steps, in a drawn order"  # what a run can only be resumed in: other words for another order
 
 
 class GroupByLength(TrainerCallback):
