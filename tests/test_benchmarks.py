@@ -226,6 +226,11 @@ def test_a_tool_is_watched_while_it_trains(benchmarks: dict[str, Any], tmp_path:
     assert 0 < report["epoch_cpu"] < report["total_cpu"]
     assert report["real"] == sum(len(row["ids"]) for row in report["rows"]) < report["computed"]
     assert report["peak"] > 300
+    again = dataclasses.replace(job, output=tmp_path / "again", first_step_only=True)
+    done = again.run(tools.python_of("vlm_sft", tmp_path), tmp_path)
+    assert "16 of them known from before" in done.stdout + done.stderr
+    report = json.loads((tmp_path / "again.json").read_text("utf-8"))
+    assert (report["steps"], len(report["rows"])) == (1, 8)
 
 
 def test_growth_is_told_by_its_exponent(benchmarks: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def test_repeats_what_the_quickstart_printed(quickstart, tmp_path, capsys):
     assert page.count("<tr data-kinds=") == 40
     right = len(re.findall(r'<tr data-kinds="all right', page))
     assert right == round(scores["tuned"]["exact_match"] * 40)
-    assert page.count("data:image/webp") == 40
+    assert page.count("data:image/png") == 40
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,7 @@ def test_the_images_of_audited_rows_are_not_held_in_training(make):
     assert any(row.conversation.images for row in report.rows)
     run.trainer.train()
     assert not any(row.conversation.images for row in report.rows)
-    assert "data:image/webp" in (Path(run.trainer.args.output_dir) / "audit.html").read_text("utf-8")
+    assert "data:image/png" in (Path(run.trainer.args.output_dir) / "audit.html").read_text("utf-8")
 
 
 def test_a_second_training(make):

@@ -10,6 +10,7 @@ vlm_sft is imported here but by its recipe.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import runpy
 import sys
@@ -69,6 +70,8 @@ class Watch:
                 watch.report["steps"] = state.global_step
                 if state.global_step == 1:
                     watch.report |= {"first_step": since_start(), "first_step_cpu": cpu_seconds()}
+                    if os.environ.get("FIRST_STEP_ONLY"):
+                        raise SystemExit(0)
 
             def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 wall, cpu = watch.began

@@ -26,7 +26,8 @@ LANGUAGE = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
 
 @dataclass(frozen=True)
 class Job:
-    """One training: `data` holds the rows in every tool's form, `model` is one of the three twins."""
+    """One training: `data` holds the rows in every tool's form, `model` is one of the three twins. `first_step_only`:
+    it ends there."""
 
     tool: str
     setting: str
@@ -36,6 +37,7 @@ class Job:
     checkpointing: bool = False
     four_bit: bool = False
     max_length: int = 4096
+    first_step_only: bool = False
 
     def flags(self) -> list[str]:
         common = {
@@ -131,6 +133,7 @@ class Job:
             "HF_HUB_OFFLINE": "1",
             "USE_HF": "1",
             "MAX_PIXELS": str(224 * 224),  # of ms-swift, the twin's own limit
+            "FIRST_STEP_ONLY": "1" * self.first_step_only,  # of child.py
         }
         recipe = [str(ROOT / "recipes" / "llava_next_sft.py")] if self.tool == "vlm_sft" else []
         command = [python, child, self.output.with_suffix(".json"), self.tool, *recipe, *self.flags()]

@@ -326,7 +326,7 @@ def test_page(family, tiny_processor, tmp_path):
     assert "default-src 'none'" in page
     assert "http:" not in page
     [source] = [attributes["src"] for tag, attributes in tags if tag == "img"]
-    assert Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,")))).size == (400, 240)
+    assert Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))).size == (400, 240)
 
     before, stop, _ = LEARNED[family]
     assert "".join(text for text, _ in pieces(page, "trained")) == before + evil + stop

@@ -304,7 +304,7 @@ def test_page_holds_the_answers_before_training_beside_the_newest(tiny_dir, tmp_
         """Before and after, row by row."""
         page = (tmp_path / "samples.html").read_text()
         assert "before: step 0, after: step 4" in page
-        assert page.count("data:image/webp") == 2
+        assert page.count("data:image/png") == 2
         answers = re.findall(r'class="mark \w+">(.*?)</span></td>', page, re.S)
         return [html.unescape(re.sub(r"</?b>", "", text)) for text in answers]
 

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from vlm_sft.chat.collator import IGNORE_INDEX, NOTHING_TRAINED, ChatCollator, EncodedRow
 from vlm_sft.chat.messages import count_images, text_of
-from vlm_sft.chat.template import without_tools
+from vlm_sft.chat.template import RenderedDifferently, without_tools
 from vlm_sft.common import base_of, eos_ids, evaluating
 
 _BATCH_SIZE = 8  # of the calls of the processor
@@ -74,11 +74,11 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
     if hasattr(rows, "__len__"):
         count = min(num_rows, len(rows))
         sampled = ((n, rows[n]) for n in (i * len(rows) // count for i in range(count)))
-    examples = [part for place, row in sampled for part in collator.split({"row": place, **row})]
+    examples = [{"row": place, **row} for place, row in sampled]
     if not examples:
         raise ValueError("there are no rows to audit; expected at least one")
     batches = [examples[n : n + _BATCH_SIZE] for n in range(0, len(examples), _BATCH_SIZE)]
-    encoded = [row for batch in batches for row in collator.encode(batch)[0]]
+    encoded = [row for batch in batches for row in _encoded(collator, batch)]
     answers, prompts = Counter[str](), Counter[str]()
     checks = [_check_answers(collator, row, answers, require_stop_token) for row in encoded]
     checks += [_check_prompts(collator, row, prompts) for row in encoded]
@@ -87,6 +87,14 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
     kinds = Counter(kind for row in encoded for kind in kinds_of(row))
     tokens = {kind: kinds[kind] for kind in ("trained", "prompt", "image")}
     return AuditReport(collator, encoded, tokens, answers, prompts)
+
+
+def _encoded(collator: ChatCollator, examples: Sequence[Mapping[str, Any]]) -> Sequence[EncodedRow]:
+    """The rows encoded; a row for each answer where the chat template asks for that."""
+    try:
+        return collator.encode(examples)[0]
+    except RenderedDifferently:
+        return collator.encode([part for example in examples for part in collator.split(example)])[0]
 
 
 def check_stops(collator: ChatCollator, rows: Sequence[EncodedRow], generation_config: Any) -> None:
