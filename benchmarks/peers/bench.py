@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,19 @@ def markdown(table: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]])
 
 
+def tables_of(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, list[list[str]]]]:
+    """Each table with its title, as soon as it is measured."""
+    models = {twin: save_twin(twin, bench.folder) for twin in TWINS[-1 if args.quick else 0 :]}
+    for regime, (short, checkpointing) in list(REGIMES.items())[: 1 if args.quick else 2]:
+        data = write_rows(stored(args.rows, short), bench.folder / ("short" if short else "long"))
+        title = f"{regime}: {args.rows} rows, batches of 8, {args.rounds} rounds"
+        yield title, speed(bench, models, data, args.rounds, checkpointing)
+    kinds = {twin: model for twin, model in models.items() if twin != "LM-heavy LLaVA"}
+    few = stored(32, True)
+    yield "What each trains, 32 rows", trained(bench, kinds, write_rows(few, bench.folder / "few"), few)
+    yield "Planted faults, one row of 40", faults(bench, next(iter(models.values())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tool and setting")
@@ -251,25 +264,16 @@ def main() -> None:
     if args.quick:
         args.rounds, args.rows = 1, 32
     args.output.mkdir(parents=True, exist_ok=True)
+    others = ", ".join(packages[0] for packages in ENVIRONMENTS.values())
+    text = ""
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), args.environments.absolute(), args.output / "peers.json")
-        models = {twin: save_twin(twin, bench.folder) for twin in TWINS[-1 if args.quick else 0 :]}
-        tables = {}
-        for regime, (short, checkpointing) in list(REGIMES.items())[: 1 if args.quick else 2]:
-            rows = stored(args.rows, short)
-            data = write_rows(rows, bench.folder / ("short" if short else "long"))
-            title = f"{regime}: {args.rows} rows, batches of 8, {args.rounds} rounds"
-            tables[title] = speed(bench, models, data, args.rounds, checkpointing)
-        kinds = {twin: model for twin, model in models.items() if twin != "LM-heavy LLaVA"}
-        few = stored(32, True)
-        tables["What each trains, 32 rows"] = trained(bench, kinds, write_rows(few, bench.folder / "few"), few)
-        tables["Planted faults, one row of 40"] = faults(bench, next(iter(models.values())))
-        text = "\n\n".join(f"### {title}\n\n{markdown(table)}" for title, table in tables.items())
-        others = ", ".join(packages[0] for packages in ENVIRONMENTS.values())
-        minutes = f"Load {load:.1f} at the start, {(time.monotonic() - began) / 60:.0f} minutes."
-        text = f"{machine()} {others}. {minutes}\n\n{text}\n"
-        (args.output / "peers.md").write_text(text)
-        print(text)
+        for title, table in tables_of(bench, args):
+            text += f"\n\n### {title}\n\n{markdown(table)}"
+            minutes = f"Load {load:.1f} at the start, {(time.monotonic() - began) / 60:.0f} minutes."
+            (args.output / "peers.md").write_text(f"{machine()} {others}. {minutes}{text}\n")
+    text = (args.output / "peers.md").read_text()
+    print(text)
     if args.write:
         write("peers", text)
 
