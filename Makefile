@@ -81,7 +81,7 @@ gpu: $(VENV)/.installed
 	$(PIP) install --quiet --constraint requirements.txt --editable ".[kernels,torchvision]"
 	$(BIN)/python benchmarks/gpu.py
 
-# Some ten minutes; whatever else runs on the machine shows in the figures.
+# A quarter of an hour; whatever else runs on the machine shows in the figures.
 bench: $(VENV)/.dev
 	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/cpu.py --write
 

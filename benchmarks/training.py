@@ -7,6 +7,8 @@ GPU where there is one, in bfloat16.
 - `"note"`: the same with the collate function that notebooks of 2024 pass round, images flattened so that it takes
   rows with several pictures or none.
 - `"recipe"`: as the recipes: lengths, grouped batches, `ChatCollator`, data workers, a frozen tower out of autograd.
+- `"drawn"`, `"in autograd"`, `"all scored"`: the recipe with rows in a drawn order; with the tower in autograd besides;
+  and with TRL's head over all positions besides. What is left between that and TRL are data workers and collation.
 - `"packed"`: the recipe with packs of whole conversations in rows without padding.
 
 All have the same LoRA adapters on the language model, optimizer, seed, and rows (or tokens) of a batch.
@@ -35,6 +37,7 @@ from vlm_sft.training.batches import GroupByLength
 from vlm_sft.upstream import score_labelled_positions
 
 BATCH = 8
+GIVEN_UP = ("recipe", "drawn", "in autograd", "all scored")  # one thing more by each
 
 
 @dataclass
@@ -138,9 +141,11 @@ def stock_parts(path: str, model: Any, processor: Any, folder: Path, output: Pat
 
 def recipe_parts(path: str, model: Any, processor: Any, folder: Path, output: Path) -> tuple[dict[str, Any], Any]:
     data = vlm_sft.load_conversations(folder, eval_fraction=0)
-    detach_frozen_tower(model)  # as load_model does
-    score_labelled_positions(True)  # as prove does
     flat = path == "packed"
+    given_up = 0 if flat else GIVEN_UP.index(path)
+    if given_up < 2:
+        detach_frozen_tower(model)  # as load_model does
+    score_labelled_positions(given_up < 3)  # as prove does
     collator = vlm_sft.ChatCollator(processor, padding_free=flat, name_rows=False)
     data = vlm_sft.check_rows(data, collator, num_proc=0)
     options = {
@@ -149,6 +154,9 @@ def recipe_parts(path: str, model: Any, processor: Any, folder: Path, output: Pa
         "dataloader_num_workers": best_worker_count(),
     }
     callbacks: list[Any] = [GroupByLength()]
+    if given_up:
+        options |= {"train_sampling_strategy": "random"}
+        callbacks = []
     if flat:
         vlm_sft.enable_padding_free(model)
         lengths = data["train"].with_format(None)["length"][:]

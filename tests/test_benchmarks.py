@@ -59,6 +59,9 @@ def test_paths_train_on_the_same_rows(benchmarks: dict[str, Any], monkeypatch: p
     # The note's collate function adds the BOS of inference, TRL's does not; ours adds EOS behind each answer too.
     assert runs["note"].real == runs["trl"].real + 10 < runs["recipe"].real
     assert all(len(run.epochs) == 1 for run in runs.values())
+    # The same batches, with one thing more given up; grouped rows have less padding.
+    assert runs["drawn"].computed == runs["in autograd"].computed == runs["all scored"].computed
+    assert runs["recipe"].real == runs["drawn"].real
 
 
 def test_a_run_in_a_process_comes_back(benchmarks: dict[str, Any]) -> None:
@@ -211,6 +214,17 @@ def test_a_run_beside_others_is_described(benchmarks: dict[str, Any]) -> None:
     assert outcome({"code": 1, "steps": 2, "names": False}, seen) == "stops after 2 steps"
     assert outcome({"code": 0, "steps": 5, "names": False}, []) == "trains without the row, silent"
     assert outcome({"code": 0, "steps": 5, "names": False}, seen) == "trains on it, 2 of 3 tokens learned, silent"
+
+
+def test_a_tool_is_compared_with_ours_of_the_same_round(benchmarks: dict[str, Any]) -> None:
+    cells = benchmarks["bench"].cells
+    same = {"epoch": 5.0, "real": 80, "computed": 100, "peak": 700, "first_step": 9.0}
+    ours = [{**same, "epoch_cpu": cpu, "second_start": 8.0} for cpu in (2.0, 3.0, 4.0)]
+    theirs = [{**same, "epoch_cpu": cpu} for cpu in (4.0, 3.0, 2.0)]
+    found = {("vlm_sft", "default"): ours, ("trl", "best"): theirs}
+    assert cells(ours, found) == ["5.0", "3.0", "1.00", "20.0%", "700", "9.0", "8.0"]
+    assert cells(theirs, found) == ["5.0", "3.0", "1.00 (0.50-2.00)", "20.0%", "700", "9.0", ""]
+    assert cells([*theirs, {"steps": 0}], found) == ["failed"] * 7
 
 
 def test_a_tool_is_watched_while_it_trains(benchmarks: dict[str, Any], tmp_path: Path) -> None:

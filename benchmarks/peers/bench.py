@@ -3,10 +3,10 @@
     python benchmarks/peers/bench.py [--quick] [--rounds 3] [--environments .venv/peers] [--output FOLDER] [--write]
 
 Three random twins, two regimes, four tools; each run is a process of its own, the tools take turns, and figures are
-medians. Ours and TRL's best start a second time, up to their first step, with what the first start left in their
-caches. Nothing is downloaded but the tools, once. Ours is the recipe as it ships, with its pass over the rows, its
-proof and its guards. What is written: `peers.json`, every run as it ends, and `peers.md`, the tables, which `--write`
-puts into benchmarks/README.md as well.
+medians, those of ratios with their range. Ours and TRL's best start a second time, up to their first step, with what
+the first start left in their caches. Nothing is downloaded but the tools, once. Ours is the recipe as it ships, with
+its pass over the rows, its proof and its guards. What is written: `peers.json`, every run as it ends, and `peers.md`,
+the tables, which `--write` puts into benchmarks/README.md as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import mix
 import pyarrow.parquet
-from cpu import machine, write
+from cpu import machine, spread, write
 from labels import facts, text_of
 from tools import ENVIRONMENTS, NAMES, SETTINGS, Job, python_of
 
@@ -135,20 +135,8 @@ class Bench:
 
 
 def speed(bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkpointing: bool) -> list[list[str]]:
-    table = [
-        [
-            "model",
-            "tool",
-            "setting",
-            "epoch, s",
-            "CPU of it, s",
-            "x ours (CPU)",
-            "padding",
-            "peak, MiB",
-            "first step, s",
-            "second start, s",
-        ]
-    ]
+    columns = ["model", "tool", "setting", "epoch, s", "CPU of it, s", "x ours (CPU)", "padding", "peak, MiB"]
+    table = [[*columns, "first step, s", "second start, s"]]
     for name, model in models.items():
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for _ in range(rounds):
@@ -160,18 +148,24 @@ def speed(bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkp
                         again = bench.run(tool, setting, model, data, Path(run["home"]), **options)
                         run["second_start"] = again.get("first_step", math.nan)
                     found.setdefault((tool, setting), []).append(run)
-        ours = middle(found["vlm_sft", "default"], "epoch_cpu")
-        for (tool, setting), runs in found.items():
-            line = [name, NAMES[tool], setting]
-            if any("epoch" not in run for run in runs):
-                table.append([*line, *["failed"] * 7])
-                continue
-            cpu = middle(runs, "epoch_cpu")
-            padding = 1 - runs[0]["real"] / runs[0]["computed"]
-            line += [f"{middle(runs, 'epoch'):.1f}", f"{cpu:.1f}", f"{cpu / ours:.2f}", f"{padding:.1%}"]
-            again = f"{middle(runs, 'second_start'):.1f}" if "second_start" in runs[0] else ""
-            table.append([*line, f"{middle(runs, 'peak'):.0f}", f"{middle(runs, 'first_step'):.1f}", again])
+        table += [[name, NAMES[tool], setting, *cells(runs, found)] for (tool, setting), runs in found.items()]
     return table
+
+
+def cells(runs: list[dict[str, Any]], found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """Medians of the rounds; of the ratio to ours in the same round, the range as well."""
+    if any("epoch" not in run for run in runs):
+        return ["failed"] * 7
+    ratios = (run["epoch_cpu"] / ours["epoch_cpu"] for run, ours in zip(runs, found["vlm_sft", "default"], strict=True))
+    return [
+        f"{middle(runs, 'epoch'):.1f}",
+        f"{middle(runs, 'epoch_cpu'):.1f}",
+        spread(ratios, 2),
+        f"{1 - runs[0]['real'] / runs[0]['computed']:.1%}",
+        f"{middle(runs, 'peak'):.0f}",
+        f"{middle(runs, 'first_step'):.1f}",
+        f"{middle(runs, 'second_start'):.1f}" if "second_start" in runs[0] else "",
+    ]
 
 
 def middle(runs: Iterable[dict[str, Any]], name: str) -> float:

@@ -20,6 +20,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image, ImageFile
 from runs import rows as image_rows
 from together import together
+from torch.utils.data import DataLoader
 
 from vlm_sft import ChatCollator, check_rows, load_conversations, pack
 from vlm_sft.data import records
@@ -279,6 +280,28 @@ def test_a_cache_that_cannot_be_kept_or_read_is_told(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "0.jpg")  # a file, so no folder to write in
     assert len(check_rows(data, collator)) == 10
     assert "cannot be kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "cores", "method", "workers"),
+    [(255, 4, "fork", 0), (256, 4, "fork", 2), (600, 4, "fork", 4), (600, 1, "fork", 0), (600, 4, "spawn", 0)],
+)
+def test_a_pass_takes_workers_where_they_are_worth_their_start(
+    rows: int, cores: int, method: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Asked(DataLoader[Any]):
+        def __init__(self, *args: Any, num_workers: int, **kwargs: Any) -> None:
+            asked.append(num_workers)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr("vlm_sft.data.check_rows.DataLoader", Asked)
+    monkeypatch.setattr("vlm_sft.data.check_rows.core_count", lambda: cores)
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: method)
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    assert check_report([{"messages": messages, "images": []}] * rows).rows == rows
+    assert asked == [workers]
 
 
 @pytest.mark.parametrize("num_proc", [0, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -306,7 +307,8 @@ def _look_at_all(rows: Any, num_proc: int | None) -> list[Any]:
     share = range(state.process_index, len(rows), state.num_processes)
     if num_proc is None:
         cores = core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        num_proc = min(len(share) // 128, cores)
+        worth = 128 if multiprocessing.get_start_method() == "fork" else 2048  # one started anew imports for seconds
+        num_proc = min(len(share) // worth, cores)
         num_proc = num_proc if num_proc > 1 else 0  # one would only be waited for
     batches: Any = DataLoader(Subset(rows, share), batch_size=_TOGETHER, collate_fn=_arrays, num_workers=num_proc)
     shown = {"desc": "Checking", "unit": " rows", "unit_scale": _TOGETHER, "disable": not state.is_main_process}
