@@ -178,13 +178,13 @@ def test_what_a_tool_trains_is_told_by_its_labels(benchmarks: dict[str, Any]) ->
     for fact in ("answers learned with their stop token", "rows in which nothing else is learned"):
         assert found[fact] == found["prompts equal to inference"] == "all"
     assert found["learns user's words"] == "none"
-    assert found["learns image tokens"].startswith("0 of ")
+    assert found["image tokens among learned ones"].startswith("0 of ")
     assert (found["rows"], found["BOS a row"], found["stop tokens an answer"]) == ("12 of 12", "1", "1.00")
     broken = [{"ids": [5, *row["ids"]], "labels": [5, *row["ids"]]} for row in ours]
     found = benchmarks["labels"].facts(broken, rows, processor)
     assert found["learns user's words"] == "all"
     assert found["rows in which nothing else is learned"] == found["prompts equal to inference"] == "none"
-    assert not found["learns image tokens"].startswith("0 of ")
+    assert not found["image tokens among learned ones"].startswith("0 of ")
 
 
 def test_peers_get_the_same_rows_and_one_with_a_fault(benchmarks: dict[str, Any], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def facts(trained: Sequence[Row], rows: Sequence[dict[str, Any]], processor: Any
         "rows": f"{len({id(source) for _, source in known})} of {len(rows)}",
         "image tokens a row": f"{sum(row['ids'].count(image) for row in trained) / max(1, len(trained)):.1f}",
         "learns user's words": of(sum(any(ASKS in text for text in s) for s in spans), len(known)),
-        "learns image tokens": f"{sum(token == image for token in every):,} of {len(every):,} tokens learned",
+        "image tokens among learned ones": f"{sum(token == image for token in every):,} of {len(every):,}",
         "answers learned with their stop token": of(whole, total),
         "rows in which nothing else is learned": of(sum(texts == answers for answers, texts in both), len(known)),
         "stop tokens an answer": f"{sum(token == stop for token in every) / max(1, total):.2f}",
