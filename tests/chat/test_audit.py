@@ -409,3 +409,10 @@ def test_each_cell_of_the_family_table_can_fail(fault, cells, monkeypatch, tiny_
     assert table(["llava15"]) == 1
     found = capsys.readouterr().out.splitlines()[-1].split(" | ")[1:]
     assert [cell.startswith("no: ") for cell in found] == cells
+
+
+def test_a_row_of_several_answers_is_audited_as_the_rows_it_becomes() -> None:
+    """Qwen3.5's template leaves out earlier thoughts, so that each answer is a row; the row beside it stays one."""
+    report = audit(ChatCollator(tiny.build("qwen3_5")[1]), [two(), one()])
+    assert [row.name for row in report.rows] == ["row 0", "row 0", "row 1"]
+    assert sum(report.answers.values()) == sum(report.prompts.values()) == 3
