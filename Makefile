@@ -81,11 +81,11 @@ gpu: $(VENV)/.installed
 	$(PIP) install --quiet --constraint requirements.txt --editable ".[kernels,torchvision]"
 	$(BIN)/python benchmarks/gpu.py
 
-# A quarter of an hour; whatever else runs on the machine shows in the figures.
+# Some twenty minutes; whatever else runs on the machine shows in the figures.
 bench: $(VENV)/.dev
 	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/cpu.py --write
 
-# Each of the other tools in an environment of its own under .venv/peers; an hour and a half, most of it the rounds.
+# Each of the other tools in an environment of its own under .venv/peers; an hour and forty minutes, most of it the rounds.
 bench-peers: $(VENV)/.dev
 	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/peers/bench.py --write
 

@@ -3,7 +3,7 @@
     python benchmarks/cpu.py [--rows 320] [--runs 3] [--write]
 
 Each run is a process of its own, the paths take turns, and what is printed is the median (and the range) of the runs.
-`--write` puts the tables into benchmarks/README.md. Without a GPU, in a quarter of an hour; leave the machine alone.
+`--write` puts the tables into benchmarks/README.md. Without a GPU, in some twenty minutes; leave the machine alone.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Trains DoRA adapters of rank 16 on every linear layer in the language model's blocks. Frozen: the NF4 base; CLIP tower,
 projector and lm_head in 16 bit. The loss covers each assistant turn and the </s> that ends it. Dropout makes a step of
-DoRA some 1.7 times LoRA's (benchmarks/parts.py, CPU); --lora_dropout 0 or --no_use_dora spare that.
+DoRA some 1.6 times LoRA's (benchmarks/parts.py, CPU); --lora_dropout 0 or --no_use_dora spare that.
 docs/howto.md lists where it differs from LLaVA's own run and from QLoRA's, and why.
 
     accelerate launch recipes/llava15_sft.py --dataset_name my_data.jsonl

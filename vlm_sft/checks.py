@@ -62,7 +62,7 @@ def costs(model: Any) -> dict[str, str]:
     if not dropout:
         return {}
     return {
-        "costs": "DoRA with dropout multiplies each adapted matrix twice: a step of some 1.7 times LoRA's; with "
+        "costs": "DoRA with dropout multiplies each adapted matrix twice: a step of some 1.6 times LoRA's; with "
         f"lora_dropout 0 (here {dropout:g}) it costs about as much as LoRA"
     }
 

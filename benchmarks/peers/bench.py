@@ -242,7 +242,8 @@ def tables_of(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, lis
     kinds = {twin: model for twin, model in models.items() if twin != "LM-heavy LLaVA"}
     few = stored(32, True)
     yield "What each trains, 32 rows", trained(bench, kinds, write_rows(few, bench.folder / "few"), few)
-    yield "Planted faults, one row of 40", faults(bench, next(iter(models.values())))
+    name, model = next(iter(models.items()))
+    yield f"Planted faults, one row of 40, {name}", faults(bench, model)
 
 
 def main() -> None:
