@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import strategies as st
 from PIL import Image
+
+from vlm_sft import ChatCollator
+from vlm_sft.chat import collator as collators
+from vlm_sft.chat.template import ChatTemplate, _find_texts
 
 
 class Learned(NamedTuple):
@@ -101,6 +109,24 @@ def learned_text(family: str, example: dict[str, Any]) -> str:
             text = content if isinstance(content, str) else "".join(part["text"] for part in content)
             answers.append(before + (text.strip() if trims else text) + stop)
     return "".join(answers)
+
+
+def assert_as_in_full(collator: ChatCollator, batch: Sequence[dict[str, Any]]) -> None:
+    """What the collator makes is what comes out where no shape is remembered and each image token is read."""
+
+    def find(self: ChatTemplate, messages: Any, prompt: bool, style: Any, plain: str) -> Any:
+        return _find_texts(messages, partial(self.render, add_generation_prompt=prompt, style=style), plain), {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChatTemplate, "_place", find)
+        patch.setattr(collators, "reading_runs_once", lambda template: template.processor)
+        expected, pixels = collator.encode(batch)
+    found, inputs = collator.encode(batch)
+    assert [(row.text, row.turns) for row in found] == [(row.text, row.turns) for row in expected]
+    columns = [(vars(row) | row.tokens, vars(other) | other.tokens) for row, other in zip(found, expected, strict=True)]
+    for ours, other in [*columns, (inputs, pixels)]:
+        assert ours.keys() == other.keys()
+        assert all(torch.equal(ours[key], value) for key, value in other.items() if isinstance(value, torch.Tensor))
 
 
 def plain(text: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from conversations import picture
+from conversations import assert_as_in_full, picture
 from datasets import Dataset
 from families import FAMILIES, TEN
 from peft import get_peft_model
@@ -156,6 +156,7 @@ def test_labels_are_the_answers_and_prompts_those_of_inference(twin: Twin) -> No
         words = ["".join(answer.split()) for answer in answers_of(ROWS[kind])]
         assert squeezed == (words if len(parts) > 1 else ["".join(words)]), kind
     rows = [part for parts in split.values() for part in parts]
+    assert_as_in_full(collator, rows)
     report = audit(collator, rows)
     assert set(report.prompts) == {"equal those of inference"} or twin.name in REWRITING
     assert set(audit(collator, [ROWS["one turn"], ROWS["two images"]]).prompts) == {"equal those of inference"}

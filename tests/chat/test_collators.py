@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 import torch
 import trl
-from conversations import BYTE_LEVEL, LEARNED, answer, ask, examples, learned_text, picture, plain
+from conversations import (
+    BYTE_LEVEL,
+    LEARNED,
+    answer,
+    ask,
+    assert_as_in_full,
+    examples,
+    learned_text,
+    picture,
+    plain,
+)
 from families import TEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -61,6 +71,7 @@ def test_random_conversations(family, tiny_processor, record_property):
         rows, _ = collator.encode(batch_of_examples)
         batch = collator(batch_of_examples)
         assert [example["messages"] for example in batch_of_examples] == [example["messages"] for example in before]
+        assert_as_in_full(collator, batch_of_examples)
         for number, (row, example) in enumerate(zip(rows, batch_of_examples, strict=True)):
             expected = plain(learned_text(family, example))
             ids = row.tokens["input_ids"]
@@ -316,6 +327,43 @@ def test_a_template_that_repeats_a_text_is_refused(role, tiny_processor):
     processor.chat_template = template_of(twice.replace("ROLE", role))
     with pytest.raises(ValueError, match=rf"does not write the text of messages\[\d\] \({role}\) as it is"):
         collator([{"messages": [ask("Hi"), answer("Yes.")]}])
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{{ start }}{{ '' if 'odd' in text else text }}", "does not write the text"),
+        ("{{ start }}{{ text }}{{ text if 'odd' in text }}", "does not write the text"),
+        ("{{ start | replace('A', 'B' if 'odd' in text else 'A') }}{{ text }}", "renders this answer"),
+    ],
+)
+def test_what_a_template_does_to_one_text_is_seen_after_others_of_the_same_shape(written, said, tiny_processor):
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    processor.chat_template = template_of("{%- set start = 'A: ' if role == 'assistant' else 'U: ' -%}" + written)
+    collator = ChatCollator(processor)
+    rows = [{"messages": [ask("Hi"), answer(text), ask("Oh"), answer(text)]} for text in ("Yes.", "An odd one.")]
+    collator(rows[:1])
+    with pytest.raises(ValueError, match=rf"example 1 of the batch: .*{said}"):
+        collator(rows)
+
+
+def test_a_prompt_that_depends_on_a_text_is_seen_after_others_of_the_same_shape(tiny_processor):
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    written = template_of("{{ 'A: ' if role == 'assistant' else 'U: ' }}{{ text }}")
+    odd = "'odd' in messages[0]['content'][0]['text']"
+    processor.chat_template = written.replace("{{ 'A: ' }}", f"{{{{ 'B: ' if {odd} else 'A: ' }}}}")
+    collator = ChatCollator(processor)
+    collator([{"messages": [ask("Hi"), answer("Yes.")]}])
+    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template renders this answer differently"):
+        collator([{"messages": [ask("An odd one"), answer("Yes.")]}])
+
+
+def test_an_image_token_that_stands_for_other_words_too(tiny_processor):
+    """Where the unknown token is the image's, words become it as well, and runs cannot be told from the text."""
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    collator = ChatCollator(processor)
+    processor.tokenizer.backend_tokenizer.model.unk_token = "<image>"
+    assert_as_in_full(collator, [{"messages": [ask(None, "What?"), answer("A 猫.")], "images": [picture(40, 30)]}])
 
 
 @pytest.mark.parametrize(

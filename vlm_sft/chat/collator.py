@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import BatchFeature
 
-from vlm_sft.chat.expansions import find_images, tokens_in
+from vlm_sft.chat.expansions import find_images, reading_runs_once, tokens_in
 from vlm_sft.chat.images import to_rgb
 from vlm_sft.chat.messages import (
     Conversation,
@@ -252,7 +252,7 @@ class ChatCollator:
         add_special_tokens = self.template.add_special_tokens(texts[0])
         if any(self.template.add_special_tokens(text) != add_special_tokens for text in texts):
             raise ValueError("the chat template writes BOS for some rows of the batch only; use another template")
-        output = self.processor(
+        output = reading_runs_once(self.template)(
             text=texts,
             images=images if any(images) else None,
             add_special_tokens=add_special_tokens,
@@ -291,8 +291,9 @@ class ChatCollator:
         offsets and ids speak of the edited text: each added token reads as it says, and nothing is left at the end."""
         text = edited(row.rendered.text, edits)
         turns = [t._replace(start=moved(t.start, edits), end=moved(t.end, edits)) for t in row.rendered.turns]
-        added = (torch.isin(tokens["input_ids"], self._added_ids) & (offsets[:, 1] > 0)).nonzero().flatten().tolist()
-        read = [(self._added[int(tokens["input_ids"][i])], text[slice(*offsets[i])]) for i in added]
+        added = torch.isin(tokens["input_ids"], self._added_ids) & (offsets[:, 1] > 0)
+        where = zip(tokens["input_ids"][added].tolist(), offsets[added].tolist(), strict=True)
+        read = [(self._added[i], text[start:end]) for i, (start, end) in where]
         covers = len(text.rstrip()) <= int(offsets.max()) <= len(text)
         if not covers or any(token.strip() != there.strip() for token, there in read):
             found = f"{row.name}: {type(self.processor).__name__} adds text that it does not report"

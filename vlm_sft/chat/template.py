@@ -10,7 +10,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,9 @@ Style = Callable[[Sequence[Message]], list[Message]]
 """How the same messages are handed to a template."""
 Spans = dict[tuple[int, int], tuple[int | None, int]]
 """Where text parts (number of the message, number of the part in it) stand in a text."""
+Tails = dict[int, str | None]
+"""What a template writes after an answer and before the next message; None where it writes the answer anew."""
+_Shape = tuple[str, dict[tuple[int, int], tuple[int, int]], list[bool], Tails]
 Edit = tuple[int, int, str]
 """Other words for the characters [start, end) of a text; several stand in their order."""
 
@@ -32,6 +35,7 @@ _PROBES = [Image.new("RGB", (width, 48)) for width in (64, 48, 96, 256)]
 _OTHER_MEDIA = ("<video>", "<audio>")  # as datasets write them, whatever the model knows
 # One private-use character before and one after each text; plane 16 holds no assigned character.
 _FIRST_MARK = 0x100000
+_PLAIN_KEYS = {"role", "content"}
 _LIMIT_S = 10.0  # of a rendering; 100 messages take milliseconds
 _MARK = re.compile("[\U00100000-\U0010fffd]")
 
@@ -68,6 +72,7 @@ class ChatTemplate:
     processor: Any
     kwargs: Mapping[str, Any] | None = None
     stop_token: str | None = "auto"
+    _shapes: dict[Any, _Shape] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         processor, kind = self.processor, type(self.processor).__name__
@@ -110,7 +115,7 @@ class ChatTemplate:
         Raises `ValueError` where the template refuses the messages or leaves out a text, and `RenderedDifferently`
         where it renders a message of `trained` differently from its generation prompt (thinking templates)."""
         messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
-        style, plain, texts = self._first_style(messages, add_generation_prompt)
+        style, plain, texts, tails = self._first_style(messages, add_generation_prompt)
         for what in ("tools", "tool_calls"):
             bare = [{key: value for key, value in message.items() if key != what} for message in messages]
             if bare != messages and self.render(bare, add_generation_prompt, style) == plain:
@@ -135,12 +140,14 @@ class ChatTemplate:
                     "Train one answer a row (ChatCollator.split, as check_rows does), or use another template"
                 )
             start = moved(begin, edits)
-            is_whole = number + 1 == len(messages) and not add_generation_prompt
-            up_to_here = _common(plain if is_whole else self.render(messages[: number + 1], style=style), plain)
-            tail = up_to_here[words_end:]  # what belongs to no other message
+            if number not in tails:
+                is_whole = number + 1 == len(messages) and not add_generation_prompt
+                up_to_here = _common(plain if is_whole else self.render(messages[: number + 1], style=style), plain)
+                tails[number] = up_to_here[words_end:] if len(up_to_here) >= words_end else None
+            tail = tails[number] or ""  # what belongs to no other message
             written = list(self.added.finditer(tail))
             # An earlier answer that the template writes differently once the conversation continues stays as it is.
-            stop = written[-1].group() if written else self.stop_to_insert if len(up_to_here) >= words_end else None
+            stop = written[-1].group() if written else None if tails[number] is None else self.stop_to_insert
             end = words_end + written[-1].end() if written else words_end
             if stop and not written:
                 after = end + len(tail) if tail.isspace() else end
@@ -149,8 +156,9 @@ class ChatTemplate:
             turns.append(Turn(number, start, moved(end, edits), stop, number in trained))
         return Rendered(edited(plain, edits), turns, style)
 
-    def _first_style(self, messages: Sequence[Message], prompt: bool) -> tuple[Style, str, Spans]:
-        """The first style that loses no text, the text of the messages in it, and where their parts stand there."""
+    def _first_style(self, messages: Sequence[Message], prompt: bool) -> tuple[Style, str, Spans, Tails]:
+        """The first style that loses no text, the text of the messages in it, where their parts stand there, and what
+        is known of the tails."""
         if any(_MARK.search(text_of(message)) for message in messages):
             raise ValueError("a text holds private-use characters of Unicode plane 16; remove them")
         refusal = lost = ""  # the first of each explains best
@@ -160,7 +168,7 @@ class ChatTemplate:
             except ValueError as error:
                 refusal = refusal or f"refuses the conversation: {error.__cause__ or error}; fix the messages"
                 continue
-            texts = _find_texts(messages, partial(self.render, add_generation_prompt=prompt, style=style), plain)
+            texts, tails = self._place(messages, prompt, style, plain)
             missing = [
                 f"messages[{number}] ({message['role']})"
                 for number, message in enumerate(messages)
@@ -168,10 +176,32 @@ class ChatTemplate:
                 if part.get("text", "").strip() and (number, n) not in texts
             ]
             if not missing:
-                return style, plain, texts
+                return style, plain, texts, tails
             lost = lost or f"does not write the text of {missing[0]} as it is; join its text parts, or move it"
         how = "(a system text may go to the start of the first user message) or use another chat template"
         raise ValueError(f"the chat template {lost or refusal} {how}")
+
+    def _place(self, messages: Sequence[Message], prompt: bool, style: Style, plain: str) -> tuple[Spans, Tails]:
+        """Where the text parts stand in `plain`, and what follows the answers, as far as it is known: as in an earlier
+        conversation of the same shape, if that one with these texts in the place of its own reads as `plain` does."""
+        parts = [(m["role"], m.keys() <= _PLAIN_KEYS, *(part["type"] for part in m["content"])) for m in messages]
+        shape, texts = (prompt, style, *parts), [p["text"] for m in messages for p in m["content"] if "text" in p]
+        is_plain = all(text.strip() for text in texts) and all(has_no_more for _, has_no_more, *_ in parts)
+        if is_plain and shape in self._shapes:
+            earlier, places, trims, tails = self._shapes[shape]
+            words = [text.strip() if trim else text for text, trim in zip(texts, trims, strict=True)]
+            edits = [(start, end, text) for (start, end), text in zip(places.values(), words, strict=True)]
+            if edited(earlier, edits) == plain:
+                starts = [moved(start, edits) for start, _, _ in edits]
+                return {key: (at, at + len(text)) for key, at, text in zip(places, starts, words, strict=True)}, tails
+        found = _find_texts(messages, partial(self.render, add_generation_prompt=prompt, style=style), plain)
+        places = {key: (start, end) for key, (start, end) in found.items() if start is not None}
+        words, tails = [plain[start:end] for start, end in places.values()], {}
+        in_order = [*places.values()] == sorted(places.values())
+        if is_plain and in_order and [text.strip() for text in texts] == [text.strip() for text in words]:
+            trims = [text != word for text, word in zip(texts, words, strict=True)]
+            self._shapes[shape] = plain, places, trims, tails
+        return found, tails
 
     def stop_ids(self, generation_config: Any) -> list[int]:
         """Where generation ends: at the stop token of an answer, the one to insert, and those of the config."""
@@ -266,6 +296,15 @@ class ChatTemplate:
             raise ValueError(f"{found}; {how}") from error
         brought = {int(i) for i in with_image} - {int(i) for i in without}
         return frozenset(brought & self.processor.tokenizer.added_tokens_decoder.keys())
+
+    @cached_property
+    def image_run(self) -> tuple[re.Pattern[str], list[int]]:
+        """Matches a run of one of the image tokens, itself group 1, and their ids; those aside that take the white
+        space around them or whole words, whose copies may differ."""
+        added = self.processor.tokenizer.added_tokens_decoder
+        plain = {i: added[i] for i in self.image_ids}
+        plain = {i: t.content for i, t in plain.items() if not (t.lstrip or t.rstrip or t.single_word or t.normalized)}
+        return re.compile(rf"({_any_of(plain.values()).pattern})\1*"), [*plain]
 
 
 def without_tools(messages: Sequence[Message]) -> tuple[list[Message], dict[str, Any]]:
