@@ -72,6 +72,12 @@ MUTANTS = [
     Mutant("a lost text passes", "chat/template.py", "if not missing:", "if True:", "chat/test_collators.py:drops_text"),
     Mutant("an answer rendered differently passes", "chat/template.py", "elif number in trained:", "elif False:", "chat/test_collators.py:thinking"),
     Mutant("marks that change the text pass", "chat/template.py", "if _MARK.sub(\"\", rendered) != plain:", "if False:", "chat/test_collators.py:random_conv"),
+    Mutant("texts stand where they stood before, whatever is written", "chat/template.py", "if edited(earlier, edits) == plain:", "if True:", "chat/test_collators.py:of_the_same_shape"),
+    Mutant("blank texts are remembered", "chat/template.py", "all(text.strip() for text in texts) and ", "", "chat/test_collators.py:random_conv|blank"),
+    Mutant("copies of an image token lie in one place", "chat/expansions.py", " + nth * width[place]", "", "chat/test_collators.py:read_once"),
+    Mutant("words after a run are not moved", "chat/expansions.py", "(np.cumsum(more) - more)[place]", "0", "chat/test_collators.py:read_once"),
+    Mutant("an image token of other words counts as a run", "chat/expansions.py", "if at.sum() != len(runs):", "if False:", "chat/test_collators.py:read_once"),
+    Mutant("a run takes the white space beside it", "chat/template.py", " if not (t.lstrip or t.rstrip or t.single_word or t.normalized)", "", "chat/test_collators.py:read_once"),
     Mutant("generation stops at its config alone", "chat/template.py", "return sorted(ids | {", "return sorted({", "chat/test_collators.py:ends_with_the_last"),
     # Conversations
     Mutant("the place after an explicit index", "chat/messages.py", "max(used, default=-1) + 1", "len(used)", "chat/test_messages.py"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trl
@@ -30,9 +32,12 @@ from conversations import (
 from families import TEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from vlm_sft import IGNORE_INDEX, ChatCollator
 from vlm_sft.chat.audit import check_stops
+from vlm_sft.chat.expansions import reading_runs_once
 from vlm_sft.chat.messages import normalise, split_turns
 
 FAMILIES = pytest.mark.parametrize("family", TEN)
@@ -358,12 +363,41 @@ def test_a_prompt_that_depends_on_a_text_is_seen_after_others_of_the_same_shape(
         collator([{"messages": [ask("An odd one"), answer("Yes.")]}])
 
 
-def test_an_image_token_that_stands_for_other_words_too(tiny_processor):
-    """Where the unknown token is the image's, words become it as well, and runs cannot be told from the text."""
+def image_token(tokenizer: dict[str, Any]) -> Any:
+    return next(token for token in tokenizer["added_tokens"] if token["content"] == "<image>")
+
+
+def an_unknown_token(tokenizer: dict[str, Any]) -> None:
+    """Words become it as well, so that runs cannot be told from the text."""
+    tokenizer["model"] |= {"unk_token": "<image>", "byte_fallback": False}
+    tokenizer["model"]["vocab"]["<image>"] = image_token(tokenizer)["id"]
+
+
+def an_end_token(tokenizer: dict[str, Any]) -> None:
+    tokenizer["post_processor"]["single"].append({"SpecialToken": {"id": "<s>", "type_id": 0}})
+
+
+def white_space(tokenizer: dict[str, Any]) -> None:
+    """Which the last image token of a run takes."""
+    image_token(tokenizer)["rstrip"] = True
+
+
+@pytest.mark.parametrize("change", [an_unknown_token, an_end_token, white_space])
+def test_runs_of_an_image_token_are_read_once_whatever_the_tokenizer_does(change, tiny_processor):
     processor = copy.deepcopy(tiny_processor("llava15"))
-    collator = ChatCollator(processor)
-    processor.tokenizer.backend_tokenizer.model.unk_token = "<image>"
-    assert_as_in_full(collator, [{"messages": [ask(None, "What?"), answer("A 猫.")], "images": [picture(40, 30)]}])
+    changed = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    change(changed)
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(changed)), **processor.tokenizer.special_tokens_map
+    )
+    run = "<image>" * 9
+    texts = [f"{run} What is 猫?<image>{run}", f"USER: 猫{run}\n{run} \n{run}", "No picture, 猫."]
+    options = {"padding": True, "padding_side": "right", "return_offsets_mapping": True}
+    expected = processor.tokenizer(texts, **options)
+    found = reading_runs_once(ChatCollator(processor).template).tokenizer(texts, **options)
+    assert {key: np.array(value).tolist() for key, value in found.items()} == {
+        key: np.array(value).tolist() for key, value in expected.items()
+    }
 
 
 @pytest.mark.parametrize(
