@@ -219,8 +219,9 @@ def _is_rewritten(collator: ChatCollator, row: EncodedRow, end: int, prompt: lis
     if not earlier and not count_images(row.conversation.messages[end:]):
         return False
     stops = collator.processor.tokenizer.convert_tokens_to_ids([stop for stop in earlier if stop])
-    whole = _template_ids(collator, row, None, add_generation_prompt=False)
-    return any(prompt.count(stop) < len(stops) for stop in stops) or whole[: len(prompt)] != prompt
+    if any(prompt.count(stop) < len(stops) for stop in stops):
+        return True
+    return _template_ids(collator, row, None, add_generation_prompt=False)[: len(prompt)] != prompt
 
 
 def _template_ids(
