@@ -10,18 +10,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_sft.chat import audit as auditing
+from vlm_sft.chat.collator import ChatCollator
 from vlm_sft.command_line import TRACEBACK, OneLineErrors
+from vlm_sft.data.check_rows import check_report
+from vlm_sft.data.datasets import load_conversations
+from vlm_sft.evaluation.pages import write_audit_html
+from vlm_sft.models.loading import load_processor, read_config
+from vlm_sft.models.parts import parts_of
+from vlm_sft.tools import memory as estimates
+from vlm_sft.tools import merging
+from vlm_sft.tools.tiny import save, save_like
 
 
 def audit(options: argparse.Namespace) -> None:
     """What would be trained: each token of some rows, as the model's processor has them."""
-    from vlm_sft.chat.audit import audit
-    from vlm_sft.evaluation.pages import write_audit_html
-    from vlm_sft.models.loading import read_config
-    from vlm_sft.models.parts import parts_of
-
     print(f"{'parts':<9}{parts_of(read_config(options.model))}")
-    report = audit(_collator(options.model, train_on=options.train_on), _rows(options), num_rows=options.num_rows)
+    collator = ChatCollator(load_processor(options.model), train_on=options.train_on)
+    report = auditing.audit(collator, _rows(options), num_rows=options.num_rows)
     print(report)
     if options.html:
         write_audit_html(report, options.html)
@@ -31,10 +37,8 @@ def check(options: argparse.Namespace) -> int:
     """Is every row as it should be? The bad rows of a dataset, by reason."""
     if options.max_length and not options.model:
         raise ValueError("--max_length counts tokens, so it needs --model")
-    from vlm_sft.data.check_rows import check_report
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or the tokenizer warns in each process
-    collator = _collator(options.model, max_length=options.max_length) if options.model else None
+    collator = ChatCollator(load_processor(options.model), max_length=options.max_length) if options.model else None
     report = check_report(_rows(options, split=options.split), collator, num_proc=options.num_proc)
     print(report)
     if options.to_jsonl:
@@ -43,18 +47,9 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _rows(options: argparse.Namespace, **which: Any) -> Any:
-    from vlm_sft.data.datasets import load_conversations
-
     where = {name: getattr(options, name) for name in ("columns", "prompt", "system_prompt", "image_folder")}
     where |= {"config_name": options.dataset_config, "allow_outside": options.allow_outside}
     return load_conversations(options.dataset, eval_fraction=0, **where, **which)["train"]
-
-
-def _collator(model: str, **settings: Any) -> Any:
-    from vlm_sft.chat.collator import ChatCollator
-    from vlm_sft.models.loading import load_processor
-
-    return ChatCollator(load_processor(model), **settings)
 
 
 def copy(options: argparse.Namespace) -> None:
@@ -73,24 +68,18 @@ def copy(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """An adapter merged into its base, written only if it answers as adapter on base does."""
-    from vlm_sft.tools.merging import merge
-
-    print(merge(**vars(options)))
+    print(merging.merge(**vars(options)))
 
 
 def memory(options: argparse.Namespace) -> int:
     """Does a run fit? Estimated from the model's config; 1 if it does not."""
-    from vlm_sft.tools import memory
-
-    text, fits = memory.report(vars(options).pop("model"), **vars(options))
+    text, fits = estimates.report(vars(options).pop("model"), **vars(options))
     print(text)
     return 0 if fits else 1
 
 
 def tiny(options: argparse.Namespace) -> None:
     """A small random twin of a model family, or of any model, to try a recipe on."""
-    from vlm_sft.tools.tiny import save, save_like
-
     if (options.family is None) == (options.like is None):
         raise ValueError("give FAMILY DIR, or --like MODEL DIR")
     print(save(options.family, options.folder) if options.family else save_like(options.like, options.folder))

@@ -31,7 +31,7 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
     """The recipe's flags. Raises for one that nothing has read, and for settings without effect."""
     refuse_inert_settings(trainer.args)
     asked, runs = getattr(trainer.args, "attn_implementation", None), base_of(trainer.model).config._attn_implementation
-    if asked and asked != runs and not {asked, runs} == {"flash_attention_2", "kernels-community/flash-attn2"}:
+    if asked and asked != runs and {asked, runs} != {"flash_attention_2", "kernels-community/flash-attn2"}:
         raise ValueError(
             f"--attn_implementation {asked} has no effect, the model runs {runs}: pass attn_implementation="
             "training_args.attn_implementation to load_model"
@@ -198,12 +198,9 @@ def plan_of(trainer: Any, answers: Mapping[str, Any]) -> tuple[int, dict[str, st
     """Optimizer steps of the whole run, and lines on them and on its evaluations. `answers`: name -> metric of answers.
 
     Raises `ValueError` for a plan that cannot be meant: a warm-up as long as the run, a best-model metric that nothing
-    reports or whose wrong end is taken for the best, one held-out row to choose the best weights by.
-    """
-    args, held_out = trainer.args, trainer.eval_dataset
-    epochs, per_epoch, _, _, rows_a_step, _, steps = trainer.set_initial_training_values(
-        args, trainer.get_train_dataloader()
-    )
+    reports or whose wrong end is taken for the best, one held-out row to choose the best weights by."""
+    args, held_out, loader = trainer.args, trainer.eval_dataset, trainer.get_train_dataloader()
+    epochs, per_epoch, _, _, rows_a_step, _, steps = trainer.set_initial_training_values(args, loader)
     warmup = args.get_warmup_steps(steps)
     chosen = "eval_" + (args.metric_for_best_model or "loss").removeprefix("eval_")
     faults = _choice_faults(trainer, chosen, answers) if args.load_best_model_at_end and held_out is not None else []
@@ -237,12 +234,10 @@ def _choice_faults(trainer: Any, chosen: str, answers: Mapping[str, Any]) -> lis
     if trainer.compute_metrics is None and name not in (*_REPORTED, *answers):
         known = ", ".join(f"eval_{metric}" for metric in ("loss", *answers))
         faults.append(f"--metric_for_best_model {chosen} is reported by nothing; reported are {known}")
-    if name in answers:
-        meant = not getattr(answers[name], "lower_is_better", False)
-        if bool(trainer.args.greater_is_better) != meant:
-            faults.append(
-                f"--greater_is_better {not meant} takes the worst {chosen} for the best: --greater_is_better {meant}"
-            )
+    meant = not getattr(answers.get(name), "lower_is_better", False)
+    if name in answers and bool(trainer.args.greater_is_better) != meant:
+        said = f"--greater_is_better {not meant} takes the worst {chosen} for the best"
+        faults.append(f"{said}: --greater_is_better {meant}")
     return faults
 
 

@@ -37,8 +37,7 @@ def run(main: Callable[..., Any], *kinds: Any) -> Any:
     the YAML file of `--config`. `--help` lists what the recipe itself names.
 
     A wrong flag, setting, file or row (ValueError, OSError, ImportError) ends the process with exit code 1 and its
-    sentence; where another package raised it, with the place. VLM_SFT_TRACEBACK=1 shows the frames.
-    """
+    sentence; where another package raised it, with the place. VLM_SFT_TRACEBACK=1 shows the frames."""
     # PEFT 0.21.2 and TRL 1.16 ask by a name that transformers 5.23 has replaced.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     try:

@@ -5,8 +5,7 @@
     trainer.train(...)                               # judged again in `on_train_begin`, on what the loop holds
     return vlm_sft.finish(trainer, proof)
 
-`train()` without `prove`, `prove` without `guards`, and anything exchanged between the two is an error.
-"""
+`train()` without `prove`, `prove` without `guards`, and anything exchanged between the two is an error."""
 
 from __future__ import annotations
 
@@ -160,8 +159,7 @@ def prove(
 
     `require_stop_token=False` for captions, which end without one and answer no question; `require_answers=False` for a
     run that answers no held-out rows (`evaluate_answers`). Trainable weights are cast to float32 here; the last line
-    lists all that the library changed. Raises `ValueError` with what was found and the line or flag to change.
-    """
+    lists all that the library changed. Raises `ValueError` with what was found and the line or flag to change."""
     gate = _gate_of(trainer, "prove()")
     if gate.proof is not None or trainer.state.global_step:
         raise ValueError(
@@ -262,11 +260,10 @@ def _callbacks(trainer: Any, kind: type) -> list[Any]:
 def _library_changes(trainer: Any) -> list[str]:
     """What the library changed on these instances, beside what `prove` itself changes."""
     base, args = base_of(trainer.model), trainer.args
+    grouped = args.train_sampling_strategy == "group_by_length"
     changes = {
         "the frozen tower stays out of autograd": "enable_input_require_grads" in vars(base),
-        "batches of rows of one length, in an order drawn from --seed and the epoch": (
-            args.train_sampling_strategy == "group_by_length"
-        ),
+        "batches of rows of one length, in an order drawn from --seed and the epoch": grouped,
         "NEFTune's noise is scaled by each conversation's own length": args.neftune_noise_alpha is not None,
         f"attention is {base.config._attn_implementation}": is_flash_attention_requested(base.config),
         "rows come without padding": trainer.data_collator.settings.padding_free,

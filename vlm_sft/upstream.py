@@ -12,8 +12,7 @@ holds what these modules rely on in place (transformers 5.23, accelerate 1.15, T
 - training/neftune.py: `neftune_hook_handle` of the Trainer, whose noise counts padding.
 - data/check_rows.py, proof.py: `Dataset._fingerprint`, to know rows again.
 - evaluation/callback.py, training/callbacks.py: callbacks run in the order of `callback_handler.callbacks`, and an
-  evaluation before the save of its step: answers are scored, then the random state is put back.
-"""
+  evaluation before the save of its step: answers are scored, then the random state is put back."""
 
 from __future__ import annotations
 
@@ -213,8 +212,7 @@ def limit_pixels(image_processor: Any, max_pixels: int) -> None:
     """Sets the number of pixels an image may have at most, which Qwen-VL's processors keep as `longest_edge` of a size
     whose two edges are numbers of pixels, while in other families they are edges (transformers 5.23).
 
-    Raises ValueError for a processor that does not count pixels, and for what is not a number of them.
-    """
+    Raises ValueError for a processor that does not count pixels, and for what is not a number of them."""
     size = dict(image_processor.size or {})
     known = inspect.get_annotations(getattr(image_processor, "valid_kwargs", object))
     if "max_pixels" not in known or not {"shortest_edge", "longest_edge"} <= size.keys():

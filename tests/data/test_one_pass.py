@@ -350,10 +350,10 @@ def test_a_dataset_knows_whether_it_was_checked(folder: Path, collator: ChatColl
     assert rows_checked(data) is None
     ignored = check_rows(data, collator, on_bad_rows="ignore")
     assert ignored.column_names == data.column_names
-    assert (rows_checked(ignored).on_bad_rows, rows_checked(ignored).rows) == ("ignore", None)
+    assert (rows_checked(ignored).on_bad_rows, rows_checked(ignored).bad) == ("ignore", None)
     checked = check_rows(data, collator, num_proc=0)
     found = rows_checked(checked)
-    assert (found.on_bad_rows, found.max_length, found.rows, found.bad, found.cached) == ("error", 400, 10, 0, 0)
+    assert (found.on_bad_rows, found.max_length, found.bad, found.cached) == ("error", 400, 0, 0)
     assert found.collator == collator.fingerprint() != ChatCollator(collator.processor, train_on="all").fingerprint()
     assert rows_checked(checked.select([0])) is None
     assert rows_checked(checked.with_transform(lambda batch: batch)) is None

@@ -1,7 +1,6 @@
 """Conversations in, a training batch out, with labels that hold only what the model has to learn.
 
-No model family is named here: the processor and its template are asked. Methods stand in the order of a row's trip.
-"""
+No model family is named here: the processor and its template are asked. Methods stand in the order of a row's trip."""
 
 from __future__ import annotations
 
@@ -130,8 +129,7 @@ class ChatCollator:
       processes that share a model wait for each other at the layers of the tower. None: where several processes train.
 
     Raises `ValueError` at construction where this cannot be had from the processor, and for each bad row with its name
-    (its `row` column where it has one, else its place in the batch).
-    """
+    (its `row` column where it has one, else its place in the batch)."""
 
     def __init__(self, processor: Any, **settings: Any) -> None:
         self._settings = chosen = CollatorSettings(**settings)
@@ -273,9 +271,7 @@ class ChatCollator:
         # Some image processors round to bfloat16 (Llama 4), which a model in float32 does not take.
         inputs = {key: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for key, v in inputs.items()}
         offsets, mask = inputs.pop("offset_mapping"), inputs.pop("attention_mask").bool()
-        per_token = {
-            key: inputs.pop(key) for key in list(inputs) if getattr(inputs[key], "shape", ())[:2] == mask.shape
-        }
+        per_token = {k: inputs.pop(k) for k in [*inputs] if getattr(inputs[k], "shape", ())[:2] == mask.shape}
         encoded = []
         for b, (row, real) in enumerate(zip(rows, mask, strict=True)):
             tokens, spans = {key: value[b][real] for key, value in per_token.items()}, offsets[b][real]

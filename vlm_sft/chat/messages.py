@@ -60,9 +60,7 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
             raise ValueError(f"{where} has a content that is {_kind(parts)}; expected a string or a list of parts")
         if in_front and role == "user":
             parts, in_front = [*({"type": "image"} for _ in pool), *parts], False
-        fields["content"] = [
-            _part(part, f"{where}.content[{i}]", role, pool, used, ordered) for i, part in enumerate(parts)
-        ]
+        fields["content"] = [_part(p, f"{where}.content[{i}]", role, pool, used, ordered) for i, p in enumerate(parts)]
         normalised.append(fields)
     if len(used) < len(pool):
         raise ValueError(

@@ -1,10 +1,7 @@
 """Rows without padding: several conversations in one row, each with positions of its own.
 
 Attention tells the conversations apart by their positions (transformers 5.23, `masking_utils`), which not every model
-does. With SDPA a row of T tokens costs T squared, so there group by length instead.
-
-    collator = ChatCollator(processor, padding_free=enable_padding_free(model))
-"""
+does. With SDPA a row of T tokens costs T squared, so there group by length instead."""
 
 from __future__ import annotations
 

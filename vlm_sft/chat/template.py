@@ -1,8 +1,7 @@
 """A processor's chat template: the text of a conversation, and where the assistant's words lie in it.
 
 Nothing is searched for: the template is rendered again with invisible marks round each text, and up to each prompt, so
-text that imitates a turn changes nothing.
-"""
+text that imitates a turn changes nothing."""
 
 from __future__ import annotations
 

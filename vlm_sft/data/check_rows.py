@@ -113,7 +113,6 @@ class Checked:
     on_bad_rows: str
     collator: str
     max_length: int | None
-    rows: int | None = None
     bad: int | None = None
     cached: int | None = None
     content: str | None = None
@@ -166,7 +165,7 @@ def check_rows(
             split = checked_rows(split, sources, found["answer"], {name: found[name] for name in records.COLUMNS})
             content = records.digest(found["content"].tobytes(), found["answer"].tobytes()).hex()
             written = records.digest(found["written"].tobytes()).hex()
-            counts = (report.rows, report.bad_rows, report.known, content, written)
+            counts = (report.bad_rows, report.known, content, written)
         elif name in to_check and isinstance(split, IterableDataset):
             rows, reader = getattr(split, "stored", (split, None))
             check = _StreamCheck(reader, collator if drop else None, max_bad_fraction, collator.split)

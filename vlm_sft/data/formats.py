@@ -43,9 +43,7 @@ def layout_of(row: Mapping[str, Any], columns: Sequence[str] = (), *, prompt: bo
     filled = tuple(name for name, value in row.items() if is_filled(value))
     if (layout := _layout(filled, tuple(columns), prompt) or _layout(tuple(row), tuple(columns), prompt)) is not None:
         return layout
-    lists = [
-        name for name, value in row.items() if isinstance(value, list) and isinstance(next(iter(value), 0), Mapping)
-    ]
+    lists = [name for name, held in row.items() if isinstance(held, list) and held and isinstance(held[0], Mapping)]
     of = f". {lists[0]!r} is a list of objects: if these are the rows, give a file of that list alone" if lists else ""
     if caption := next((name for name in _CAPTIONS if name in row), None):
         of += f'. For images with a caption in {caption!r}, give their question by --prompt "..."'

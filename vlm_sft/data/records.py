@@ -260,9 +260,7 @@ def write_cache(file: Path, fresh: Any) -> None:
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        keys = pa.array(
-            found["key"].tolist(), pa.binary()
-        )  # of an array of NumPy it would end them at their first zero
+        keys = pa.array(found["key"].tolist(), pa.binary())  # of NumPy's array it would cut them at their first zero
         table = pa.table({"key": keys, **{name: found[name] for name, _ in KEPT[1:]}})
         pq.write_table(table, part, write_page_checksum=True)
         part.replace(file)

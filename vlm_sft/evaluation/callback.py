@@ -1,7 +1,4 @@
-"""How right a model's answers to held-out rows are, at every evaluation of a Trainer, with a page to look at.
-
-vlm_sft.evaluate_answers(trainer, data["test"], {"anls": anls})
-"""
+"""How right a model's answers to held-out rows are, at every evaluation of a Trainer, with a page to look at."""
 
 from __future__ import annotations
 
@@ -52,8 +49,7 @@ def evaluate_answers(
     `--generation_batch_size` at a time, or 8 where the trainer's args have none.
 
     Adds nothing where nothing is held out, neither in `rows` nor in the trainer's evaluation. Raises `ValueError`
-    naming all rows that have no reference.
-    """
+    naming all rows that have no reference."""
     if not isinstance(collator := trainer.data_collator, ChatCollator):
         raise ValueError(f"data_collator is a {type(collator).__name__}; pass data_collator=collator, the ChatCollator")
     if not len(rows) and not trainer.eval_dataset:  # nothing is held out

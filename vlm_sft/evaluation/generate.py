@@ -32,8 +32,7 @@ class Question(NamedTuple):
 def split_reference(row: Mapping[str, Any]) -> Question:
     """The row without its last message, if that is the assistant's; the whole row if nothing answers it yet.
 
-    Raises `ValueError` for messages and images that do not fit together, as `messages.normalise` does.
-    """
+    Raises `ValueError` for messages and images that do not fit together, as `messages.normalise` does."""
     messages, images = normalise(row["messages"], row.get("images"))
     if messages[-1]["role"] == "assistant":
         return Question(messages[:-1], images, text_of(messages[-1]))
@@ -57,8 +56,7 @@ def generate(
     of the model's generation config, or after `max_new_tokens`. With several processes each takes its share of the
     rows, and each returns all answers. The model is left as it was, in training mode and with its own cache setting.
 
-    Raises `ValueError` without rows, and for a bad row with its number (its `row` column where it has one).
-    """
+    Raises `ValueError` without rows, and for a bad row with its number (its `row` column where it has one)."""
     if len(rows) == 0:
         raise ValueError("no rows to generate from; give at least one")
     rank, world_size = PartialState().process_index, PartialState().num_processes

@@ -1,8 +1,7 @@
 """How right an answer is: plain functions of (predictions, references).
 
 Each returns one number over all rows; called with one pair it scores one row. A metric of your own is a function of
-the same two arguments; where less is better, it has the attribute `lower_is_better = True`.
-"""
+the same two arguments; where less is better, it has the attribute `lower_is_better = True`."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[Reference]) -> 
 def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Average normalised Levenshtein similarity: 1 - edits / longer length to the nearest reference, 0 below one half.
 
-    Case and runs of white space do not count. Source: Biten et al. 2019, "Scene Text Visual Question Answering".
-    """
+    Case and runs of white space do not count. Source: Biten et al. 2019, "Scene Text Visual Question Answering"."""
     same = partial(Levenshtein.normalized_similarity, processor=lambda text: " ".join(text.lower().split()))
     pairs = _pairs(predictions, references)
     return fmean(max(same(answer, right, score_cutoff=0.5) for right in rights) for answer, rights in pairs)
@@ -37,8 +35,7 @@ def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
 def cer(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Character error rate: edits to the nearest reference, per character of it, over all rows; 0 is best.
 
-    Without any character in the references, each edit counts as one.
-    """
+    Without any character in the references, each edit counts as one."""
     nearest = [
         min((Levenshtein.distance(answer.strip(), right.strip()), len(right.strip())) for right in rights)
         for answer, rights in _pairs(predictions, references)

@@ -1,7 +1,6 @@
 """Two pages that open from disk and need nothing else: answers next to their references, and what is trained.
 
-Every process may call the writers; the main one writes.
-"""
+Every process may call the writers; the main one writes."""
 
 from __future__ import annotations
 
@@ -70,8 +69,7 @@ def write_samples_html(
     """Writes the samples as one page: sortable columns, filters for right, wrong and changed rows.
 
     Images lie inside the file; no script runs but the page's own. Raises `ValueError` for no samples, and for samples
-    of which only some have the answer before training.
-    """
+    of which only some have the answer before training."""
     compared = {sample.before is not None and sample.score_before is not None for sample in samples}
     if len(compared) != 1:
         found = "some have it" if samples else "no samples"

@@ -1,8 +1,7 @@
 """A LLaVA from its parts: a CLIP tower, a new projector, and a text model of the Llama or Qwen kind.
 
 vicuna.jinja is conv_vicuna_v1 of haotian-liu/LLaVA, llava/conversation.py, without its system prompt, as
-llava-hf/llava-1.5-7b-hf; unlike there, it writes the end token, so that all that renders it shows what was trained.
-"""
+llava-hf/llava-1.5-7b-hf; unlike there, it writes the end token, so that all that renders it shows what was trained."""
 
 from __future__ import annotations
 

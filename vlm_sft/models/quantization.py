@@ -1,7 +1,6 @@
 """A 4-bit config for the language model alone, and the check of what came out, also by a config of your own.
 
-transformers 5.23 skips a module by its path from the root: `["vision_tower", "lm_head"]` leaves no tower in 16 bit.
-"""
+transformers 5.23 skips a module by its path from the root: `["vision_tower", "lm_head"]` leaves no tower in 16 bit."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ def nf4_config(
     the model stays in 16 bit, which `experts_in_16bit=True` accepts.
 
     Raises ImportError without bitsandbytes; ValueError for a model whose parts cannot be told, and for stacked experts
-    that are not accepted, with their share and memory.
-    """
+    that are not accepted, with their share and memory."""
     if not is_bitsandbytes_available():
         raise ImportError("4-bit needs bitsandbytes 0.46.1 or newer: pip install bitsandbytes, or load in 16 bit.")
     dtype = best_dtype() if compute_dtype is None else compute_dtype

@@ -3,8 +3,7 @@
     python -m vlm_sft memory --model llava-hf/llava-1.5-7b-hf --method qlora --gpus 1
 
 Nothing here has been measured on a GPU. A run is said to fit where its peak is at most nine tenths of the memory, which
-leaves the rest to fragmentation.
-"""
+leaves the rest to fragmentation."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ def estimate(
     Trained in full are projector, language model and head, or the projector alone; adapters sit on the language model's
     linear layers. `trained` takes the place of the number of weights that follows from that.
 
-    Raises ValueError for settings that do not go together.
-    """
+    Raises ValueError for settings that do not go together."""
     if method == "qlora" and strategy == "zero3":
         raise ValueError("method='qlora' with strategy='zero3': DeepSpeed shards no 4-bit weights; take fsdp2")
     if strategy == "fsdp2" and optimizer != "adamw":
@@ -212,8 +210,7 @@ def of_run(trainer: Any, tokens: int) -> str:
 def report(model_name_or_path: str, *, gpu_memory: float | None, gpus: int, **options: Any) -> tuple[str, bool]:
     """The estimate for the model of this name as text, and whether it fits a GPU of so many GiB (None: this one).
 
-    `options` are those of `estimate`.
-    """
+    `options` are those of `estimate`."""
     model = on_meta(AutoConfig.from_pretrained(model_name_or_path))
     found = estimate(model, gpus=gpus, **options)
     if gpu_memory is None:

@@ -1,7 +1,6 @@
 """A model made small: its widths, depths, heads and experts, by the names of its config's fields.
 
-What decides the length of a row stays: vocabulary and token ids, sizes of images, patches, merges and windows.
-"""
+What decides the length of a row stays: vocabulary and token ids, sizes of images, patches, merges and windows."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a small model of the same kind, from `config.to_dict()`.
 
     Of a stack of layers one of each kind is kept (sliding and full attention, dense and sparse, tapped or not), and two
-    at least. Numbers that are small already stay.
-    """
+    at least. Numbers that are small already stay."""
     heads = config.get("num_attention_heads")
     width = next((config[name] for name in ("hidden_size", "d_model", "embed_dim") if config.get(name)), None)
     # A tower of timm has the width of its architecture, unless told another.

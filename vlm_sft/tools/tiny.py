@@ -2,8 +2,7 @@
 
 The classes are the real ones; only sizes, weights and the vocabulary, which is trained on the spot, are small.
 `python -m vlm_sft tiny llava15 twins/llava15` writes a folder that `from_pretrained` reads. `--like MODEL` makes a twin
-of any model: its own processor, template and vocabulary before a random model of its own kind, so rows are as long.
-"""
+of any model: its own processor, template and vocabulary before a random model of its own kind, so rows are as long."""
 
 from __future__ import annotations
 
@@ -73,14 +72,6 @@ def _llama(texts: Sequence[str], **tokens: Any) -> Any:
     return _hf.TokenizersBackend(tokenizer_object=backend, **tokens)
 
 
-def _gemma(texts: Sequence[str], **tokens: Any) -> Any:
-    return _hf.GemmaTokenizer(**_byte_fallback(texts, "<pad>", "<eos>", "<bos>", "<unk>", "<mask>"), **tokens)
-
-
-def _qwen(texts: Sequence[str], **tokens: Any) -> Any:
-    return _hf.Qwen2Tokenizer(**_byte_level(texts), **tokens)
-
-
 def _gpt2(split: Any, use_regex: bool, texts: Sequence[str], **tokens: Any) -> Any:
     backend, words = Tokenizer(models.BPE(**_byte_level(texts))), pre_tokenizers.ByteLevel
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, words(add_prefix_space=False, use_regex=use_regex)])
@@ -88,7 +79,12 @@ def _gpt2(split: Any, use_regex: bool, texts: Sequence[str], **tokens: Any) -> A
     return _hf.TokenizersBackend(tokenizer_object=backend, **tokens)
 
 
-_TOKENIZERS: dict[str, Callable[..., Any]] = {"llama": _llama, "gemma": _gemma, "qwen": _qwen}
+_GEMMA = "<pad>", "<eos>", "<bos>", "<unk>", "<mask>"
+_TOKENIZERS: dict[str, Callable[..., Any]] = {
+    "llama": _llama,
+    "gemma": lambda texts, **tokens: _hf.GemmaTokenizer(**_byte_fallback(texts, *_GEMMA), **tokens),
+    "qwen": lambda texts, **tokens: _hf.Qwen2Tokenizer(**_byte_level(texts), **tokens),
+}
 _TOKENIZERS["smollm"] = partial(_gpt2, pre_tokenizers.Digits(individual_digits=True), True)
 _TOKENIZERS["llama3"] = partial(_gpt2, pre_tokenizers.Split(Regex(_LLAMA3_REGEX), "isolated"), False)
 _TWINS = Template(Path(__file__).with_name("twins.yaml.jinja").read_text("utf-8"))
@@ -116,8 +112,7 @@ def build(
     `image_size` and `patch_size` are edges in pixels: of the square (or tile) that the tower sees and of a patch;
     Qwen-VL takes images up to twice that edge. Words of `corpus` become tokens.
 
-    Raises ValueError for settings that do not fit, all at once, and ImportError where torchvision is missing.
-    """
+    Raises ValueError for settings that do not fit, all at once, and ImportError where torchvision is missing."""
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; the known ones are {', '.join(FAMILIES)}.")
     if min(hidden_size, num_layers, image_size, patch_size) < 1 or hidden_size % 64 or image_size % (2 * patch_size):
@@ -166,8 +161,7 @@ def save_like(model: str | Path, folder: str | Path, *, seed: int = 0) -> Path:
     beside the processor and generation settings of `model` itself: rows are as long as with it.
 
     Raises ValueError for a model that takes no images, a folder that is not empty, and a config that cannot be shrunk,
-    with the sizes that were left.
-    """
+    with the sizes that were left."""
     return _write(folder, lambda: _like(model, seed))
 
 

@@ -4,8 +4,7 @@ transformers groups by the column `length`, which `check_rows` adds. Left to its
 `group_by_length` from the global random state, which differs between processes after an epoch and is not there again
 when an epoch is resumed, and resumes `batch_rebalance` on several processes in the order of the first epoch: rows would
 be skipped and others trained twice. And each start of a loader draws a seed for its workers from the state that dropout
-draws from, persistent workers at the first start alone, so that a resumed run would draw once more.
-"""
+draws from, persistent workers at the first start alone, so that a resumed run would draw once more."""
 
 from __future__ import annotations
 

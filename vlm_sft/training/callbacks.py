@@ -28,8 +28,7 @@ class RestoreGenerationConfig(TrainerCallback):
     Make it before the Trainer, which writes `use_cache=False` into the config and changes special tokens
     (transformers 5.23). End tokens that it adds stay, and so does a pad or start token where none was set: generation
     stops at the token that training taught. Raises ValueError at the start of training for a generation config that
-    could not be saved at its end.
-    """
+    could not be saved at its end."""
 
     def __init__(self, model: Any) -> None:
         self.model: Any = base_of(model)
@@ -64,8 +63,7 @@ class KeepRandomState(TrainerCallback):
 
     Without this, its loader draws a seed from the state that dropout and NEFTune draw from. Must be the last callback:
     it takes the state after all else has drawn from it, and puts it back after all else in `on_evaluate`, such as
-    generated answers. The next checkpoint is saved after that (transformers 5.23), so a resume stays exact.
-    """
+    generated answers. The next checkpoint is saved after that (transformers 5.23), so a resume stays exact."""
 
     _state: tuple[Any, ...] | None = None
 
@@ -95,8 +93,7 @@ class StopOnNaN(TrainerCallback):
 
     With the fp16 gradient scaler an infinite gradient alone is not a fault as long as the scale is at least 1: the
     scaler skips the step and lowers its scale. DeepSpeed steps inside `backward`: there the stop comes after the step
-    and before the next save.
-    """
+    and before the next save."""
 
     def __init__(self, *, max_skipped: int = 0) -> None:
         if max_skipped < 0:
@@ -172,8 +169,7 @@ def explain_out_of_memory(trainer: Any) -> None:
     """Adds to an out-of-memory error of this trainer the batch, its longest row and the ways out.
 
     Wraps `training_step`, `prediction_step` and `train` (whose optimizer states and generated answers take memory too)
-    of this one trainer. The error stays the same object, so `auto_find_batch_size` sees it.
-    """
+    of this one trainer. The error stays the same object, so `auto_find_batch_size` sees it."""
 
     def explained(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)

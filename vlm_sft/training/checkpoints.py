@@ -1,7 +1,4 @@
-"""Checkpoints that are complete or absent, and resume only the run they belong to.
-
-Use `SafeCheckpoints()` as a callback, and `trainer.train(resume_from_checkpoint=latest_checkpoint(trainer))`.
-"""
+"""Checkpoints that are complete or absent, and resume only the run they belong to."""
 
 from __future__ import annotations
 
@@ -61,8 +58,7 @@ class SafeCheckpoints(TrainerCallback):
     - SIGTERM: the step is finished and saved, and the process exits with 0. Two runs never share an `output_dir`.
     - Beside an adapter lies `training_base.json`: the base it was trained on, as merging needs it.
 
-    Raises `ValueError` for training arguments that defeat this, and for a resume of what does not belong here.
-    """
+    Raises `ValueError` for training arguments that defeat this, and for a resume of what does not belong here."""
 
     def __init__(self) -> None:
         self.made_of: Mapping[str, Any] = {}  # further settings that must be equal, which `prove` knows
@@ -208,8 +204,7 @@ def latest_checkpoint(trainer: Any) -> str | None:
     """The newest complete checkpoint in the trainer's `output_dir`, or None; prints which it skipped, and why.
 
     Raises `ValueError` where it does not belong to this run, with all that differs, for a trainer without
-    `SafeCheckpoints`, and where `resume_from_checkpoint` asks for another choice.
-    """
+    `SafeCheckpoints`, and where `resume_from_checkpoint` asks for another choice."""
     guard = next((c for c in trainer.callback_handler.callbacks if isinstance(c, SafeCheckpoints)), None)
     if guard is None:
         raise ValueError("latest_checkpoint: the trainer has no SafeCheckpoints() among its callbacks; add it")
@@ -253,8 +248,7 @@ def _announcement(args: TrainingArguments, state: TrainerState, loader: Any) -> 
 
 
 def _rows_per_step(args: TrainingArguments) -> int:
-    rows: int = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return rows
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def _sharding() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,8 +93,7 @@ class RecipeDefaults(SFTConfig):
     launcher one GPU of several is used, and a line says how to use all.
 
     Without evaluations or saves there is no best model to load. Raises ValueError for an output folder that this locale
-    cannot spell, and for a push to the Hub that could not be made.
-    """
+    cannot spell, and for a push to the Hub that could not be made."""
 
     # For load_model, as in sdpa or flash_attention_2; None: the best that runs here
     attn_implementation: str | None = None
@@ -125,9 +124,8 @@ class RecipeDefaults(SFTConfig):
         self.hardware_changes = []
         if self.load_best_model_at_end and "no" in (idle := (self.eval_strategy, self.save_strategy)):
             self.load_best_model_at_end = False
-            self.hardware_changes.append(
-                f"the last weights are kept, as --{('eval', 'save')[idle.index('no')]}_strategy is no"
-            )
+            what = ("eval", "save")[idle.index("no")]
+            self.hardware_changes.append(f"the last weights are kept, as --{what}_strategy is no")
         self.hardware_changes += set_hardware_defaults(self)
         try:
             str(self.output_dir).encode()
@@ -162,17 +160,13 @@ def refuse_inert_settings(args: Any) -> None:
     """Raises `ValueError` for every setting of SFTConfig that has no effect here, since `ChatCollator` makes the labels
     and `check_rows` reads the rows."""
     inherited = {f.name for f in fields(TrainingArguments)}
-    defaults = {f.name: _default(f) for f in fields(SFTConfig) if f.name not in inherited | _ACTING}
+    defaults = {f.name: f.default for f in fields(SFTConfig) if f.name not in inherited | _ACTING}
     # None stands for a default as well: SFTConfig itself puts it in the place of some.
     found = {n: value for n, default in defaults.items() if (value := getattr(args, n, None)) not in (default, None)}
     if found:
         flags = ", ".join(f"--{name} {value}" for name, value in found.items())
         them = "it" if len(found) == 1 else "them"
         raise ValueError(f"without effect here: {flags}. {_instead(found)}; leave {them} out")
-
-
-def _default(setting: Any) -> Any:
-    return setting.default if setting.default is not MISSING else setting.default_factory()
 
 
 def _instead(found: Mapping[str, Any]) -> str:

@@ -15,8 +15,7 @@ def noise_by_conversation(trainer: Any) -> None:
     """Replaces the noise that the Trainer has put on the model's embeddings, where it has (`neftune_noise_alpha`).
 
     Each conversation of T tokens gets uniform noise within alpha / sqrt(T d) (arXiv 2310.05914). The Trainer's (in
-    transformers 5.23) takes for T what a row of the batch has: padding too, and without padding all conversations.
-    """
+    transformers 5.23) takes for T what a row of the batch has: padding too, and without padding all conversations."""
     if (own := getattr(trainer, "neftune_hook_handle", None)) is None:
         return
     own.remove()

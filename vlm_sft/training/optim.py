@@ -1,7 +1,6 @@
 """A learning rate for each part, through the Trainer's own optimizers.
 
-LLaVA's `mm_projector_lr`: stage 2 trains the projector at another rate than the language model (arXiv 2310.03744).
-"""
+LLaVA's `mm_projector_lr`: stage 2 trains the projector at another rate than the language model (arXiv 2310.03744)."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ def lr_by_part(args: TrainingArguments, learning_rates: Mapping[str, float]) -> 
     where any part keeps it; biases and norms have no weight decay; the scheduler scales every group from its own rate.
 
     Raises ValueError for an unknown part, a negative rate, and, when training starts, for a part that trains nothing
-    and an optimizer that makes its own groups (GaLore, Apollo, LOMO, Muon).
-    """
+    and an optimizer that makes its own groups (GaLore, Apollo, LOMO, Muon)."""
     rates = dict(learning_rates)
     faults = [f"{part!r} is not a part" for part in rates if part not in PARTS]
     faults += [f"{part}: {rate} is negative" for part, rate in rates.items() if rate < 0]

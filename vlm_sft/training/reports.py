@@ -1,7 +1,6 @@
 """What a finished run leaves beside its weights: the loss as an image, its record as JSON, a model card.
 
-Every process may call `write_reports`; the main one writes.
-"""
+Every process may call `write_reports`; the main one writes."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ def write_reports(
 
     `settings` are the recipe's own, among them `dataset_name`; `facts` are what was proven before the first step;
     `held_out` tells which rows were not trained on. No token or other secret is written, and of a path outside the
-    working directory only the last part. Call it after `trainer.save_model()`, where PEFT leaves a card of its own.
-    """
+    working directory only the last part. Call it after `trainer.save_model()`, where PEFT leaves a card of its own."""
     if not PartialState().is_main_process:
         return
     output, state = Path(trainer.args.output_dir), trainer.state
@@ -178,8 +176,7 @@ def _write_model_card(trainer: Any, dataset: str | None, results: Mapping[str, A
     """Writes `README.md`: TRL's card with data, method, results and lines that run the model.
 
     TRL 1.16 calls every model a text generator and links what lies in a folder as if it were on the Hub; here the task
-    is image-text-to-text, and of a folder only the name is told.
-    """
+    is image-text-to-text, and of a folder only the name is told."""
     output, args = Path(trainer.args.output_dir), trainer.args
     adapters = getattr(trainer.model, "peft_config", {})
     names = {"base": base_settings(trainer.model)["base_model_name_or_path"], "data": dataset}
