@@ -1,8 +1,8 @@
 """Gemma 4 E4B on instruction data: LoRA adapters on a 4-bit base.
 
 Trains LoRA adapters of rank 16 on every linear layer in the language model's blocks. Frozen: the NF4 base; vision and
-audio tower, projectors, embeddings (a second one for each layer) and the lm_head tied to one in 16 bit. The loss covers
-each assistant turn and its <turn|>. Use a GPU with bfloat16 (Ampere or newer).
+audio tower, projectors, embeddings (a second one for each layer) and the lm_head (tied to the first of them), all in 16
+bit. The loss covers each assistant turn and its <turn|>. Use a GPU with bfloat16 (Ampere or newer).
 
     accelerate launch recipes/gemma4_sft.py --dataset_name my_data.jsonl
 

@@ -2,12 +2,12 @@
 
 Trains the whole model from random weights (CLIP tower, projector, Llama; some 0.9 million parameters). The loss covers
 the answer and its stop token. Data: scikit-learn's 1,797 real handwritten digits, 1,500 to learn from, 297 held out.
-Differs from the other recipes in that: it makes its model and its data.
+Differs from the other recipes in that it makes its model and its data.
 
     make quickstart                        # or: python recipes/quickstart.py
 
 Writes to outputs/quickstart: model, processor, data, loss.png, samples.html, audit.html and run.json.
-Edit `DIGITS` and `to_conversation` for another question, the size of the model in `RecipeArguments`.
+Edit `QUESTION`, `DIGITS` and `to_conversation` for another task, the size of the model in `RecipeArguments`.
 """
 
 from dataclasses import dataclass, field

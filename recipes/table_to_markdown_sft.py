@@ -1,4 +1,4 @@
-"""Images of tables become Markdown: LoRA adapters on Qwen2.5-VL-3B, chosen by the tables that they write.
+"""Images of tables become Markdown: LoRA adapters on Qwen2.5-VL-3B, the best kept by the tables they write.
 
 Trains LoRA adapters of rank 16; the rest is frozen in 16 bit. The loss covers the table. Draws its data, unlike others.
 

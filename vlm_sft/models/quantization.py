@@ -36,7 +36,7 @@ def nf4_config(
     Raises ImportError without bitsandbytes; ValueError for a model whose parts cannot be told, and for stacked experts
     that are not accepted, with their share and memory."""
     if not is_bitsandbytes_available():
-        raise ImportError("4-bit needs bitsandbytes 0.46.1 or newer: pip install bitsandbytes, or load in 16 bit.")
+        raise ImportError("4-bit needs bitsandbytes 0.50.2 or newer: pip install bitsandbytes, or load in 16 bit.")
     dtype = best_dtype() if compute_dtype is None else compute_dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"compute_dtype={compute_dtype!r}: a float dtype such as torch.bfloat16")

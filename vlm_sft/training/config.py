@@ -87,7 +87,7 @@ def unread_flags(args: Any) -> list[str]:
 @dataclass
 class RecipeDefaults(SFTConfig):
     """SFTConfig with the settings that recipes share. None of them changes a trained number: how rows are loaded, when
-    is logged, how many checkpoints are kept, whether activations are kept or computed again.
+    a run evaluates and saves, how many checkpoints are kept, whether activations are kept or computed again.
 
     `set_hardware_defaults` fills in precision and optimizer; `hardware_changes` says what it replaced. Without a
     launcher one GPU of several is used, and a line says how to use all.
