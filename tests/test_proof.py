@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from proven import TRAINS, Pieces, RecipeArguments, RecipeConfig, pieces
+from proven import METRICS, TRAINS, Pieces, RecipeArguments, RecipeConfig, pieces
 from recipe_data import chats
 from runs import Collate
 from transformers import EarlyStoppingCallback, TrainingArguments
@@ -141,11 +142,11 @@ def test_a_second_training_where_the_first_left_checkpoints(make):
 def test_a_training_that_failed_does_not_begin_again(make, monkeypatch):
     run = make()
     run.prove()
-    compute = run.trainer.compute_loss
-    monkeypatch.setattr(run.trainer, "compute_loss", lambda *a, **k: 1 / 0)
+    compute = run.trainer.training_step
+    monkeypatch.setattr(run.trainer, "training_step", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.trainer.train()
-    monkeypatch.setattr(run.trainer, "compute_loss", compute)
+    monkeypatch.setattr(run.trainer, "training_step", compute)
     with pytest.raises(ValueError, match=r"train\(\) was called a second time"):
         run.trainer.train()
 
@@ -225,9 +226,39 @@ def own_optimizer(run: Pieces) -> None:
     run.trainer.optimizer = torch.optim.SGD(weights[1:], lr=0.1)
 
 
+def optimizer_of_another_rate(run: Pieces) -> None:
+    weights = [weight for weight in run.trainer.model.parameters() if weight.requires_grad]
+    run.trainer.optimizer = torch.optim.SGD(weights, lr=1e-6)
+
+
+def half_weights(run: Pieces) -> None:
+    run.trainer.model.half()
+
+
+def other_scale(run: Pieces) -> None:
+    next(each for each in run.trainer.model.modules() if hasattr(each, "lora_A")).scaling["default"] = 99.0
+
+
+def other_processor(run: Pieces) -> None:
+    run.trainer.processing_class = copy.deepcopy(run.processor)
+
+
+def other_loss(run: Pieces) -> None:
+    run.trainer.compute_loss_func = own_loss
+
+
+def own_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    return outputs.logits.float().square().mean()
+
+
 @pytest.mark.parametrize(
     ("exchange", "told"),
     [
+        (optimizer_of_another_rate, "made with a learning rate of 1e-06, and the run has --learning_rate 0.01"),
+        (half_weights, r"dtypes of trainable weights: .* in torch.float16 and \d+ more now, .* in torch.float32"),
+        (other_scale, r"prove\(\): scales of adapters\. "),
+        (other_processor, r"prove\(\): trainer.processing_class\. "),
+        (other_loss, r"prove\(\): the loss\. "),
         (other_collator, r"exchanged after prove\(\): trainer.data_collator\. Change it before prove"),
         (other_setting_of_the_collator, "trainer.data_collator; settings of the collator or its processor"),
         (collator_of_another_kind, "trainer.data_collator; settings of the collator or its processor"),
@@ -399,11 +430,79 @@ def test_settings_of_sftconfig_that_act_are_taken(name, tmp_path):
         ({"metric_for_best_model": "eval_bleu"}, "eval_bleu is reported by nothing; reported are eval_loss, eval_anls"),
         ({"metric_for_best_model": "eval_cer"}, "--greater_is_better False"),
         ({"metric_for_best_model": "eval_anls", "greater_is_better": False}, "--greater_is_better True"),
+        ({"greater_is_better": True}, "takes the worst eval_loss for the best: --greater_is_better False"),
+        ({"metric_for_best_model": "mean_token_accuracy", "greater_is_better": False}, "--greater_is_better True"),
+        ({"metric_for_best_model": "eval_entropy"}, "eval_entropy is no better for being more or less; choose among"),
+        ({"max_steps": 0}, r"would train nothing: --max_steps 0 \(expected more than 0\)"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "would train nothing: --num_train_epochs 0 "),
+        ({"learning_rate": 0.0}, "would train nothing: --learning_rate 0 "),
+        ({"learning_rate": -1.0}, "would train nothing: --learning_rate -1 "),
+        ({"gradient_accumulation_steps": -1}, "would train nothing: --gradient_accumulation_steps -1 "),
+        ({"gradient_accumulation_steps": 0}, "would train nothing: --gradient_accumulation_steps 0 "),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, "leaves out all 8 rows, less than one b"),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 2},
+            "constant has no warm-up, and --warmup_steps asks for 2",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 100}},
+            "warmup_stable_decay with .* has its peak at 0.0",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1.0}},
+            "has its peak at 85.* times --learning_rate 0.01",
+        ),
     ],
 )
 def test_plans_that_cannot_be_meant(settings, told, make):
     with pytest.raises(ValueError, match=told):
         make(**settings).prove()
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"])
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_schedules_that_reach_the_learning_rate(kind, warmup, make):
+    if kind != "constant" or not warmup:
+        said = make(lr_scheduler_type=kind, warmup_steps=warmup).prove().facts["steps"]
+        assert f"warm-up {warmup}, {kind}, peak learning rate 0.01" in said
+
+
+def test_rates_of_parts_are_said(make):
+    rates = {"optimizer_cls_and_kwargs": vlm_sft.lr_by_part(RecipeConfig("unused"), {"language": 1e-3})}
+    assert make(given=rates).prove().facts["steps"].endswith("peak learning rate 0.01, language 0.001")
+
+
+def test_training_rows_are_not_held_out(make):
+    data = make().data
+    with pytest.raises(ValueError, match=r"eval_dataset is given the rows to train on.*pass data\['test'\]"):
+        make(data=data, checked=False, given={"eval_dataset": data["train"]}).prove()
+    run = make(answers=False)
+    vlm_sft.evaluate_answers(run.trainer, run.data["train"], METRICS, max_new_tokens=4)
+    with pytest.raises(ValueError, match="evaluate_answers is given the rows to train on"):
+        run.prove()
+
+
+def test_precision_of_the_launcher(make, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match=r"--bf16 False --fp16 False, but the run would be in mixed precision 'bf16'"):
+        make(bf16=False).prove()
+
+
+def test_a_loss_of_ones_own_is_said(make):
+    run = make()
+    other_loss(run)
+    said = run.prove().facts["changed"]
+    assert f"the loss is {__name__}.own_loss, not TRL's" in said
+    assert "scores trained positions" not in said
+    assert "the loss is" not in make().prove().facts["changed"]
+
+
+def test_no_gradient(make):
+    run = make(eval_on_start=False)
+    run.trainer.model.merge_adapter()
+    run.prove()
+    with pytest.raises(ValueError, match=r"no weight has a gradient.*unmerge_adapter"):
+        run.trainer.train()
 
 
 def test_one_held_out_row_to_choose_by(make, tmp_path):

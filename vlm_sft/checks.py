@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
+from transformers import get_scheduler
+from transformers.trainer_utils import has_length
 
 from vlm_sft.chat.audit import AuditReport
 from vlm_sft.chat.collator import ChatCollator
@@ -21,10 +23,10 @@ from vlm_sft.tools.memory import of_run
 from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
 from vlm_sft.upstream import is_sharded
 
-# What an evaluation of SFTTrainer reports by itself (trl 1.16, transformers 5.23).
-_REPORTED = {
-    *("loss", "mean_token_accuracy", "entropy", "num_tokens", "runtime", "samples_per_second", "steps_per_second")
-}
+# What an evaluation of SFTTrainer reports by itself (trl 1.16, transformers 5.23), and whether less of it is better;
+# None where neither is.
+_REPORTED: dict[str, bool | None] = {"loss": True, "mean_token_accuracy": False}
+_REPORTED |= dict.fromkeys(("entropy", "num_tokens", "runtime", "samples_per_second", "steps_per_second"))
 
 
 def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
@@ -35,6 +37,13 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
         raise ValueError(
             f"--attn_implementation {asked} has no effect, the model runs {runs}: pass attn_implementation="
             "training_args.attn_implementation to load_model"
+        )
+    asked = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
+    if (runs := trainer.accelerator.mixed_precision) != asked and not trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"--bf16 {trainer.args.bf16} --fp16 {trainer.args.fp16}, but the run would be in mixed precision {runs!r}: "
+            "leave mixed_precision to the flags (in the config of accelerate, its --mixed_precision, or "
+            "ACCELERATE_MIXED_PRECISION), or set the flag"
         )
     if args is None:
         return {}
@@ -132,9 +141,16 @@ def check_pieces(trainer: Any, collator: Any) -> None:
         )
 
 
-def check_pass(trainer: Any, collator: Any) -> Checked:
-    """What `check_rows` said of the training rows. Raises where they, or the held-out rows, did not pass through it."""
+def check_pass(trainer: Any, collator: Any, answered: Iterable[Any]) -> list[Checked]:
+    """What `check_rows` said of the training rows, and of the held-out ones. Raises where they did not pass through it,
+    and where they, or those that are `answered`, are the training rows."""
     rows, passed = trainer.train_dataset, list[Checked]()
+    held_out = {"eval_dataset": [trainer.eval_dataset], "evaluate_answers": answered}
+    for name in [name for name, those in held_out.items() if any(each is rows for each in those)]:
+        raise ValueError(
+            f"{name} is given the rows to train on, which say nothing of new ones, nor which weights are the best: "
+            "pass data['test'] (--num_eval_rows holds rows out)"
+        )
     splits = {"train_dataset": rows} | ({"eval_dataset": trainer.eval_dataset} if trainer.eval_dataset else {})
     for name, split in splits.items():
         if (checked := rows_checked(split)) is None:
@@ -156,7 +172,7 @@ def check_pass(trainer: Any, collator: Any) -> Checked:
     if trainer.args.train_sampling_strategy != "random" and "length" not in (rows.column_names or ()):
         trainer.args.train_sampling_strategy = "random"
         print_main("rows come in random order: without the check of all rows their lengths are not known")
-    return passed[0]
+    return passed
 
 
 def check_captions(report: AuditReport) -> None:
@@ -197,11 +213,18 @@ def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, 
 def plan_of(trainer: Any, answers: Mapping[str, Any]) -> tuple[int, dict[str, str]]:
     """Optimizer steps of the whole run, and lines on them and on its evaluations. `answers`: name -> metric of answers.
 
-    Raises `ValueError` for a plan that cannot be meant: a warm-up as long as the run, a best-model metric that nothing
-    reports or whose wrong end is taken for the best, one held-out row to choose the best weights by."""
+    Raises `ValueError` for a plan that cannot be meant: no step, a learning rate or a warm-up that is never reached, a
+    best-model metric that nothing reports or whose wrong end is taken for the best, one held-out row to choose by."""
     args, held_out, loader = trainer.args, trainer.eval_dataset, trainer.get_train_dataloader()
+    length = "num_train_epochs" if args.max_steps == -1 else "max_steps"
+    settings = {name: getattr(args, name) for name in (length, "gradient_accumulation_steps", "learning_rate")}
+    wrong = [f"--{name} {value:g} (expected more than 0)" for name, value in settings.items() if value <= 0]
+    if has_length(loader) and not len(loader):
+        wrong.append(f"--dataloader_drop_last leaves out all {len(trainer.train_dataset)} rows, less than one batch")
+    if wrong:
+        raise ValueError(f"this run would train nothing: {'; '.join(wrong)}")
     epochs, per_epoch, _, _, rows_a_step, _, steps = trainer.set_initial_training_values(args, loader)
-    warmup = args.get_warmup_steps(steps)
+    warmup, scheduler = args.get_warmup_steps(steps), getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     chosen = "eval_" + (args.metric_for_best_model or "loss").removeprefix("eval_")
     faults = _choice_faults(trainer, chosen, answers) if args.load_best_model_at_end and held_out is not None else []
     if warmup >= max(steps, 1):
@@ -210,18 +233,41 @@ def plan_of(trainer: Any, answers: Mapping[str, Any]) -> tuple[int, dict[str, st
             f"--learning_rate {args.learning_rate:g}: --warmup_steps 0, a share of more steps as in "
             "--warmup_steps 0.03, or more --num_train_epochs"
         )
+    else:
+        faults += _schedule_faults(args, scheduler, warmup, steps)
     if faults:
         raise ValueError("this run cannot be meant so: " + "; ".join(faults))
+    rates = "".join(f", {part} {rate:g}" for part, rate in part_rates(trainer).items())
     whole = "" if args.max_steps > 0 else f" ({epochs} x {per_epoch} an epoch)"
-    scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     evaluations, saves = (_times(args, what, steps, epochs) for what in ("eval", "save"))
     count = f"{len(held_out) if isinstance(held_out, Sized) else 0:,}"
     best = f"best by {chosen}" if args.load_best_model_at_end else "the last weights are kept"
     return steps, {
         "steps": f"{steps:,}{whole} of {rows_a_step} rows; warm-up {warmup:,}, {scheduler}, peak learning rate "
-        f"{args.learning_rate:g}",
+        f"{args.learning_rate:g}{rates}",
         "checks": f"{evaluations} evaluations on {count} held-out rows, {saves} saves; {best}",
     }
+
+
+def part_rates(trainer: Any) -> dict[str, float]:
+    """The learning rates of parts that `lr_by_part` gave the trainer."""
+    given: Any = trainer.optimizer_cls_and_kwargs or (None, {})
+    return given[1].get("lr_by_part") or {}
+
+
+def _schedule_faults(args: Any, scheduler: str, warmup: int, steps: int) -> list[str]:
+    """A warm-up that the schedule leaves out, or a peak that is not the learning rate."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    made = get_scheduler(scheduler, optimizer, warmup, steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    if not (shares := getattr(made, "lr_lambdas", None)):  # it waits for losses
+        return []
+    highest = max(shares[0](step) for step in {*range(0, steps, max(1, steps // 1000)), warmup})
+    if not math.isclose(highest, 1, rel_tol=1e-3):
+        found = f"--lr_scheduler_type {scheduler} with --lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+        return [f"{found} has its peak at {highest:g} times --learning_rate {args.learning_rate:g}: change the kwargs"]
+    if warmup and shares[0](0) == highest:
+        return [f"--lr_scheduler_type {scheduler} has no warm-up, and --warmup_steps asks for {warmup}: set it to 0"]
+    return []
 
 
 def _choice_faults(trainer: Any, chosen: str, answers: Mapping[str, Any]) -> list[str]:
@@ -231,13 +277,15 @@ def _choice_faults(trainer: Any, chosen: str, answers: Mapping[str, Any]) -> lis
             "one held-out row would choose the best weights: hold out more (--num_eval_rows), or "
             "--load_best_model_at_end False"
         )
-    if trainer.compute_metrics is None and name not in (*_REPORTED, *answers):
-        known = ", ".join(f"eval_{metric}" for metric in ("loss", *answers))
+    less = _REPORTED | {name: getattr(metric, "lower_is_better", False) for name, metric in answers.items()}
+    known = ", ".join(f"eval_{metric}" for metric in ("loss", *answers))
+    if trainer.compute_metrics is None and name not in less:
         faults.append(f"--metric_for_best_model {chosen} is reported by nothing; reported are {known}")
-    meant = not getattr(answers.get(name), "lower_is_better", False)
-    if name in answers and bool(trainer.args.greater_is_better) != meant:
-        said = f"--greater_is_better {not meant} takes the worst {chosen} for the best"
-        faults.append(f"{said}: --greater_is_better {meant}")
+    elif name in _REPORTED and less[name] is None:
+        faults.append(f"--metric_for_best_model {chosen} is no better for being more or less; choose among {known}")
+    elif name in less and bool(trainer.args.greater_is_better) == less[name]:
+        said = f"--greater_is_better {not less[name]}"
+        faults.append(f"--greater_is_better {less[name]} takes the worst {chosen} for the best: {said}")
     return faults
 
 
@@ -249,9 +297,9 @@ def _times(args: Any, what: str, steps: int, epochs: int) -> int:
     return steps // max(1, math.ceil(steps * every) if every < 1 else int(every))
 
 
-def check_optimizer(optimizer: Any, model: Any) -> None:
-    """Raises unless the optimizer's groups hold the trainable weights, all of them and no others. DeepSpeed's hold flat
-    copies, which cannot be told apart."""
+def check_optimizer(optimizer: Any, model: Any, rates: Mapping[str, float], rate: float) -> None:
+    """Raises unless the optimizer's groups hold the trainable weights, all of them and no others, and train at `rate`,
+    or that of their part in `rates`. DeepSpeed's hold flat copies, which cannot be told apart."""
     if type(optimizer).__name__.startswith("DeepSpeed"):
         return
     held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
@@ -263,3 +311,10 @@ def check_optimizer(optimizer: Any, model: Any) -> None:
             f"the optimizer holds {others} tensors that do not train, and lacks {len(forgotten)} that should "
             f"({listed(forgotten)}): let the Trainer make it, or give it exactly the weights with requires_grad"
         )
+    for group in optimizer.param_groups:
+        meant, runs = rates.get(group.get("part"), rate), float(group.get("initial_lr", group["lr"]))
+        if not math.isclose(meant, runs):
+            raise ValueError(
+                f"the optimizer was made with a learning rate of {runs:g}, and the run has --learning_rate {meant:g}: "
+                "leave its rate to the flag, or pass optimizer_cls_and_kwargs=vlm_sft.lr_by_part(...)"
+            )

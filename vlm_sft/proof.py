@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy
@@ -95,7 +96,7 @@ class Gate(TrainerCallback):
         self.batch_size = size
         random = rng_state()  # nothing below may change a trained number
         _refuse_exchanged(trainer, proof, state)
-        checks.check_optimizer(kwargs["optimizer"], trainer.model)
+        checks.check_optimizer(kwargs["optimizer"], trainer.model, checks.part_rates(trainer), args.learning_rate)
         noise_by_conversation(trainer)
         proof.facts["forward"] = _forward(trainer, proof)
         print_main(f"{'forward':<11}{proof.facts['forward']}")
@@ -171,9 +172,11 @@ def prove(
         raise ValueError("prove(): vlm_sft.guards(model) was given another model than SFTTrainer; give both the same")
     flags = checks.check_flags(trainer, args)
     checks.check_pieces(trainer, collator)
-    checked = checks.check_pass(trainer, collator)
-    changes = list(getattr(trainer.args, "hardware_changes", ()))
     answers = _callbacks(trainer, AnswerEvaluation)
+    checked, *held_out = checks.check_pass(trainer, collator, [each.rows.dataset for each in answers])
+    changes = list(getattr(trainer.args, "hardware_changes", ()))
+    if own := _own_loss(trainer):
+        changes.append(f"the loss is {own}, not TRL's")
     if isinstance(trainer.eval_dataset, Sized) and not len(trainer.eval_dataset):
         trainer.eval_dataset, trainer.args.eval_on_start, trainer.args.load_best_model_at_end = None, False, False
         trainer.args.eval_strategy = IntervalStrategy.NO
@@ -213,9 +216,13 @@ def prove(
         **checks.memory_of(trainer),
     }
     (saver,) = _callbacks(trainer, SafeCheckpoints)
-    optimizer: Any = trainer.optimizer_cls_and_kwargs or (None, {})
-    rates = optimizer[1].get("lr_by_part")
-    saver.made_of = {"collator": collator.made_of(), "rows": checked.content, "lr_by_part": rates}
+    saver.made_of = {
+        "collator": collator.made_of(),
+        "rows": checked.content,
+        "held-out rows": [each.content for each in held_out],
+        "lr_by_part": checks.part_rates(trainer) or None,
+        "loss": _own_loss(trainer),
+    }
     saver.noted = {"image_files_written": checked.written}
     proof = Proof(facts, report, flags, _held(trainer), steps)
     gate.trainer, gate.proof = trainer, proof
@@ -269,19 +276,35 @@ def _library_changes(trainer: Any) -> list[str]:
         "rows come without padding": trainer.data_collator.settings.padding_free,
         "checkpoints keep the names of parameters and end with a manifest": True,
         "the random state and the generation config are kept over evaluations": True,
-        "the loss scores trained positions alone": args.device.type == "cpu" and not args.torch_compile,
+        "the loss scores trained positions alone": args.device.type == "cpu"
+        and not (args.torch_compile or _own_loss(trainer)),
         "a step that runs out of memory says why": True,
     }
     return [change for change, is_so in changes.items() if is_so]
+
+
+def _own_loss(trainer: Any) -> str | None:
+    """The name of the function that gives the loss, where it is not TRL's."""
+    func = trainer.compute_loss_func or getattr(trainer.compute_loss, "__func__", trainer.compute_loss)
+    module, name = (str(getattr(func, what, func)) for what in ("__module__", "__qualname__"))
+    return None if module.startswith("trl.") else f"{module}.{name}"
 
 
 def _held(trainer: Any) -> dict[str, Any]:
     """What must be the same when training begins, by name: objects (compared by identity) and settings."""
     model = extract_model_from_parallel(trainer.model, keep_torch_compile=False)
     collator, train, held_out = trainer.data_collator, trainer.train_dataset, trainer.eval_dataset
+    weights = dict(model.named_parameters())
     return {
         "trainer.model": model,
-        "trainable weights": frozenset(name for name, weight in model.named_parameters() if weight.requires_grad),
+        "trainable weights": frozenset(name for name, weight in weights.items() if weight.requires_grad),
+        "dtypes of trainable weights": not trainer.is_deepspeed_enabled  # which casts them as it begins
+        and frozenset(f"{name} in {weight.dtype}" for name, weight in weights.items() if weight.requires_grad),
+        "scales of adapters": [
+            {**getattr(each, "scaling", {})} for each in model.modules() if isinstance(each, BaseTunerLayer)
+        ],
+        "trainer.processing_class": trainer.processing_class,
+        "the loss": _own_loss(trainer),
         "trainer.data_collator": collator,
         "settings of the collator or its processor": isinstance(collator, ChatCollator)
         and (collator.settings, collator.fingerprint()),
