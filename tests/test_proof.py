@@ -482,6 +482,25 @@ def test_training_rows_are_not_held_out(make):
         run.prove()
 
 
+def more_embeddings(config: Any, model: Any) -> None:
+    model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + 31)
+
+
+def other_layer(config: Any, model: Any) -> None:
+    config.vision_feature_layer = -1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [(more_embeddings, r"text_config\.vocab_size: recorded \d+"), (other_layer, "vision_feature_l")]
+)
+def test_a_base_that_was_changed_in_memory(change, told, make):
+    run = make()
+    base = run.trainer.model.get_base_model()
+    change(base.config, base)
+    with pytest.raises(ValueError, match=rf"the base was changed in memory \(.*{told}.*save the changed one"):
+        run.prove()
+
+
 def test_precision_of_the_launcher(make, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ValueError, match=r"--bf16 False --fp16 False, but the run would be in mixed precision 'bf16'"):

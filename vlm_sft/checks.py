@@ -17,7 +17,7 @@ from vlm_sft.common import base_of, listed
 from vlm_sft.data.check_rows import Checked, rows_checked
 from vlm_sft.data.rows import drawn_seed, unpacked
 from vlm_sft.distributed import print_main
-from vlm_sft.models.fingerprints import loaded_from
+from vlm_sft.models.fingerprints import differences, loaded_from, plain
 from vlm_sft.models.quantization import check_quantized
 from vlm_sft.tools.memory import of_run
 from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
@@ -27,6 +27,18 @@ from vlm_sft.upstream import is_sharded
 # None where neither is.
 _REPORTED: dict[str, bool | None] = {"loss": True, "mean_token_accuracy": False}
 _REPORTED |= dict.fromkeys(("entropy", "num_tokens", "runtime", "samples_per_second", "steps_per_second"))
+
+# Of a config: how a model was loaded, and what Trainer and SFTTrainer set.
+_LOADED = {
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "quantization_config",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+}
 
 
 def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
@@ -132,6 +144,11 @@ def check_pieces(trainer: Any, collator: Any) -> None:
             f"{name}: the processor is of revision {processor_revision}, the model of {revision}; pass "
             "revision=args.model_revision to load_processor and load_model alike"
         )
+    if changed := _changed_config(trainer.model):
+        raise ValueError(
+            f"the base was changed in memory ({'; '.join(changed)}), and adapters are loaded onto the one in {name}: "
+            "save the changed one (model.save_pretrained, processor.save_pretrained), and load that"
+        )
     # TRL 1.16 knows the number of experts by one name alone, and would fail at the first step.
     texts = base_of(trainer.model).config.get_text_config()
     if getattr(trainer, "aux_loss_enabled", False) and not hasattr(texts, "num_experts"):
@@ -139,6 +156,19 @@ def check_pieces(trainer: Any, collator: Any) -> None:
             f"TRL cannot weigh the routers of {texts.model_type!r}, whose config has no num_experts; set "
             "--router_aux_loss_coef 0"
         )
+
+
+def _changed_config(model: Any) -> list[str]:
+    """What an adapter's base has in its config otherwise than where it was loaded from, but for how it was loaded."""
+    config = base_of(model).config
+    if not hasattr(model, "peft_config"):
+        return []
+    try:
+        stored = type(config).from_pretrained(config.name_or_path, revision=loaded_from(base_of(model))[1])
+    except (OSError, ValueError):  # made in memory
+        return []
+    found = differences(*(plain(each.to_dict()) for each in (stored, config)))
+    return [line for line in found if line.partition(":")[0].rpartition(".")[2] not in _LOADED]
 
 
 def check_pass(trainer: Any, collator: Any, answered: Iterable[Any]) -> list[Checked]:
