@@ -352,6 +352,21 @@ def test_what_a_template_does_to_one_text_is_seen_after_others_of_the_same_shape
         collator(rows)
 
 
+@pytest.mark.parametrize(
+    "change", ["text.split() | join(' ')", "text | replace('\n', ' ')", "text | e", "text | lower"]
+)
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_that_rewrites_a_text_is_refused_where_it_does(change, role, tiny_processor):
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    written = f"{{{{ 'A: ' if role == 'assistant' else 'U: ' }}}}{{{{ ({change}) if role == '{role}' else text }}}}"
+    processor.chat_template = template_of(written)
+    collator = ChatCollator(processor)
+    collator([{"messages": [ask("hi"), answer("yes.")]}])
+    text = "| A & B |\n|---|\n| 1  | 2 |"
+    with pytest.raises(ValueError, match=rf"does not write the text of messages\[\d\] \({role}\) as it is"):
+        collator([{"messages": [ask(text), answer(text)]}])
+
+
 def test_a_prompt_that_depends_on_a_text_is_seen_after_others_of_the_same_shape(tiny_processor):
     processor = copy.deepcopy(tiny_processor("llava15"))
     written = template_of("{{ 'A: ' if role == 'assistant' else 'U: ' }}{{ text }}")

@@ -195,6 +195,19 @@ def test_a_file_changed_on_purpose_is_said(
             vlm_sft.latest_checkpoint(run.trainer)
 
 
+def test_other_answers_of_held_out_rows_are_another_run(ended: Any, tmp_path: Path) -> None:
+    """The best loss of before comes from them."""
+    for name in ("llava", "rows", "output"):
+        shutil.copytree(ended[1] / name, tmp_path / name)
+    run = make(tmp_path / "llava", tmp_path, tmp_path / "rows")
+    held_out = set(run.data["test"]["row"])
+    changed(tmp_path / "rows", lambda row, n: another_answer(row, 0) if n in held_out else row)
+    run = make(tmp_path / "llava", tmp_path, tmp_path / "rows")
+    run.prove()
+    with pytest.raises(ValueError, match=r"checkpoint-2 belongs to another run:\n  held-out rows: recorded \['.*\nPut"):
+        vlm_sft.latest_checkpoint(run.trainer)
+
+
 def test_a_run_whose_folders_have_moved_resumes(ended: Any, tmp_path: Path) -> None:
     for name in ("llava", "rows", "output"):
         shutil.copytree(ended[1] / name, tmp_path / name)
