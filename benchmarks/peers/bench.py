@@ -1,6 +1,7 @@
 """vlm_sft beside the tools that people would use instead, on the same rows and models: `make bench-peers`, or
 
-    python benchmarks/peers/bench.py [--quick] [--rounds 3] [--environments .venv/peers] [--output FOLDER] [--write]
+    python benchmarks/peers/bench.py [--quick] [--best] [--rounds 3] [--environments .venv/peers] [--output FOLDER]
+                                     [--write]
 
 Three random twins, two regimes, four tools; each run is a process of its own, the tools take turns, and figures are
 medians, those of ratios with their range. Ours and TRL's best start a second time, up to their first step, with what
@@ -134,14 +135,16 @@ class Bench:
         return found
 
 
-def speed(bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkpointing: bool) -> list[list[str]]:
+def speed(
+    bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkpointing: bool, best: bool
+) -> list[list[str]]:
     columns = ["model", "tool", "setting", "epoch, s", "CPU of it, s", "x ours (CPU)", "padding", "peak, MiB"]
     table = [[*columns, "first step, s", "second start, s"]]
     for name, model in models.items():
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for _ in range(rounds):
             for tool, settings in SETTINGS.items():
-                for setting in settings:
+                for setting in settings[-1:] if best else settings:
                     run = bench.run(tool, setting, model, data, checkpointing=checkpointing)
                     if (tool, setting) in STARTED_AGAIN:
                         options = {"checkpointing": checkpointing, "first_step_only": True}
@@ -238,7 +241,9 @@ def tables_of(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, lis
     for regime, (short, checkpointing) in list(REGIMES.items())[: 1 if args.quick else 2]:
         data = write_rows(stored(args.rows, short), bench.folder / ("short" if short else "long"))
         title = f"{regime}: {args.rows} rows, batches of 8, {args.rounds} rounds"
-        yield title, speed(bench, models, data, args.rounds, checkpointing)
+        yield title, speed(bench, models, data, args.rounds, checkpointing, args.best)
+    if args.best:
+        return
     kinds = {twin: model for twin, model in models.items() if twin != "LM-heavy LLaVA"}
     few = stored(32, True)
     yield "What each trains, 32 rows", trained(bench, kinds, write_rows(few, bench.folder / "few"), few)
@@ -251,6 +256,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tool and setting")
     parser.add_argument("--rows", type=int, default=320)
     parser.add_argument("--quick", action="store_true", help="one twin, one regime, one round, 32 rows: does all run?")
+    parser.add_argument("--best", action="store_true", help="best settings alone, and of them speed and memory")
     parser.add_argument("--environments", type=Path, default=Path(sys.prefix) / "peers", help="of the other tools")
     parser.add_argument("--output", type=Path, default=Path("outputs/peers"))
     parser.add_argument("--write", action="store_true", help="the tables into benchmarks/README.md")
@@ -270,7 +276,7 @@ def main() -> None:
     text = (args.output / "peers.md").read_text()
     print(text)
     if args.write:
-        write("peers", text)
+        write("peers-best" if args.best else "peers", text)
 
 
 if __name__ == "__main__":
