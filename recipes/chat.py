@@ -21,6 +21,7 @@ from peft import PeftModel
 
 import vlm_sft
 from vlm_sft.chat.images import open_image, to_rgb
+from vlm_sft.data.rows import recorded_prompt
 
 
 @dataclass
@@ -41,15 +42,16 @@ class Speaker:
     name: str
     model: Any
     template: vlm_sft.ChatTemplate
-    max_new_tokens: int
+    options: dict[str, Any]  # of `generate`
+    system: list[dict[str, Any]]  # of training
     use_adapter: bool = True
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def answer(self, messages: list[dict[str, Any]], images: list[Any]) -> str:
-        rows, options = [{"messages": messages, "images": images}], {"max_new_tokens": self.max_new_tokens}
+        rows = [{"messages": self.system + messages, "images": images}]
         try:
             with contextlib.nullcontext() if self.use_adapter else self.model.disable_adapter():
-                return vlm_sft.generate(self.model, self.template, rows, progress=False, **options)[0]
+                return vlm_sft.generate(self.model, self.template, rows, progress=False, **self.options)[0]
         except (AttributeError, IndexError, TypeError, ValueError) as error:  # each processor refuses in its own way
             if images:
                 raise
@@ -61,13 +63,15 @@ def load(args: RecipeArguments) -> list[Speaker]:
     device, options = PartialState().device, {"revision": args.model_revision}
     template = vlm_sft.ChatTemplate(vlm_sft.load_processor(args.model_name_or_path, **options))
     model = vlm_sft.load_model(args.model_name_or_path, base_model=args.base_model, **options).to(device)
-    tuned = Speaker("tuned", model, template, args.max_new_tokens)
+    prompt = recorded_prompt(Path(args.model_name_or_path))
+    asked = {"max_new_tokens": args.max_new_tokens}, [turn("system", prompt)] if prompt else []
+    tuned = Speaker("tuned", model, template, *asked)
     if isinstance(model, PeftModel):
-        return [Speaker("base", model, template, args.max_new_tokens, use_adapter=False), tuned]
+        return [Speaker("base", model, template, *asked, use_adapter=False), tuned]
     if args.base_model:
         base = vlm_sft.load_model(args.base_model).to(device)
         template = vlm_sft.ChatTemplate(vlm_sft.load_processor(args.base_model))
-        return [Speaker("base", base, template, args.max_new_tokens), tuned]
+        return [Speaker("base", base, template, *asked), tuned]
     return [tuned]
 
 

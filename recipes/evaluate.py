@@ -2,6 +2,7 @@
 
 Trains nothing. Takes a model, a checkpoint or an adapter, whose base is found and answers again without the adapter.
 The rows are the dataset's own test split, or else those that the run's record says it held out; --split names others.
+They are asked with the --system_prompt that it was trained with.
 
     python recipes/evaluate.py                             # what the quickstart left
     python recipes/evaluate.py --model_name_or_path outputs/quickstart --metrics exact_match cer --num_rows 100
@@ -13,7 +14,7 @@ Edit: `METRICS` for one of your own, and `load_conversations`, which takes your 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 import vlm_sft
-from vlm_sft.data.rows import recorded_rows
+from vlm_sft.data.rows import recorded_prompt, recorded_rows
 from vlm_sft.evaluation.metrics import anls, cer, exact_match
 from vlm_sft.evaluation.pages import make_samples
 
@@ -78,6 +79,8 @@ def held_out_rows(args: RecipeArguments) -> Any:
 
 
 def main(args: RecipeArguments) -> dict[str, dict[str, float]]:
+    run = Path(args.run or args.model_name_or_path)
+    args = replace(args, system_prompt=recorded_prompt(run, args.system_prompt))  # asked as it was trained
     process, rows = PartialState(), held_out_rows(args)
     rows = rows.select(range(min(args.num_rows or len(rows), len(rows))))
     references = [vlm_sft.split_reference(row).reference for row in rows]

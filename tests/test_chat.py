@@ -98,8 +98,19 @@ def test_a_talk_goes_on_from_what_was_said_until_an_empty_line(tiny_dir, photo, 
         chat.turn("user", "What is it?", images=1),
         chat.turn("assistant", "yes"),
         chat.turn("user", "Really?"),
-        chat.turn("assistant", "yes"),
     ]
+
+
+def test_base_and_tuned_are_asked_with_the_system_prompt_of_training(adapter, tmp_path, photo, capsys, monkeypatch):
+    rows = []
+    monkeypatch.setattr(vlm_sft, "generate", lambda model, template, asked, **options: rows.extend(asked) or ["yes"])
+    run_folder = shutil.copytree(adapter, tmp_path / "run")
+    (run_folder / "run.json").write_text('{"settings": {"recipe": {"system_prompt": "Be brief."}}}')
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\nReally?\n"))
+    run(capsys, model_name_or_path=run_folder, image=photo)
+    system, first = chat.turn("system", "Be brief."), chat.turn("user", "What is it?", images=1)
+    second = [system, first, chat.turn("assistant", "yes"), chat.turn("user", "Really?")]
+    assert [row["messages"] for row in rows] == [[system, first]] * 2 + [second] * 2
 
 
 @pytest.mark.parametrize(

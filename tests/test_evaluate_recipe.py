@@ -145,6 +145,34 @@ def test_rows_are_those_that_the_run_held_out(tiny_dir, tmp_path, monkeypatch):
     assert len(seen[-1]) == 100
 
 
+def test_the_system_prompt_of_training_is_asked_with(tiny_dir, tmp_path, monkeypatch, capsys):
+    """Whether or not it is given again; another one is refused; metrics.json tells it."""
+    data = write(tmp_path / "data", [row()])
+    output = tmp_path / "run"
+    shutil.copytree(tiny_dir("llava15"), output)
+    (output / "run.json").write_text(json.dumps({"settings": {"recipe": {"system_prompt": "/no_think"}}}))
+    seen = []
+    monkeypatch.setattr(vlm_sft, "generate", lambda model, template, rows, **_: seen.extend(rows) or ["A cat."])
+    settings = {"dataset_name": str(data), "split": "test", "output_dir": str(tmp_path / "out")}
+    run(model_name_or_path=str(output), **settings)
+    assert "run.json: '/no_think'" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))
+    assert found["settings"]["system_prompt"] == "/no_think"
+    run(model_name_or_path=str(output), system_prompt="/no_think", **settings)
+    run(model_name_or_path=str(tiny_dir("llava15")), run=str(output), **settings)
+    run(model_name_or_path=str(tiny_dir("llava15")), system_prompt="Another.", **settings)  # no run knows another one
+    run(model_name_or_path=str(tiny_dir("llava15")), **settings)
+    first = [each["messages"][0] for each in seen]
+    said = [m["content"][0]["text"] if m["role"] == "system" else None for m in first]
+    assert said == ["/no_think", "/no_think", "/no_think", "Another.", None]
+    told = r"--system_prompt 'Another\.': .*run\.json tells of a model that was trained with '/no_think', .* leave --"
+    with pytest.raises(ValueError, match=told):
+        run(model_name_or_path=str(output), system_prompt="Another.", **settings)
+    (output / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json: Expecting"):
+        run(model_name_or_path=str(output), **settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -59,6 +59,7 @@ def test_run_json_has_no_secret_and_no_folder_of_the_machine(tiny_dir, tmp_path,
         "dataset_name": str(tmp_path / "data" / "digits"),
         "api_key": "1234",
         "pad_token": "<pad>",
+        "system_prompt": f"/no_think {token}",  # words, which evaluate.py asks with
         "notes": [f"sent {token} to https://example.org", "see /home/somebody/notes.txt"],
         "path": Path("/data/secret-project/photos"),
     }
@@ -70,6 +71,7 @@ def test_run_json_has_no_secret_and_no_folder_of_the_machine(tiny_dir, tmp_path,
         "dataset_name": "data/digits",
         "api_key": "(hidden)",
         "pad_token": "<pad>",
+        "system_prompt": "/no_think (hidden)",
         "notes": ["sent (hidden) to https://example.org", "see ~/notes.txt"],
         "path": ".../photos",
     }

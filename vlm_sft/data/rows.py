@@ -22,6 +22,7 @@ from PIL.Image import Image as PILImage
 from vlm_sft.chat.images import open_image, source_of
 from vlm_sft.chat.messages import normalise, one_answer
 from vlm_sft.data.formats import IMAGES, Layout, closest, flags, layout_of, to_images, to_messages, unused_columns
+from vlm_sft.distributed import print_main
 
 LINES = Features({name: Value("string") for name in ("json", "fault", "file", "columns")} | {"row": Value("int64")})
 """A row of a text file: its JSON or what is wrong with the line; the file; the names of the columns that it fills."""
@@ -213,11 +214,34 @@ def held_out_record(rows: Any) -> dict[str, Any]:
     return {"rows": rows.with_format(None)["row"][:] if "row" in rows.column_names else [], "digest": row_digest(rows)}
 
 
+def _record_of(run: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The `run.json` in a run's folder, or the one above it (of a checkpoint), and what it says."""
+    file = next((file for file in (run / "run.json", run.parent / "run.json") if file.is_file()), None)
+    with named(str(file)):
+        return file, json.loads(file.read_text(encoding="utf-8")) if file else {}
+
+
+def recorded_prompt(run: Path, given: str | None = None) -> str | None:
+    """The `--system_prompt` that a run was trained with, as its `run.json` says, or `given`, where there was none.
+    Raises `ValueError` for another one than that of training."""
+    file, record = _record_of(run)
+    trained: str | None = record.get("settings", {}).get("recipe", {}).get("system_prompt")
+    if trained is None:
+        return given
+    if given not in (None, trained):
+        raise ValueError(
+            f"--system_prompt {given!r}: {file} tells of a model that was trained with {trained!r}, and the prompt of "
+            "training is that of inference; leave --system_prompt out, and that one is asked with"
+        )
+    print_main(f"asked with the --system_prompt of {file}: {trained!r}")
+    return trained
+
+
 def recorded_rows(rows: Dataset, run: Path) -> Dataset:
     """Those of the source's rows that a run held out, as the `run.json` in its folder, or the one above it, says.
     Raises `ValueError` where there is none, and where the source has other rows now."""
-    file = next((file for file in (run / "run.json", run.parent / "run.json") if file.is_file()), None)
-    record = json.loads(file.read_text(encoding="utf-8")).get("held_out") if file else None
+    file, recorded = _record_of(run)
+    record = recorded.get("held_out")
     places = {number: place for place, number in enumerate(rows.with_format(None)["row"][:])}
     if record and record["rows"] and places.keys() >= set(record["rows"]):
         found = rows.select([places[number] for number in record["rows"]])

@@ -125,6 +125,8 @@ def _scrubbed(value: Any, name: str = "") -> Any:
             return {key: _scrubbed(item, key) for key, item in value.items()}
         case list():
             return [_scrubbed(item) for item in value]
+        case str() if name in ("prompt", "system_prompt"):  # words, such as /no_think, and no path
+            return _SECRET_VALUE.sub("(hidden)", value)
         case str():
             return shareable(_SECRET_VALUE.sub("(hidden)", value)).replace(str(Path.home()), "~")
     return value
