@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,11 +16,14 @@ from proven import METRICS, TRAINS, Pieces, RecipeArguments, RecipeConfig, piece
 from recipe_data import chats
 from runs import Collate
 from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS, _OPTIMIZER_HANDLERS
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 from trl.trainer import utils as trl_utils
 
 import vlm_sft
 from vlm_sft.models.adapters import check_trains
+from vlm_sft.training import config
 from vlm_sft.training.callbacks import StopOnNaN
 
 
@@ -305,6 +309,7 @@ def test_an_evaluation_with_another_collator(make):
     ("options", "told"),
     [
         ({"given": {"data_collator": None}}, "pass data_collator=collator"),
+        ({"given": {"formatting_func": str}}, "Leave formatting_func out of SFTTrainer, and pass to_conversation="),
         ({"given": {"peft_config": None}}, r"pass peft_config=lora_config\(model, TRAINS\)"),
         ({"collator": {"max_length": 100}}, "pass max_length=training_args.max_length to ChatCollator"),
         ({"checked": False}, r"were not checked: data = vlm_sft.check_rows\(data, collator"),
@@ -418,6 +423,28 @@ def test_every_setting_of_sftconfig_without_effect_is_refused(setting, tmp_path)
 @pytest.mark.parametrize("name", ACTING)
 def test_settings_of_sftconfig_that_act_are_taken(name, tmp_path):
     RecipeConfig(str(tmp_path), **{name: ACTING[name]})
+
+
+OPTIMS = [name.value for name in OptimizerNames]
+READ = {"optim_args": "ctx.optim_args", "optim_target_modules": "_setup_low_rank_optimizer"}
+
+
+@pytest.mark.parametrize("optim", OPTIMS)
+@pytest.mark.parametrize("name", READ)
+def test_settings_of_an_optimizer_that_does_not_read_them_are_refused(name, optim, tmp_path, monkeypatch):
+    """As the source of transformers' maker of each says: of bitsandbytes', it reads them for RMSprop and AdEMAMix."""
+    monkeypatch.setattr(config, "set_hardware_defaults", lambda args: [])  # which trains without a GPU by another one
+    source = inspect.getsource(_OPTIMIZER_HANDLERS[optim])
+    reads = READ[name] in source and (
+        optim not in _BITSANDBYTES_OPTIMIZERS or "rmsprop" in optim or "ademamix" in optim
+    )
+    given = {"optim": optim, name: "rank=8" if name == "optim_args" else "all-linear"}
+    if reads:
+        RecipeConfig(str(tmp_path), bf16=False, **given)
+    else:
+        told = rf"without effect here: --{name} {given[name]}\. --optim {optim} does not read it, as --optim sgd"
+        with pytest.raises(ValueError, match=told):
+            RecipeConfig(str(tmp_path), bf16=False, **given)
 
 
 # Plans that cannot be meant

@@ -128,6 +128,11 @@ def check_pieces(trainer: Any, collator: Any) -> None:
             f"the trainer's data_collator is a {type(collator).__name__}, which would train other tokens than those "
             "checked; pass data_collator=collator, the ChatCollator, to SFTTrainer"
         )
+    if getattr(trainer, "_formatting_func", None) is not None:
+        raise ValueError(
+            "the trainer's formatting_func is not called: ChatCollator makes the text of a row's messages. Leave "
+            "formatting_func out of SFTTrainer, and pass to_conversation= to load_conversations"
+        )
     if trainer.processing_class is not collator.processor:
         raise ValueError(
             "the trainer's processing_class, which is saved with the model, is another processor than the collator's; "

@@ -10,6 +10,7 @@ holds what these modules rely on in place (transformers 5.23, accelerate 1.15, T
   `get_decay_parameter_names` reads nothing of its Trainer: for rates by part.
 - training/callbacks.py: `log_probs` [B, T - 1] of TRL's fused head, to name the row of a NaN.
 - training/neftune.py: `neftune_hook_handle` of the Trainer, whose noise counts padding.
+- training/config.py: which optimizers read `optim_args` and `optim_target_modules`; checks.py: `_formatting_func`.
 - data/check_rows.py, proof.py: `Dataset._fingerprint`, to know rows again.
 - evaluation/callback.py, training/callbacks.py: callbacks run in the order of `callback_handler.callbacks`, and an
   evaluation before the save of its step: answers are scored, then the random state is put back."""
@@ -20,6 +21,8 @@ import copy
 import inspect
 import os
 import sys
+from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -28,6 +31,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -38,6 +42,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.chat_template_utils import _get_template_variables
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 from trl.trainer import utils as trl_utils
 
@@ -85,6 +90,21 @@ def is_sharded() -> bool:
 def is_bitsandbytes_optimizer(name: str) -> bool:
     """Whether an `--optim` is made by bitsandbytes: by transformers 5.23's own list, which no function reads."""
     return name in _BITSANDBYTES_OPTIMIZERS
+
+
+def check_template_kwargs(processor: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for a keyword that neither `apply_chat_template` nor the chat template reads: transformers 5.23
+    renders without it. Of a template that cannot be parsed, rendering says why."""
+    try:
+        read = _get_template_variables(processor._resolve_chat_template(kwargs.get("chat_template")))
+    except (AttributeError, TemplateError, TypeError, ValueError):
+        return
+    if unread := sorted(kwargs.keys() - read - inspect.signature(processor.apply_chat_template).parameters.keys()):
+        near = [f" (did you mean {each!r}?)" for name in unread for each in get_close_matches(name, read, n=1)]
+        raise ValueError(
+            f"chat_template_kwargs: the chat template does not read {', '.join(map(repr, unread))}{''.join(near[:1])}; "
+            f"it reads {', '.join(sorted(read))}: give one of these, or leave it out"
+        )
 
 
 def use_one_gpu(args: TrainingArguments) -> bool:

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from vlm_sft import IGNORE_INDEX, ChatCollator
+from vlm_sft import IGNORE_INDEX, ChatCollator, ChatTemplate
 from vlm_sft.chat.audit import check_stops
 from vlm_sft.chat.expansions import reading_runs_once
 from vlm_sft.chat.messages import normalise, split_turns
@@ -739,7 +739,7 @@ def test_bad_rows_are_named(tiny_processor):
 
 
 def test_settings_are_frozen_and_changed_by_a_copy(tiny_processor, example):
-    kwargs = {"tone": "kind"}
+    kwargs = {"documents": []}
     collator = ChatCollator(tiny_processor("llava15"), max_length=9, chat_template_kwargs=kwargs)
     for assign in (lambda: setattr(collator, "settings", None), lambda: setattr(collator.settings, "train_on", "all")):
         with pytest.raises(AttributeError):
@@ -751,6 +751,28 @@ def test_settings_are_frozen_and_changed_by_a_copy(tiny_processor, example):
     assert (longer.template.kwargs, longer.template.stop_token) == (kwargs, "auto")
     with pytest.raises(TypeError, match="trian_on"):
         ChatCollator(collator.processor, trian_on="all")
+
+
+def test_a_keyword_that_the_chat_template_does_not_read_is_refused(tiny_processor):
+    processor = tiny_processor("qwen3_5")
+    told = (
+        r"does not read 'enable_thinkng' \(did you mean 'enable_thinking'\?\); it reads .*enable_thinking.*: give one"
+    )
+    with pytest.raises(ValueError, match=told):
+        ChatCollator(processor, chat_template_kwargs={"enable_thinkng": False})
+    for taken in ({"enable_thinking": False}, {"tools": None}, {"chat_template": processor.chat_template}):
+        ChatCollator(processor, chat_template_kwargs=taken)
+    for reads in (
+        "{% set tone = tone | default(1) %}{{ tone }}",
+        "{% if not tone is defined %}{% set tone = 1 %}{% endif %}",
+        "{% generation %}{{ tone }}{% endgeneration %}",  # a tag of transformers' own
+        "{% if %}",  # cannot be parsed: rendering says so
+    ):
+        ChatTemplate(processor, {"chat_template": reads, "tone": "kind"})
+    with pytest.raises(ValueError, match="fails with Expected an expression"):
+        ChatCollator(processor, chat_template_kwargs={"chat_template": "{% if %}", "tone": "kind"})
+    with pytest.raises(ValueError, match="does not read 'tone'; it reads messages: give one of these, or leave it out"):
+        ChatTemplate(processor, {"chat_template": "{% set tone = 1 %}{{ messages }}", "tone": 2})
 
 
 def test_rows_are_named_where_all_have_a_number(tiny_processor, example):
@@ -783,7 +805,7 @@ def test_fingerprint_tells_what_changes_a_row(tiny_processor, example):
         of(train_on="all"),
         of(stop_token=None),
         of(reserved_tokens="escape"),
-        of(chat_template_kwargs={"a": 1}),
+        of(chat_template_kwargs={"documents": []}),
         of(lambda processor: setattr(processor, "chat_template", processor.chat_template + "\n")),
         of(lambda processor: setattr(processor, "patch_size", 16)),
         of(lambda processor: setattr(processor.image_processor, "do_normalize", False)),
@@ -800,7 +822,9 @@ def test_fingerprint_is_the_same_in_every_process(tiny_dir):
     source = (
         "import sys; from transformers import AutoProcessor; from vlm_sft import ChatCollator\n"
         "processor = AutoProcessor.from_pretrained(sys.argv[1])\n"
-        "collator = ChatCollator(processor, chat_template_kwargs={'notes': set('abcdefghij')})\n"
+        "template = processor.chat_template + '{% if notes %}{% endif %}'\n"
+        "kwargs = {'chat_template': template, 'notes': set('abcdefghij')}\n"
+        "collator = ChatCollator(processor, chat_template_kwargs=kwargs)\n"
         "print(collator.fingerprint(), collator.template.reserved.pattern, collator.template.added.pattern)"
     )
     command, options = [sys.executable, "-c", source, str(tiny_dir("qwen2_5_vl"))], {"stdout": subprocess.PIPE}

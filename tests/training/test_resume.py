@@ -100,7 +100,10 @@ COLLATORS = [
     ({"truncation": "trim"}, "collator.truncation: recorded 'error', now 'trim'"),
     ({"stop_token": None}, "collator.stop_token: recorded 'auto', now None"),
     ({"reserved_tokens": "escape"}, "collator.reserved_tokens: recorded 'error', now 'escape'"),
-    ({"chat_template_kwargs": {"x": 1}}, r"collator.chat_template_kwargs: recorded None, now \{'x': 1\}"),
+    (
+        {"chat_template_kwargs": {"documents": []}},
+        r"collator.chat_template_kwargs: recorded None, now \{'documents': \[\]\}",
+    ),
 ]
 PIECES = [
     ({"collator": {"train_on": "last_assistant"}}, COLLATORS[0][1]),

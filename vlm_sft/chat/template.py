@@ -18,6 +18,7 @@ from PIL import Image
 
 from vlm_sft.chat.messages import ROLES, Message, text_of, with_texts
 from vlm_sft.common import ends_within, eos_ids
+from vlm_sft.upstream import check_template_kwargs
 
 Render = Callable[[Sequence[Message]], str]
 Style = Callable[[Sequence[Message]], list[Message]]
@@ -66,7 +67,7 @@ class Rendered(NamedTuple):
 class ChatTemplate:
     """Renders conversations by `processor.apply_chat_template(..., **kwargs)`. `stop_token`: `"auto"` keeps the one the
     template writes and inserts EOS after an answer where it writes none (LLaVA-1.5); a token to insert instead; `None`
-    inserts nothing. Raises `ValueError` for a processor without a chat or a pad token, and an unknown stop token."""
+    none. Raises `ValueError` without a chat or pad token, and for an unknown stop token or keyword of the template."""
 
     processor: Any
     kwargs: Mapping[str, Any] | None = None
@@ -85,6 +86,7 @@ class ChatTemplate:
         if self.stop_token not in ("auto", None) and self.stop_token not in processor.tokenizer.get_added_vocab():
             known = f"an added token of {type(processor.tokenizer).__name__}"  # which it splits from any text
             raise ValueError(f"stop_token={self.stop_token!r} is not {known}")
+        check_template_kwargs(processor, self.kwargs or {})
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, style: Style = list) -> str:
         """The template's own text of the messages. Raises `ValueError` where it fails or does not end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,11 @@ from vlm_sft.upstream import use_one_gpu
 # What SFTConfig adds to the Trainer's arguments and still acts when the rows are made by a collator of one's own
 # (trl 1.16). `max_length` acts through the collator, with which `prove` compares it.
 _ACTING = {"max_length", "loss_type", "activation_offloading", "router_aux_loss_coef"}
+# The optimizers that read what is for some of them alone (transformers 5.23, trainer_optimizer.py).
+_READ_BY = {
+    "optim_args": "sgd|adagrad|rmsprop|ademamix|grok|anyprecision|torch_[48]bit|schedule_free|stable|galore|apollo",
+    "optim_target_modules": "galore|apollo",
+}
 
 
 class Arguments:
@@ -158,22 +164,28 @@ def _check_login() -> None:
 
 def refuse_inert_settings(args: Any) -> None:
     """Raises `ValueError` for every setting of SFTConfig that has no effect here, since `ChatCollator` makes the labels
-    and `check_rows` reads the rows."""
+    and `check_rows` reads the rows, and for what the optimizer does not read."""
     inherited = {f.name for f in fields(TrainingArguments)}
     defaults = {f.name: f.default for f in fields(SFTConfig) if f.name not in inherited | _ACTING}
     # None stands for a default as well: SFTConfig itself puts it in the place of some.
     found = {n: value for n, default in defaults.items() if (value := getattr(args, n, None)) not in (default, None)}
+    optim = str(getattr(args.optim, "value", args.optim))
+    found |= {
+        n: getattr(args, n) for n, optims in _READ_BY.items() if getattr(args, n) and not re.search(optims, optim)
+    }
     if found:
         flags = ", ".join(f"--{name} {value}" for name, value in found.items())
         them = "it" if len(found) == 1 else "them"
-        raise ValueError(f"without effect here: {flags}. {_instead(found)}; leave {them} out")
+        raise ValueError(f"without effect here: {flags}. {_instead(found, optim)}; leave {them} out")
 
 
-def _instead(found: Mapping[str, Any]) -> str:
+def _instead(found: Mapping[str, Any], optim: str) -> str:
     if found.keys() & {"assistant_only_loss", "completion_only_loss"}:
         return "ChatCollator decides what is trained (train_on=...)"
     if found.keys() & {"packing", "padding_free", "eval_packing", "packing_strategy"}:
         return "padding-free rows are the collator's padding_free=True, packs are made by vlm_sft.pack"
     if found.keys() & {"pad_token", "eos_token", "chat_template_path"}:
         return "the processor decides tokens and template: change it before the collator is made"
+    if found.keys() & _READ_BY.keys():
+        return f"--optim {optim} does not read it, as --optim sgd or galore_adamw would (the rate is --learning_rate)"
     return "The collator and the loader of the recipe take the place of what it would change"
