@@ -54,6 +54,9 @@ class RecipeArguments(vlm_sft.ReadingArguments):
     def __post_init__(self) -> None:
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise ValueError(f"no metric is called {', '.join(unknown)}; there are {', '.join(METRICS)}")
+        for name in ("num_rows", "batch_size", "max_new_tokens"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"--{name} {number}: expected at least 1, or leave it out")
 
 
 def table(scores: Mapping[str, Mapping[str, float]], *, rows: int) -> str:

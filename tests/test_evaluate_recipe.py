@@ -178,6 +178,10 @@ def test_the_system_prompt_of_training_is_asked_with(tiny_dir, tmp_path, monkeyp
     [
         ({"base": True}, "is a full model, which does not know what it was before training; add --base_model"),
         ({"metrics": ["exact", "anls"]}, "no metric is called exact; there are exact_match, anls, cer"),
+        ({"num_rows": 0}, "--num_rows 0: expected at least 1, or leave it out"),
+        ({"num_rows": -2}, "--num_rows -2: expected at least 1"),
+        ({"batch_size": 0}, "--batch_size 0: expected at least 1"),
+        ({"max_new_tokens": 0}, "--max_new_tokens 0: expected at least 1"),
         ({"split": "validation"}, "no split 'validation'; found test"),
         ({"model_name_or_path": "no/such/folder"}, "No folder 'no/such/folder'"),
     ],

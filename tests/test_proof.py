@@ -302,6 +302,12 @@ def test_an_evaluation_with_another_collator(make):
         run.trainer.evaluate()
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_an_audit_of_no_row(count, make):
+    with pytest.raises(ValueError, match=rf"num_rows={count} \(--num_rows\): expected at least 1 row to audit"):
+        make().prove(num_rows=count)
+
+
 # Pieces that do not belong together
 
 

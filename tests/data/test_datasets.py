@@ -336,6 +336,9 @@ def test_as_many_are_held_out_as_asked_for(folder: Path) -> None:
         assert {key: len(rows) for key, rows in loaded.items()} == {"train": 20 - held_out, "test": held_out}
     with pytest.raises(ValueError, match=r"--num_eval_rows 20 of 20 rows leaves none to train on"):
         load_conversations(path, max_eval_rows=20)
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"--num_eval_rows -3: expected how many rows to hold out, or 0"):
+            load_conversations(path, max_eval_rows=-3, streaming=streaming)
 
 
 def test_a_test_split_is_made_where_there_is_none(folder: Path) -> None:

@@ -70,6 +70,8 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
 
     `require_stop_token=False`: answers are trained without one, as captions are; one that has it is then a fault.
     Raises `ValueError` naming the rows."""
+    if num_rows < 1:
+        raise ValueError(f"num_rows={num_rows} (--num_rows): expected at least 1 row to audit; left out, it is 64")
     sampled: Iterable[tuple[int, Any]] = enumerate(islice(rows, num_rows))
     if hasattr(rows, "__len__"):
         count = min(num_rows, len(rows))

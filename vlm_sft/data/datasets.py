@@ -80,6 +80,11 @@ def load_conversations(
     where none of the first rows can be read. A bad row among good ones raises when it is read."""
     if image_folder and not Path(image_folder).expanduser().is_dir():
         raise ValueError(f"--image_folder {str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
+    if max_eval_rows is not None and max_eval_rows < 0:
+        raise ValueError(
+            f"--num_eval_rows {max_eval_rows}: expected how many rows to hold out, or 0 to train without evaluation "
+            "(left out: 500, at most a fifth)"
+        )
     name, root, sources, columns = _sources(name_or_path, config_name, revision, streaming, columns)
     own: dict[str, str] = {}
     for key in [key for key in sources if key != split]:
