@@ -646,6 +646,16 @@ def test_stop_token_is_where_generation_ends(tiny_processor, tiny_model, example
 def test_settings_are_checked_at_once(tiny_processor):
     with pytest.raises(ValueError, match=r"train_on='answers'.*truncation='cut'.*max_length=0"):
         ChatCollator(tiny_processor("llava15"), train_on="answers", truncation="cut", max_length=0)
+    told = (
+        r"padding_free='no' \(one of True, False\); name_rows=None .*; "
+        r"image_in_every_batch='yes' \(one of True, False, None\)$"
+    )
+    with pytest.raises(ValueError, match=told):
+        ChatCollator(tiny_processor("llava15"), padding_free="no", name_rows=None, image_in_every_batch="yes")
+    for taken in (True, False, None):
+        assert (
+            ChatCollator(tiny_processor("llava15"), image_in_every_batch=taken).settings.image_in_every_batch is taken
+        )
     for token in ("<nope>", "▁a"):  # the second one is in the vocabulary, and melts into the text before it
         with pytest.raises(ValueError, match=f"stop_token='{token}' is not an added token"):
             ChatCollator(tiny_processor("llava15"), stop_token=token)

@@ -500,6 +500,8 @@ def test_no_row_fetches_or_leaves_the_folder(folder: Path, name: str, stored: st
         load_conversations(path, streaming=streaming)
     if name == "../out.png":
         assert load_conversations(path, allow_outside=True)["train"][0]["images"][0].size == (12, 8)
+        with pytest.raises(ValueError, match="allow_outside='no': expected True or False, as text counts as true"):
+            load_conversations(path, allow_outside="no")
 
 
 def test_rows_travel_to_workers_without_the_readers_of_other_datasets(folder: Path) -> None:

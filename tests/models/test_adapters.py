@@ -344,7 +344,11 @@ def test_a_sentence_that_cannot_be_meant(trains: Any, complaint: str, tiny_model
 
 @pytest.mark.parametrize(
     ("settings", "complaint"),
-    [({"r": 0}, "r=0: the rank is at least 1"), ({"r": -4, "lora_alpha": 0, "lora_dropout": 1.0}, r"r=-4.*=0.*=1\.0")],
+    [
+        ({"r": 0}, "r=0: the rank is at least 1"),
+        ({"use_dora": "false"}, "use_dora='false': True or False"),
+        ({"r": -4, "lora_alpha": 0, "lora_dropout": 1.0}, r"r=-4.*=0.*=1\.0"),
+    ],
 )
 def test_a_setting_out_of_range(settings: Any, complaint: str, tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=complaint):

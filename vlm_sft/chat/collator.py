@@ -59,10 +59,12 @@ class CollatorSettings:
     image_in_every_batch: bool | None = None
 
     def __post_init__(self) -> None:
+        allowed: dict[Any, tuple[Any, ...]] = {bool: (True, False), bool | None: (True, False, None)}
         wrong = [
-            f"{name}={getattr(self, name)!r} (one of {', '.join(map(repr, get_args(hint)))})"
+            f"{name}={getattr(self, name)!r} (one of {', '.join(map(repr, values))})"
             for name, hint in get_type_hints(type(self)).items()
-            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint)
+            if (values := get_args(hint) if get_origin(hint) is Literal else allowed.get(hint))
+            and getattr(self, name) not in values
         ]
         if self.max_length is not None and self.max_length < 1:
             wrong.append(f"max_length={self.max_length} (None or at least 1)")

@@ -80,6 +80,8 @@ def load_conversations(
     where none of the first rows can be read. A bad row among good ones raises when it is read."""
     if image_folder and not Path(image_folder).expanduser().is_dir():
         raise ValueError(f"--image_folder {str(image_folder)!r}: there is no such folder (from {Path.cwd()})")
+    if allow_outside not in (True, False):
+        raise ValueError(f"allow_outside={allow_outside!r}: expected True or False, as text counts as true")
     if max_eval_rows is not None and max_eval_rows < 0:
         raise ValueError(
             f"--num_eval_rows {max_eval_rows}: expected how many rows to hold out, or 0 to train without evaluation "

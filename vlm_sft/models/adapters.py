@@ -95,6 +95,7 @@ def lora_config(
     faults = [f"r={r}: the rank is at least 1"] * (r < 1)
     faults += [f"lora_alpha={lora_alpha}: the scale lora_alpha / r must be above 0"] * (lora_alpha <= 0)
     faults += [f"lora_dropout={lora_dropout}: a probability from 0 to below 1"] * (not 0 <= lora_dropout < 1)
+    faults += [f"use_dora={use_dora!r}: True or False"] * (use_dora not in (True, False))
     if use_dora and (unfit := [path for path in plan.layers if lacks_dora(plan.modules[path])]):
         kinds = sorted({f"{type(plan.modules[path]).__name__} on {plan.base.device.type}" for path in unfit})
         found = f"PEFT {version('peft')} has no working DoRA for {', '.join(kinds)} ({listed(unfit)})"
