@@ -137,6 +137,10 @@ MUTANTS = [
     Mutant("another optimizer passes", "checks.py", "if forgotten or others:", "if False:", "test_proof.py:optimizer|exchanged"),
     Mutant("a finished run writes its record again", "proof.py", "if self.recorded is not None:\n            proof", "if False:\n            proof", "training/test_resume.py:finished"),
     Mutant("a pickle with paths stays", "proof.py", "(output / TRAINING_ARGS_NAME).unlink(missing_ok=True)", "pass", "training/test_resume.py:finished"),
+    Mutant("what the optimizer does not read passes", "training/config.py", "not re.search(optims, optim)", "False", "test_proof.py:does_not_read"),
+    Mutant("a misspelled keyword of the template passes", "chat/template.py", "check_template_kwargs(processor, self.kwargs or {})", "pass", "chat/test_collators.py:does_not_read"),
+    Mutant("text counts as true", "chat/collator.py", "{bool: (True, False), bool | None: (True, False, None)}", "{}", "chat/test_collators.py:settings_are_checked"),
+    Mutant("asked without the system prompt of training", "data/rows.py", "    return trained\n", "    return given\n", "test_evaluate_recipe.py:system_prompt"),
     # Order
     Mutant("data_seed is ignored", "training/batches.py", "return args.seed if args.data_seed is None else args.data_seed", "return args.seed", "training/test_batches.py:own_order"),
     Mutant("steps from short rows to long ones", "training/batches.py", "drawn = torch.randperm(count, generator=self.generator).tolist()", "drawn = [*range(count)]", "training/test_batches.py:no_order_of_length"),

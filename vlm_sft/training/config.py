@@ -187,5 +187,5 @@ def _instead(found: Mapping[str, Any], optim: str) -> str:
     if found.keys() & {"pad_token", "eos_token", "chat_template_path"}:
         return "the processor decides tokens and template: change it before the collator is made"
     if found.keys() & _READ_BY.keys():
-        return f"--optim {optim} does not read it, as --optim sgd or galore_adamw would (the rate is --learning_rate)"
+        return f"--optim {optim} reads no such (sgd and ademamix read --optim_args, galore_adamw and apollo_adamw both)"
     return "The collator and the loader of the recipe take the place of what it would change"
