@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image
 
 from vlm_sft import ChatCollator
 from vlm_sft.chat import collator as collators
-from vlm_sft.chat.template import ChatTemplate, _find_texts
+from vlm_sft.chat.places import Places, find_texts
 
 
 class Learned(NamedTuple):
@@ -114,11 +113,11 @@ def learned_text(family: str, example: dict[str, Any]) -> str:
 def assert_as_in_full(collator: ChatCollator, batch: Sequence[dict[str, Any]]) -> None:
     """What the collator makes is what comes out where no shape is remembered and each image token is read."""
 
-    def find(self: ChatTemplate, messages: Any, prompt: bool, style: Any, plain: str) -> Any:
-        return _find_texts(messages, partial(self.render, add_generation_prompt=prompt, style=style), plain), {}
+    def find(self: Places, messages: Any, render: Any, plain: str, *key: Any) -> Any:
+        return find_texts(messages, render, plain), {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ChatTemplate, "_place", find)
+        patch.setattr(Places, "of", find)
         patch.setattr(collators, "reading_runs_once", lambda template: template.processor)
         expected, pixels = collator.encode(batch)
     found, inputs = collator.encode(batch)

@@ -29,16 +29,8 @@ _REPORTED: dict[str, bool | None] = {"loss": True, "mean_token_accuracy": False}
 _REPORTED |= dict.fromkeys(("entropy", "num_tokens", "runtime", "samples_per_second", "steps_per_second"))
 
 # Of a config: how a model was loaded, and what Trainer and SFTTrainer set.
-_LOADED = {
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "quantization_config",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-}
+_LOADED = {"_name_or_path", "transformers_version", "dtype", "quantization_config", "use_cache"}
+_LOADED |= {"pad_token_id", "bos_token_id", "eos_token_id", "output_router_logits", "router_aux_loss_coef"}
 
 
 def check_flags(trainer: Any, args: Any) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from vlm_sft.chat.messages import (
     one_answer,
     split_turns,
 )
-from vlm_sft.chat.template import ChatTemplate, Edit, Rendered, RenderedDifferently, Turn, edited, moved
+from vlm_sft.chat.places import Edit, edited, moved
+from vlm_sft.chat.template import ChatTemplate, Rendered, RenderedDifferently, Turn
 
 IGNORE_INDEX = -100
 NOTHING_TRAINED = "no token is left to train on; give it an answer not marked 'train': false, or drop it"

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding
 
-from vlm_sft.chat.template import ChatTemplate, Edit, Rendered, edited
+from vlm_sft.chat.places import Edit, edited
+from vlm_sft.chat.template import ChatTemplate, Rendered
 
 
 class _Encoded(BatchEncoding):

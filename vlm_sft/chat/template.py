@@ -1,13 +1,12 @@
 """A processor's chat template: the text of a conversation, and where the assistant's words lie in it.
 
-Nothing is searched for: the template is rendered again with invisible marks round each text, and up to each prompt, so
+Nothing is searched for: the template is rendered again up to each prompt, and with invisible marks round each text, so
 text that imitates a turn changes nothing."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,28 +15,17 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from PIL import Image
 
-from vlm_sft.chat.messages import ROLES, Message, text_of, with_texts
+from vlm_sft.chat.messages import ROLES, Message, text_of
+from vlm_sft.chat.places import MARK, Edit, Places, Spans, Tails, edited, moved
 from vlm_sft.common import ends_within, eos_ids
 from vlm_sft.upstream import check_template_kwargs
 
-Render = Callable[[Sequence[Message]], str]
 Style = Callable[[Sequence[Message]], list[Message]]
 """How the same messages are handed to a template."""
-Spans = dict[tuple[int, int], tuple[int | None, int]]
-"""Where text parts (number of the message, number of the part in it) stand in a text."""
-Tails = dict[int, str | None]
-"""What a template writes after an answer and before the next message; None where it writes the answer anew."""
-_Shape = tuple[str, dict[tuple[int, int], tuple[int, int]], list[bool], Tails]
-Edit = tuple[int, int, str]
-"""Other words for the characters [start, end) of a text; several stand in their order."""
 
 _PROBES = [Image.new("RGB", (width, 48)) for width in (64, 48, 96, 256)]
 _OTHER_MEDIA = ("<video>", "<audio>")  # as datasets write them, whatever the model knows
-# One private-use character before and one after each text; plane 16 holds no assigned character.
-_FIRST_MARK = 0x100000
-_PLAIN_KEYS = {"role", "content"}
 _LIMIT_S = 10.0  # of a rendering; 100 messages take milliseconds
-_MARK = re.compile("[\U00100000-\U0010fffd]")
 
 
 class RenderedDifferently(ValueError):
@@ -72,7 +60,7 @@ class ChatTemplate:
     processor: Any
     kwargs: Mapping[str, Any] | None = None
     stop_token: str | None = "auto"
-    _shapes: dict[Any, _Shape] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _places: Places = field(default_factory=Places, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         processor, kind = self.processor, type(self.processor).__name__
@@ -144,7 +132,9 @@ class ChatTemplate:
             if number not in tails:
                 is_whole = number + 1 == len(messages) and not add_generation_prompt
                 up_to_here = _common(plain if is_whole else self.render(messages[: number + 1], style=style), plain)
-                tails[number] = up_to_here[words_end:] if len(up_to_here) >= words_end else None
+                later = [at for (n, _), (at, _) in texts.items() if n > number and at is not None and at >= words_end]
+                following = min(later, default=None)
+                tails[number] = up_to_here[words_end:following] if len(up_to_here) >= words_end else None
             tail = tails[number] or ""  # what belongs to no other message
             written = list(self.added.finditer(tail))
             # An earlier answer that the template writes differently once the conversation continues stays as it is.
@@ -160,7 +150,7 @@ class ChatTemplate:
     def _first_style(self, messages: Sequence[Message], prompt: bool) -> tuple[Style, str, Spans, Tails]:
         """The first style that loses no text, the text of the messages in it, where their parts stand there, and what
         is known of the tails."""
-        if any(_MARK.search(text_of(message)) for message in messages):
+        if any(MARK.search(text_of(message)) for message in messages):
             raise ValueError("a text holds private-use characters of Unicode plane 16; remove them")
         refusal = lost = ""  # the first of each explains best
         for style in (list, _system_as_string, _as_strings):
@@ -169,7 +159,8 @@ class ChatTemplate:
             except ValueError as error:
                 refusal = refusal or f"refuses the conversation: {error.__cause__ or error}; fix the messages"
                 continue
-            texts, tails = self._place(messages, prompt, style, plain)
+            render = partial(self.render, add_generation_prompt=prompt, style=style)
+            texts, tails = self._places.of(messages, render, plain, prompt, style)
             missing = [
                 f"messages[{number}] ({message['role']})"
                 for number, message in enumerate(messages)
@@ -181,28 +172,6 @@ class ChatTemplate:
             lost = lost or f"does not write the text of {missing[0]} as it is; join its text parts, or move it"
         how = "(a system text may go to the start of the first user message) or use another chat template"
         raise ValueError(f"the chat template {lost or refusal} {how}")
-
-    def _place(self, messages: Sequence[Message], prompt: bool, style: Style, plain: str) -> tuple[Spans, Tails]:
-        """Where the text parts stand in `plain`, and what follows the answers, as far as it is known: as in an earlier
-        conversation of the same shape, if that one with these texts in the place of its own reads as `plain` does."""
-        parts = [(m["role"], m.keys() <= _PLAIN_KEYS, *(part["type"] for part in m["content"])) for m in messages]
-        shape, texts = (prompt, style, *parts), [p["text"] for m in messages for p in m["content"] if "text" in p]
-        is_plain = all(text.strip() for text in texts) and all(has_no_more for _, has_no_more, *_ in parts)
-        if is_plain and shape in self._shapes:
-            earlier, places, trims, tails = self._shapes[shape]
-            words = [text.strip() if trim else text for text, trim in zip(texts, trims, strict=True)]
-            edits = [(start, end, text) for (start, end), text in zip(places.values(), words, strict=True)]
-            if edited(earlier, edits) == plain:
-                starts = [moved(start, edits) for start, _, _ in edits]
-                return {key: (at, at + len(text)) for key, at, text in zip(places, starts, words, strict=True)}, tails
-        found = _find_texts(messages, partial(self.render, add_generation_prompt=prompt, style=style), plain)
-        places = {key: (start, end) for key, (start, end) in found.items() if start is not None}
-        words, tails = [plain[start:end] for start, end in places.values()], {}
-        in_order = [*places.values()] == sorted(places.values())
-        if is_plain and in_order and [text.strip() for text in texts] == [text.strip() for text in words]:
-            trims = [text != word for text, word in zip(texts, words, strict=True)]
-            self._shapes[shape] = plain, places, trims, tails
-        return found, tails
 
     def stop_ids(self, generation_config: Any) -> list[int]:
         """Where generation ends: at the stop token of an answer, the one to insert, and those of the config."""
@@ -313,71 +282,6 @@ def without_tools(messages: Sequence[Message]) -> tuple[list[Message], dict[str,
     tools = messages[0].get("tools") if messages else None
     given = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
     return given, {"tools": tools} if tools else {}
-
-
-def _find_texts(messages: Sequence[Message], render: Render, plain: str) -> Spans:
-    """Where each text part stands in `plain`; the start is None where the template moved it (it may split an answer at
-    `</think>`). Parts that it leaves out, repeats or rewrites are absent."""
-
-    def found_in(chosen: Container[int]) -> Spans | None:
-        outside = _marked(messages, render, plain, chosen, inside=False)
-        return _marked(messages, render, plain, chosen, inside=True) if outside is None else outside
-
-    numbers = range(len(messages))
-    if (found := found_in(numbers)) is not None:
-        return found
-    # Marks changed what the template writes: one message at a time.
-    return {place: span for number in numbers for place, span in (found_in([number]) or {}).items()}
-
-
-def _marked(
-    messages: Sequence[Message], render: Render, plain: str, chosen: Container[int], inside: bool
-) -> Spans | None:
-    """Spans of the text parts of the chosen messages, or None where marks change more than the marks' own places.
-    `inside` puts them within a text's outer white space, for templates that trim."""
-    keys: list[tuple[int, int]] = []
-    cores: list[str] = []
-
-    def mark(number: int, part: int, text: str) -> str:
-        first = _FIRST_MARK + 2 * len(keys)
-        keys.append((number, part))
-        core = text.strip() if inside else text
-        before, _, after = text.partition(core) if core else ("", "", text)
-        cores.append(core)
-        return f"{before}{chr(first)}{core}{chr(first + 1)}{after}"
-
-    marked = [
-        with_texts(message, partial(mark, number)) if number in chosen else message
-        for number, message in enumerate(messages)
-    ]
-    try:
-        rendered = render(marked)
-    except ValueError:  # a template that checks its texts
-        return None
-    places: dict[int, list[int]] = defaultdict(list)
-    for count, match in enumerate(_MARK.finditer(rendered)):
-        places[ord(match.group()) - _FIRST_MARK].append(match.start() - count)
-    if _MARK.sub("", rendered) != plain:
-        return None
-    found = {key: (places[2 * i], places[2 * i + 1]) for i, key in enumerate(keys)}
-    once = {
-        key: (start, end)
-        for (key, (start, end)), core in zip(found.items(), cores, strict=True)
-        if len(start) <= 1 and len(end) == 1 and (not start or plain[start[0] : end[0]] == core)
-    }
-    return {key: (start[0] if start else None, end[0]) for key, (start, end) in once.items()}
-
-
-def edited(text: str, edits: Sequence[Edit]) -> str:
-    """The text with all edits made."""
-    for start, end, words in reversed(edits):
-        text = text[:start] + words + text[end:]
-    return text
-
-
-def moved(position: int, edits: Sequence[Edit]) -> int:
-    """Where a position lies after the edits that end at it or before."""
-    return position + sum(len(words) - (end - start) for start, end, words in edits if end <= position)
 
 
 def _common(a: str, b: str) -> str:

@@ -248,7 +248,8 @@ def _announcement(args: TrainingArguments, state: TrainerState, loader: Any) -> 
 
 
 def _rows_per_step(args: TrainingArguments) -> int:
-    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    rows: int = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return rows
 
 
 def _sharding() -> str | None:
