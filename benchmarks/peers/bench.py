@@ -1,7 +1,7 @@
 """vlm_sft beside the tools that people would use instead, on the same rows and models: `make bench-peers`, or
 
-    python benchmarks/peers/bench.py [--quick] [--best] [--rounds 3] [--environments .venv/peers] [--output FOLDER]
-                                     [--write]
+    python benchmarks/peers/bench.py [--quick] [--best REGIME] [--rounds 3] [--environments .venv/peers]
+                                     [--output FOLDER] [--write]
 
 Three random twins, two regimes, four tools; each run is a process of its own, the tools take turns, and figures are
 medians, those of ratios with their range. Ours and TRL's best start a second time, up to their first step, with what
@@ -238,10 +238,11 @@ def markdown(table: list[list[str]]) -> str:
 def tables_of(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, list[list[str]]]]:
     """Each table with its title, as soon as it is measured."""
     models = {twin: save_twin(twin, bench.folder) for twin in TWINS[-1 if args.quick else 0 :]}
-    for regime, (short, checkpointing) in list(REGIMES.items())[: 1 if args.quick else 2]:
+    regimes = [name for name in REGIMES if name.startswith(args.best or "")]
+    for regime, (short, checkpointing) in [(name, REGIMES[name]) for name in regimes[: 1 if args.quick else 2]]:
         data = write_rows(stored(args.rows, short), bench.folder / ("short" if short else "long"))
         title = f"{regime}: {args.rows} rows, batches of 8, {args.rounds} rounds"
-        yield title, speed(bench, models, data, args.rounds, checkpointing, args.best)
+        yield title, speed(bench, models, data, args.rounds, checkpointing, bool(args.best))
     if args.best:
         return
     kinds = {twin: model for twin, model in models.items() if twin != "LM-heavy LLaVA"}
@@ -256,7 +257,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tool and setting")
     parser.add_argument("--rows", type=int, default=320)
     parser.add_argument("--quick", action="store_true", help="one twin, one regime, one round, 32 rows: does all run?")
-    parser.add_argument("--best", action="store_true", help="best settings alone, and of them speed and memory")
+    parser.add_argument("--best", choices=["short", "long"], help="speed alone, of best settings, with such rows")
     parser.add_argument("--environments", type=Path, default=Path(sys.prefix) / "peers", help="of the other tools")
     parser.add_argument("--output", type=Path, default=Path("outputs/peers"))
     parser.add_argument("--write", action="store_true", help="the tables into benchmarks/README.md")

@@ -113,9 +113,11 @@ def _marked(
 
 def edited(text: str, edits: Sequence[Edit]) -> str:
     """The text with all edits made."""
-    for start, end, words in reversed(edits):
-        text = text[:start] + words + text[end:]
-    return text
+    pieces, done = [], 0
+    for start, end, words in edits:
+        pieces += [text[done:start], words]
+        done = end
+    return "".join([*pieces, text[done:]])
 
 
 def moved(position: int, edits: Sequence[Edit]) -> int:
