@@ -22,6 +22,7 @@ from trl import SFTConfig
 from trl.trainer import utils as trl_utils
 
 import vlm_sft
+from vlm_sft import checks
 from vlm_sft.models.adapters import check_trains
 from vlm_sft.training import config
 from vlm_sft.training.callbacks import StopOnNaN
@@ -492,12 +493,18 @@ def test_plans_that_cannot_be_meant(settings, told, make):
         make(**settings).prove()
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"])
 @pytest.mark.parametrize("warmup", [0, 1])
-def test_schedules_that_reach_the_learning_rate(kind, warmup, make):
-    if kind != "constant" or not warmup:
-        said = make(lr_scheduler_type=kind, warmup_steps=warmup).prove().facts["steps"]
-        assert f"warm-up {warmup}, {kind}, peak learning rate 0.01" in said
+def test_schedules_that_reach_the_learning_rate(warmup, tmp_path):
+    for kind in (
+        "linear",
+        "cosine",
+        "constant_with_warmup",
+        "polynomial",
+        "inverse_sqrt",
+        *["constant"] * (not warmup),
+    ):
+        args = RecipeConfig(str(tmp_path), lr_scheduler_type=kind)
+        assert not checks._schedule_faults(args, kind, warmup, 4), kind
 
 
 def test_rates_of_parts_are_said(make):
