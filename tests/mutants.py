@@ -42,7 +42,7 @@ MUTANTS = [
     Mutant("the worst loss is the best", "checks.py", "elif name in less and bool(", "elif name in answers and bool(", "test_proof.py:cannot_be_meant"),
     Mutant("training rows are held out", "checks.py", "any(each is rows for each in those)", "False", "test_proof.py:not_held_out"),
     Mutant("the launcher's precision", "checks.py", "!= asked and not trainer.is_deepspeed_enabled", "!= runs", "test_proof.py:of_the_launcher"),
-    Mutant("a step without a gradient", "training/callbacks.py", "if not parameters and not args.deepspeed:", "if False:", "test_proof.py:no_gradient"),
+    Mutant("a step without a gradient", "training/callbacks.py", "if not parameters and not type(", "if False and not type(", "test_proof.py:no_gradient"),
     Mutant("a base changed in memory", "checks.py", "if changed := _changed_config(trainer.model):", "if changed := []:", "test_proof.py:changed_in_memory"),
     Mutant("held-out rows may change at a resume", "proof.py", "[each.content for each in held_out]", "[]", "training/test_resume.py:held_out"),
     Mutant("a rewritten text passes", "chat/places.py", "plain[start[0] : end[0]] == core", "True", "chat/test_collators.py:rewrites"),

@@ -161,11 +161,12 @@ def _changed_config(model: Any) -> list[str]:
     if not hasattr(model, "peft_config"):
         return []
     try:
-        stored = type(config).from_pretrained(config.name_or_path, revision=loaded_from(base_of(model))[1])
+        at = {"revision": loaded_from(base_of(model))[1], "local_files_only": True}
+        stored = type(config).from_pretrained(config.name_or_path, **at)
     except (OSError, ValueError):  # made in memory
         return []
     found = differences(*(plain(each.to_dict()) for each in (stored, config)))
-    return [line for line in found if line.partition(":")[0].rpartition(".")[2] not in _LOADED]
+    return [line for line in found if _LOADED.isdisjoint(line.partition(":")[0].split("."))]
 
 
 def check_pass(trainer: Any, collator: Any, answered: Iterable[Any]) -> list[Checked]:

@@ -113,7 +113,7 @@ class StopOnNaN(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
-        if not parameters and not args.deepspeed:
+        if not parameters and not type(kwargs["optimizer"]).__name__.startswith("DeepSpeed"):
             found = "no weight has a gradient, so the optimizer would train nothing"
             raise ValueError(
                 f"{found}: adapters are merged (model.unmerge_adapter()), or the loss comes from elsewhere"
