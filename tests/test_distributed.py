@@ -152,6 +152,12 @@ def shares(recipe: str, flags: list[object], dtype: torch.dtype = torch.float32)
     }
 
 
+def turned(recipe: str, flags: list[object]) -> dict[str, Any]:
+    """`shares`, where more loss is better."""
+    checks._REPORTED["loss"] = False
+    return shares(recipe, flags)
+
+
 def test_four_bit_weights_are_shared_out_and_train_as_in_one_process(flags_of: Any, alone: Any, tmp_path: Path) -> None:
     found = together(shares, QLORA[0], flags_of(QLORA, tmp_path, *TWO), config="fsdp2_qlora")
     assert [share["whole"] for share in found] == [[], []]
@@ -269,7 +275,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(
     """The loss falls, so with the sign turned the first checkpoint is the best."""
     best = ("--load_best_model_at_end", "True", "--metric_for_best_model", "eval_loss", "--greater_is_better", "True")
     flags = flags_of(recipe, tmp_path, *TWO, *best, "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1)
-    together(shares, recipe[0], flags, config=config)
+    together(turned, recipe[0], flags, config=config)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
         "checkpoint-1",
         "checkpoint-3",
