@@ -35,17 +35,17 @@ class Mutant(NamedTuple):
 # fmt: off
 MUTANTS = [
     # The proof
-    Mutant("an optimizer of another rate passes", "checks.py", "if not math.isclose(meant, runs):", "if False:", "test_proof.py:exchanged_after"),
+    Mutant("an optimizer of another rate passes", "checks.py", "if not math.isclose(meant, runs, rel_tol=1e-6):", "if False:", "test_proof.py:exchanged_after"),
     Mutant("dtypes are not held", "proof.py", "f\"{name} in {weight.dtype}\"", "name", "test_proof.py:exchanged_after"),
-    Mutant("a schedule may end anywhere", "checks.py", "if not math.isclose(highest, 1, rel_tol=1e-3):", "if False:", "test_proof.py:cannot_be_meant"),
-    Mutant("a warm-up that no schedule takes", "checks.py", "if warmup and shares[0](0) == highest:", "if False:", "test_proof.py:cannot_be_meant"),
+    Mutant("a schedule may end anywhere", "checks.py", "if highest > 1.001 or (highest < 0.999 and ", "if False and (", "test_proof.py:cannot_be_meant"),
+    Mutant("a warm-up that no schedule takes", "checks.py", "if warmup > 1 and shares[0](0) == highest and", "if False and", "test_proof.py:cannot_be_meant"),
     Mutant("the worst loss is the best", "checks.py", "elif name in less and bool(", "elif name in answers and bool(", "test_proof.py:cannot_be_meant"),
     Mutant("training rows are held out", "checks.py", "any(each is rows for each in those)", "False", "test_proof.py:not_held_out"),
     Mutant("the launcher's precision", "checks.py", "!= asked and not trainer.is_deepspeed_enabled", "!= runs", "test_proof.py:of_the_launcher"),
-    Mutant("a step without a gradient", "training/callbacks.py", "if not parameters and not type(", "if False and not type(", "test_proof.py:no_gradient"),
+    Mutant("adapters that are merged", "checks.py", "if any(module.merged for", "if any(False for", "test_proof.py:merged"),
     Mutant("a base changed in memory", "checks.py", "if changed := _changed_config(trainer.model):", "if changed := []:", "test_proof.py:changed_in_memory"),
-    Mutant("held-out rows may change at a resume", "proof.py", "[each.content for each in held_out]", "[]", "training/test_resume.py:held_out"),
-    Mutant("a rewritten text passes", "chat/places.py", "plain[start[0] : end[0]] == core", "True", "chat/test_collators.py:rewrites"),
+    Mutant("held-out rows may change at a resume", "proof.py", "[each.content for each in held_out] or None", "None", "training/test_resume.py:held_out"),
+    Mutant("a rewritten text passes", "chat/places.py", "core in (None, plain[start[0] : end[0]])", "True", "chat/test_collators.py:rewrites"),
     # Labels and masks
     Mutant("the attention mask from the pad id", "chat/collator.py", "\"attention_mask\": torch.ones_like(row.labels)", "\"attention_mask\": (row.tokens[\"input_ids\"] != self.processor.tokenizer.pad_token_id).long()", "chat/test_collators.py:padding_that"),
     Mutant("padding is trained", "chat/collator.py", "\"labels\": IGNORE_INDEX}", "\"labels\": 0}", "chat/test_collators.py:padding_changes"),

@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from trl import SFTConfig
 from trl.trainer import utils as trl_utils
 
 import vlm_sft
-from vlm_sft import checks
+from vlm_sft import checks, proof
 from vlm_sft.models.adapters import check_trains
 from vlm_sft.training import config
 from vlm_sft.training.callbacks import StopOnNaN
@@ -505,6 +506,12 @@ def test_schedules_that_reach_the_learning_rate(warmup, tmp_path):
     ):
         args = RecipeConfig(str(tmp_path), lr_scheduler_type=kind)
         assert not checks._schedule_faults(args, kind, warmup, 4), kind
+    floor = RecipeConfig(
+        str(tmp_path), lr_scheduler_type="cosine_warmup_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-5}
+    )
+    assert not checks._schedule_faults(floor, "cosine_warmup_with_min_lr", warmup, 10)
+    own = RecipeConfig(str(tmp_path), optim="schedule_free_adamw", lr_scheduler_type="constant")
+    assert not checks._schedule_faults(own, "constant", 2, 4)
 
 
 def test_rates_of_parts_are_said(make):
@@ -556,12 +563,27 @@ def test_a_loss_of_ones_own_is_said(make):
     assert "the loss is" not in make().prove().facts["changed"]
 
 
-def test_no_gradient(make):
-    run = make(eval_on_start=False)
+def test_merged_adapters_train_nothing(make):
+    run = make()
     run.trainer.model.merge_adapter()
+    with pytest.raises(ValueError, match=r"the adapters are merged.*unmerge_adapter"):
+        run.prove()
+    run.trainer.model.unmerge_adapter()
     run.prove()
-    with pytest.raises(ValueError, match=r"no weight has a gradient.*unmerge_adapter"):
+    run.trainer.model.merge_adapter()
+    with pytest.raises(ValueError, match=r"exchanged after prove\(\): scales of adapters"):
         run.trainer.train()
+
+
+def test_a_loss_has_the_same_name_in_every_process(make):
+    class Loss:
+        def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            return own_loss(outputs, labels)
+
+    trainer = make().trainer
+    for given, name in ((partial(own_loss, num_items_in_batch=1), "own_loss"), (Loss(), Loss.__qualname__)):
+        trainer.compute_loss_func = given
+        assert proof._own_loss(trainer) == f"{__name__}.{name}"
 
 
 def test_one_held_out_row_to_choose_by(make, tmp_path):

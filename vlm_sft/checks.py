@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import get_scheduler
 from transformers.trainer_utils import has_length
 
@@ -141,6 +142,10 @@ def check_pieces(trainer: Any, collator: Any) -> None:
             f"{name}: the processor is of revision {processor_revision}, the model of {revision}; pass "
             "revision=args.model_revision to load_processor and load_model alike"
         )
+    if any(module.merged for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)):
+        raise ValueError(
+            "the adapters are merged, and no gradient would reach them: call model.unmerge_adapter() first"
+        )
     if changed := _changed_config(trainer.model):
         raise ValueError(
             f"the base was changed in memory ({'; '.join(changed)}), and adapters are loaded onto the one in {name}: "
@@ -161,7 +166,7 @@ def _changed_config(model: Any) -> list[str]:
     if not hasattr(model, "peft_config"):
         return []
     try:
-        at = {"revision": loaded_from(base_of(model))[1], "local_files_only": True}
+        at = {"revision": loaded_from(base_of(model))[1] or config._commit_hash, "local_files_only": True}
         stored = type(config).from_pretrained(config.name_or_path, **at)
     except (OSError, ValueError):  # made in memory
         return []
@@ -244,8 +249,9 @@ def plan_of(trainer: Any, answers: Mapping[str, Any]) -> tuple[int, dict[str, st
     Raises `ValueError` for a plan that cannot be meant: no step, a learning rate or a warm-up that is never reached, a
     best-model metric that nothing reports or whose wrong end is taken for the best, one held-out row to choose by."""
     args, held_out, loader = trainer.args, trainer.eval_dataset, trainer.get_train_dataloader()
-    length = "num_train_epochs" if args.max_steps == -1 else "max_steps"
-    settings = {name: getattr(args, name) for name in (length, "gradient_accumulation_steps", "learning_rate")}
+    length = "num_train_epochs" if args.max_steps < 0 else "max_steps"
+    settings = {name: getattr(args, name) for name in (length, "gradient_accumulation_steps")}
+    settings["learning_rate"] = max(args.learning_rate, *part_rates(trainer).values(), args.learning_rate)
     wrong = [f"--{name} {value:g} (expected more than 0)" for name, value in settings.items() if value <= 0]
     if has_length(loader) and not len(loader):
         wrong.append(f"--dataloader_drop_last leaves out all {len(trainer.train_dataset)} rows, less than one batch")
@@ -290,10 +296,12 @@ def _schedule_faults(args: Any, scheduler: str, warmup: int, steps: int) -> list
     if not (shares := getattr(made, "lr_lambdas", None)):  # it waits for losses
         return []
     highest = max(shares[0](step) for step in {*range(0, steps, max(1, steps // 1000)), warmup})
-    if not math.isclose(highest, 1, rel_tol=1e-3):
+    # One of them counts from 1, so that its peak lies between two steps.
+    if highest > 1.001 or (highest < 0.999 and scheduler != "cosine_warmup_with_min_lr"):
         found = f"--lr_scheduler_type {scheduler} with --lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
         return [f"{found} has its peak at {highest:g} times --learning_rate {args.learning_rate:g}: change the kwargs"]
-    if warmup and shares[0](0) == highest:
+    own = str(getattr(args.optim, "value", args.optim)).startswith("schedule_free")  # warms up by itself
+    if warmup > 1 and shares[0](0) == highest and not own:
         return [f"--lr_scheduler_type {scheduler} has no warm-up, and --warmup_steps asks for {warmup}: set it to 0"]
     return []
 
@@ -341,7 +349,7 @@ def check_optimizer(optimizer: Any, model: Any, rates: Mapping[str, float], rate
         )
     for group in optimizer.param_groups:
         meant, runs = rates.get(group.get("part"), rate), float(group.get("initial_lr", group["lr"]))
-        if not math.isclose(meant, runs):
+        if not math.isclose(meant, runs, rel_tol=1e-6):  # torchao keeps it in float32
             raise ValueError(
                 f"the optimizer was made with a learning rate of {runs:g}, and the run has --learning_rate {meant:g}: "
                 "leave its rate to the flag, or pass optimizer_cls_and_kwargs=vlm_sft.lr_by_part(...)"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def prove(
     saver.made_of = {
         "collator": collator.made_of(),
         "rows": checked.content,
-        "held-out rows": [each.content for each in held_out],
+        "held-out rows": [each.content for each in held_out] or None,
         "lr_by_part": checks.part_rates(trainer) or None,
         "loss": _own_loss(trainer),
     }
@@ -286,23 +287,23 @@ def _library_changes(trainer: Any) -> list[str]:
 def _own_loss(trainer: Any) -> str | None:
     """The name of the function that gives the loss, where it is not TRL's."""
     func = trainer.compute_loss_func or getattr(trainer.compute_loss, "__func__", trainer.compute_loss)
-    module, name = (str(getattr(func, what, func)) for what in ("__module__", "__qualname__"))
-    return None if module.startswith("trl.") else f"{module}.{name}"
+    while isinstance(func, partial):
+        func = func.func
+    name = getattr(func, "__qualname__", type(func).__qualname__)
+    return None if func.__module__.startswith("trl.") else f"{func.__module__}.{name}"
 
 
 def _held(trainer: Any) -> dict[str, Any]:
     """What must be the same when training begins, by name: objects (compared by identity) and settings."""
     model = extract_model_from_parallel(trainer.model, keep_torch_compile=False)
     collator, train, held_out = trainer.data_collator, trainer.train_dataset, trainer.eval_dataset
-    weights = dict(model.named_parameters())
+    weights, adapters = dict(model.named_parameters()), [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     return {
         "trainer.model": model,
         "trainable weights": frozenset(name for name, weight in weights.items() if weight.requires_grad),
         "dtypes of trainable weights": not trainer.is_deepspeed_enabled  # which casts them as it begins
         and frozenset(f"{name} in {weight.dtype}" for name, weight in weights.items() if weight.requires_grad),
-        "scales of adapters": [
-            {**getattr(each, "scaling", {})} for each in model.modules() if isinstance(each, BaseTunerLayer)
-        ],
+        "scales of adapters": [({**getattr(each, "scaling", {})}, each.merged) for each in adapters],
         "trainer.processing_class": trainer.processing_class,
         "the loss": _own_loss(trainer),
         "trainer.data_collator": collator,

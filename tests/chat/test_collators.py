@@ -32,7 +32,7 @@ from conversations import (
 from families import TEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from vlm_sft import IGNORE_INDEX, ChatCollator, ChatTemplate
@@ -96,6 +96,18 @@ def test_random_conversations(family, tiny_processor, record_property):
 
     check()
     record_property("conversations", rows_seen)
+
+
+@FAMILIES
+def test_line_breaks_that_are_added_tokens_are_trained(family, tiny_processor):
+    """Gemma's tokenizer has them, and its processor writes them round each image."""
+    processor = copy.deepcopy(tiny_processor(family))
+    processor.tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("\n\n\n", normalized=False)])
+    row = {"messages": [ask(None, "What?"), answer("One.\n\nTwo.\n\n\nThree.")], "images": [picture(40, 30)]}
+    collator = ChatCollator(processor)
+    [found], _ = collator.encode([row])
+    assert "One.\n\nTwo.\n\n\nThree." in trained_text(found)
+    assert_as_in_full(collator, [row])
 
 
 @FAMILIES

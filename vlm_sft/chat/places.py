@@ -79,14 +79,14 @@ def _marked(
     """Spans of the text parts of the chosen messages, or None where marks change more than the marks' own places.
     `inside` puts them within a text's outer white space, for templates that trim."""
     keys: list[tuple[int, int]] = []
-    cores: list[str] = []
+    cores: list[str | None] = []
 
     def mark(number: int, part: int, text: str) -> str:
         first = _FIRST_MARK + 2 * len(keys)
         keys.append((number, part))
         core = text.strip() if inside else text
         before, _, after = text.partition(core) if core else ("", "", text)
-        cores.append(core)
+        cores.append(None if messages[number]["role"] == "tool" else core)  # which some templates write as JSON
         return f"{before}{chr(first)}{core}{chr(first + 1)}{after}"
 
     marked = [
@@ -106,7 +106,7 @@ def _marked(
     once = {
         key: (start, end)
         for (key, (start, end)), core in zip(found.items(), cores, strict=True)
-        if len(start) <= 1 and len(end) == 1 and (not start or plain[start[0] : end[0]] == core)
+        if len(start) <= 1 and len(end) == 1 and (not start or core in (None, plain[start[0] : end[0]]))
     }
     return {key: (start[0] if start else None, end[0]) for key, (start, end) in once.items()}
 

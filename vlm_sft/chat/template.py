@@ -104,7 +104,15 @@ class ChatTemplate:
         Raises `ValueError` where the template refuses the messages or leaves out a text, and `RenderedDifferently`
         where it renders a message of `trained` differently from its generation prompt (thinking templates)."""
         messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
-        style, plain, texts, tails = self._first_style(messages, add_generation_prompt)
+        try:
+            return self._locate(messages, trained, add_generation_prompt, self._places)
+        except RenderedDifferently:  # which must not come of what is remembered of other texts
+            return self._locate(messages, trained, add_generation_prompt, Places())
+
+    def _locate(
+        self, messages: Sequence[Message], trained: Container[int], add_generation_prompt: bool, places: Places
+    ) -> Rendered:
+        style, plain, texts, tails = self._first_style(messages, add_generation_prompt, places)
         for what in ("tools", "tool_calls"):
             bare = [{key: value for key, value in message.items() if key != what} for message in messages]
             if bare != messages and self.render(bare, add_generation_prompt, style) == plain:
@@ -147,7 +155,9 @@ class ChatTemplate:
             turns.append(Turn(number, start, moved(end, edits), stop, number in trained))
         return Rendered(edited(plain, edits), turns, style)
 
-    def _first_style(self, messages: Sequence[Message], prompt: bool) -> tuple[Style, str, Spans, Tails]:
+    def _first_style(
+        self, messages: Sequence[Message], prompt: bool, places: Places
+    ) -> tuple[Style, str, Spans, Tails]:
         """The first style that loses no text, the text of the messages in it, where their parts stand there, and what
         is known of the tails."""
         if any(MARK.search(text_of(message)) for message in messages):
@@ -160,7 +170,7 @@ class ChatTemplate:
                 refusal = refusal or f"refuses the conversation: {error.__cause__ or error}; fix the messages"
                 continue
             render = partial(self.render, add_generation_prompt=prompt, style=style)
-            texts, tails = self._places.of(messages, render, plain, prompt, style)
+            texts, tails = places.of(messages, render, plain, prompt, style)
             missing = [
                 f"messages[{number}] ({message['role']})"
                 for number, message in enumerate(messages)
@@ -249,7 +259,8 @@ class ChatTemplate:
 
     @cached_property
     def image_ids(self) -> frozenset[int]:
-        """Ids of added tokens that only an image brings, found by encoding a question with and without one.
+        """Ids of added tokens that only an image brings, found by encoding a question with and without one; but for
+        white space, which answers have as well (line breaks are added tokens of Gemma).
 
         Raises `ValueError` where the processor cannot encode it, or no two images of different shapes together."""
         kind = type(self.processor).__name__
@@ -265,7 +276,8 @@ class ChatTemplate:
             how = "let it make one tile of each (processor.image_processor.max_num_tiles = 1), or choose another model"
             raise ValueError(f"{found}; {how}") from error
         brought = {int(i) for i in with_image} - {int(i) for i in without}
-        return frozenset(brought & self.processor.tokenizer.added_tokens_decoder.keys())
+        added = self.processor.tokenizer.added_tokens_decoder
+        return frozenset(i for i in brought & added.keys() if added[i].content.strip())
 
     @cached_property
     def image_run(self) -> tuple[re.Pattern[str], list[int]]:

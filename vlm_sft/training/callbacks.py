@@ -113,11 +113,6 @@ class StopOnNaN(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
-        if not parameters and not type(kwargs["optimizer"]).__name__.startswith("DeepSpeed"):
-            found = "no weight has a gradient, so the optimizer would train nothing"
-            raise ValueError(
-                f"{found}: adapters are merged (model.unmerge_adapter()), or the loss comes from elsewhere"
-            )
         scaler = getattr(kwargs["optimizer"], "scaler", None)
         forgiven = scaler is not None and scaler.get_scale() >= 1
         bad_loss = any(bool(bad.any()) for _, bad in self._seen)
