@@ -183,31 +183,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=320, help="of each run")
     parser.add_argument("--runs", type=int, default=3, help="of each path")
+    parser.add_argument("--collation", action="store_true", help="the tables of collation alone; three minutes")
     parser.add_argument("--write", action="store_true", help="the tables into benchmarks/README.md")
     args = parser.parse_args()
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
-    start = time.perf_counter()
+    for part, tables_of in {"cpu": training_tables, "collation": collation_tables}.items():
+        if args.collation and part != "collation":
+            continue
+        start, tables = time.perf_counter(), tables_of(args)
+        text = "\n\n".join(f"### {title}\n\n{markdown(table)}" for title, table in tables.items())
+        text = f"{machine()} {(time.perf_counter() - start) / 60:.0f} minutes.\n\n{text}\n"
+        print(text)
+        if args.write:
+            write(part, text)
+
+
+def training_tables(args: argparse.Namespace) -> dict[str, Table]:
     tables = {
         f"Training, {kind} model, {args.rows} rows, batches of {training.BATCH}, {args.runs} runs": side_by_side(
             kind, args.rows, args.runs
         )
         for kind in ("vision-heavy", "LM-heavy")
     }
-    lengths = collation.lengths()
-    tables |= {
-        "Padding, rows of the same mix": padding(lengths, training.BATCH),
-        "Collation, CPU ms a row, images at LLaVA-1.5's own size, by Pillow": collated("pil"),
-        "Collation, the same by torchvision": collated("torchvision"),
-        "Collation, the text side alone (rendering, spans, labels), CPU ms a row": text_sides(),
+    return tables | {
+        "Padding, rows of the same mix": padding(collation.lengths(), training.BATCH),
         "A frozen tower out of autograd, vision-heavy model, one step": parts.frozen_tower(),
         "DoRA beside LoRA on a 4-bit base 768 wide, checkpointing, one step": parts.dora(),
     }
-    text = "\n\n".join(f"### {title}\n\n{markdown(table)}" for title, table in tables.items())
-    text = f"{machine()} {(time.perf_counter() - start) / 60:.0f} minutes.\n\n{text}\n"
-    print(text)
-    if args.write:
-        write("cpu", text)
+
+
+def collation_tables(args: argparse.Namespace) -> dict[str, Table]:
+    return {
+        "Collation, CPU ms a row, images at LLaVA-1.5's own size, by Pillow": collated("pil"),
+        "Collation, the same by torchvision": collated("torchvision"),
+        "Collation, the text side alone (rendering, spans, labels), CPU ms a row": text_sides(),
+    }
 
 
 def write(part: str, text: str) -> None:

@@ -1,7 +1,6 @@
 """vlm_sft beside the tools that people would use instead, on the same rows and models: `make bench-peers`, or
 
-    python benchmarks/peers/bench.py [--quick] [--best REGIME] [--rounds 3] [--environments .venv/peers]
-                                     [--output FOLDER] [--write]
+    python benchmarks/peers/bench.py [--quick] [--rounds 3] [--environments .venv/peers] [--output FOLDER] [--write]
 
 Three random twins, two regimes, four tools; each run is a process of its own, the tools take turns, and figures are
 medians, those of ratios with their range. Ours and TRL's best start a second time, up to their first step, with what
@@ -135,16 +134,14 @@ class Bench:
         return found
 
 
-def speed(
-    bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkpointing: bool, best: bool
-) -> list[list[str]]:
+def speed(bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkpointing: bool) -> list[list[str]]:
     columns = ["model", "tool", "setting", "epoch, s", "CPU of it, s", "x ours (CPU)", "padding", "peak, MiB"]
     table = [[*columns, "first step, s", "second start, s"]]
     for name, model in models.items():
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for _ in range(rounds):
             for tool, settings in SETTINGS.items():
-                for setting in settings[-1:] if best else settings:
+                for setting in settings:
                     run = bench.run(tool, setting, model, data, checkpointing=checkpointing)
                     if (tool, setting) in STARTED_AGAIN:
                         options = {"checkpointing": checkpointing, "first_step_only": True}
@@ -238,13 +235,10 @@ def markdown(table: list[list[str]]) -> str:
 def tables_of(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, list[list[str]]]]:
     """Each table with its title, as soon as it is measured."""
     models = {twin: save_twin(twin, bench.folder) for twin in TWINS[-1 if args.quick else 0 :]}
-    regimes = [name for name in REGIMES if name.startswith(args.best or "")]
-    for regime, (short, checkpointing) in [(name, REGIMES[name]) for name in regimes[: 1 if args.quick else 2]]:
+    for regime, (short, checkpointing) in list(REGIMES.items())[: 1 if args.quick else 2]:
         data = write_rows(stored(args.rows, short), bench.folder / ("short" if short else "long"))
         title = f"{regime}: {args.rows} rows, batches of 8, {args.rounds} rounds"
-        yield title, speed(bench, models, data, args.rounds, checkpointing, bool(args.best))
-    if args.best:
-        return
+        yield title, speed(bench, models, data, args.rounds, checkpointing)
     kinds = {twin: model for twin, model in models.items() if twin != "LM-heavy LLaVA"}
     few = stored(32, True)
     yield "What each trains, 32 rows", trained(bench, kinds, write_rows(few, bench.folder / "few"), few)
@@ -257,7 +251,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tool and setting")
     parser.add_argument("--rows", type=int, default=320)
     parser.add_argument("--quick", action="store_true", help="one twin, one regime, one round, 32 rows: does all run?")
-    parser.add_argument("--best", choices=["short", "long"], help="speed alone, of best settings, with such rows")
     parser.add_argument("--environments", type=Path, default=Path(sys.prefix) / "peers", help="of the other tools")
     parser.add_argument("--output", type=Path, default=Path("outputs/peers"))
     parser.add_argument("--write", action="store_true", help="the tables into benchmarks/README.md")
@@ -277,7 +270,7 @@ def main() -> None:
     text = (args.output / "peers.md").read_text()
     print(text)
     if args.write:
-        write("peers-best" if args.best else "peers", text)
+        write("peers", text)
 
 
 if __name__ == "__main__":
