@@ -166,7 +166,10 @@ def _changed_config(model: Any) -> list[str]:
     if not hasattr(model, "peft_config"):
         return []
     try:
-        at = {"revision": loaded_from(base_of(model))[1] or config._commit_hash, "local_files_only": True}
+        at = {
+            "revision": loaded_from(base_of(model))[1] or getattr(config, "_commit_hash", None),
+            "local_files_only": True,
+        }
         stored = type(config).from_pretrained(config.name_or_path, **at)
     except (OSError, ValueError):  # made in memory
         return []
