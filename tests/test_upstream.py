@@ -130,6 +130,7 @@ def gathered(base: Path, output: Path, checkpointing: bool) -> int:
 
 @pytest.mark.slow
 @pytest.mark.loopback
+@pytest.mark.sweep
 def test_fsdp2_gathers_no_layer_twice_for_checkpointing(tiny_dir: Any, tmp_path: Path) -> None:
     """Of FSDP's first version transformers 5.23 still warns that `activation_checkpointing` gathers once more than
     FSDP's own; under the second, which the configs take, it does not, so recipes have one flag for all launches."""

@@ -139,6 +139,7 @@ def optimizer_of(folder: Path, optim: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.loopback
+@pytest.mark.sweep
 def test_a_launch_with_fsdp_is_heard(tmp_path: Path) -> None:
     found = together(optimizer_of, tmp_path, "paged_adamw_32bit", config="cpu_2proc_fsdp2", limit_s=120)
     assert [name.rpartition(".")[2].lower() for name in found] == ["adamw_torch_fused"] * 2
