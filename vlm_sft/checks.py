@@ -166,11 +166,8 @@ def _changed_config(model: Any) -> list[str]:
     if not hasattr(model, "peft_config"):
         return []
     try:
-        at = {
-            "revision": loaded_from(base_of(model))[1] or getattr(config, "_commit_hash", None),
-            "local_files_only": True,
-        }
-        stored = type(config).from_pretrained(config.name_or_path, **at)
+        revision = loaded_from(base_of(model))[1] or getattr(config, "_commit_hash", None)
+        stored = type(config).from_pretrained(config.name_or_path, revision=revision, local_files_only=True)
     except (OSError, ValueError):  # made in memory
         return []
     found = differences(*(plain(each.to_dict()) for each in (stored, config)))
@@ -254,10 +251,11 @@ def plan_of(trainer: Any, answers: Mapping[str, Any]) -> tuple[int, dict[str, st
     args, held_out, loader = trainer.args, trainer.eval_dataset, trainer.get_train_dataloader()
     length = "num_train_epochs" if args.max_steps < 0 else "max_steps"
     settings = {name: getattr(args, name) for name in (length, "gradient_accumulation_steps")}
-    settings["learning_rate"] = max(args.learning_rate, *part_rates(trainer).values(), args.learning_rate)
+    settings["learning_rate"] = max([args.learning_rate, *part_rates(trainer).values()])
     wrong = [f"--{name} {value:g} (expected more than 0)" for name, value in settings.items() if value <= 0]
     if has_length(loader) and not len(loader):
-        wrong.append(f"--dataloader_drop_last leaves out all {len(trainer.train_dataset)} rows, less than one batch")
+        rows = f"all {len(trainer.train_dataset)} rows, less than one batch"
+        wrong.append(f"--dataloader_drop_last leaves out {rows} (set it to False, or take smaller batches)")
     if wrong:
         raise ValueError(f"this run would train nothing: {'; '.join(wrong)}")
     epochs, per_epoch, _, _, rows_a_step, _, steps = trainer.set_initial_training_values(args, loader)

@@ -100,7 +100,7 @@ def test_random_conversations(family, tiny_processor, record_property):
 
 @FAMILIES
 def test_line_breaks_that_are_added_tokens_are_trained(family, tiny_processor):
-    """Gemma's tokenizer has them, and its processor writes them round each image."""
+    """Also where a processor writes them round each image, as Gemma 3's does."""
     processor = copy.deepcopy(tiny_processor(family))
     processor.tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("\n\n\n", normalized=False)])
     row = {"messages": [ask(None, "What?"), answer("One.\n\nTwo.\n\n\nThree.")], "images": [picture(40, 30)]}

@@ -260,7 +260,7 @@ class ChatTemplate:
     @cached_property
     def image_ids(self) -> frozenset[int]:
         """Ids of added tokens that only an image brings, found by encoding a question with and without one; but for
-        white space, which answers have as well (line breaks are added tokens of Gemma).
+        white space, which answers have as well (a tokenizer may have line breaks as added tokens).
 
         Raises `ValueError` where the processor cannot encode it, or no two images of different shapes together."""
         kind = type(self.processor).__name__
