@@ -46,7 +46,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     learning_rate: float = 2e-4  # QLoRA's rate for adapters
     lr_scheduler_type: str = "cosine"  # as LLaVA; TRL's is linear
     warmup_steps: float = 0.03  # below 1, a share of all steps; LLaVA's
-    optim: str = "paged_adamw_32bit"  # pages its states out when memory runs short. Without a GPU adamw_torch
+    optim: str = "paged_adamw_32bit"  # states leave the GPU where memory is short. No GPU: adamw_torch_fused
     eval_steps: float | None = 0.1  # a share of all steps: ten evaluations, and a checkpoint as often
     load_best_model_at_end: bool = True  # by eval_loss
 

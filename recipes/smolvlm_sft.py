@@ -43,7 +43,7 @@ class RecipeConfig(vlm_sft.RecipeDefaults):
     learning_rate: float = 1e-4  # half of QLoRA's, since each row comes three times
     lr_scheduler_type: str = "cosine"  # as LLaVA; TRL's is linear
     warmup_steps: float = 0.03  # below 1, a share of all steps; LLaVA's
-    optim: str = "paged_adamw_32bit"  # QLoRA's; pages its states out when memory runs short. Without a GPU adamw_torch
+    optim: str = "paged_adamw_32bit"  # QLoRA's: states leave the GPU where memory is short. No GPU: adamw_torch_fused
     max_grad_norm: float = 0.3  # QLoRA's (arXiv 2305.14314)
     eval_steps: float | None = 0.1  # a share of all steps: ten evaluations, and a checkpoint as often
     load_best_model_at_end: bool = True  # by eval_loss

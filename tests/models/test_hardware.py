@@ -106,8 +106,8 @@ def settle(optim: str, *, use_cpu: bool = True) -> tuple[str, list[str]]:
 @pytest.mark.parametrize(
     ("gpu", "asked", "chosen"),
     [
-        (False, "paged_adamw_32bit", "adamw_torch"),
-        (False, "paged_lion_8bit", "adamw_torch"),
+        (False, "paged_adamw_32bit", "adamw_torch_fused"),
+        (False, "paged_lion_8bit", "adamw_torch_fused"),
         (False, "adamw_8bit", "adamw_8bit"),
         (True, "paged_adamw_32bit", "paged_adamw_32bit"),
     ],

@@ -52,7 +52,9 @@ def cast_trainable_to_fp32(model: nn.Module) -> None:
 
 
 def _train(tower: nn.Module, mode: bool = True) -> nn.Module:
-    """`nn.Module.train` for what trains in the tower; the rest is in evaluation mode."""
+    """`nn.Module.train` for what trains in the tower; the rest is in evaluation mode. A step calls it: a tower that is
+    frozen as a whole is not gone through module by module."""
+    mode = mode and any(weight.requires_grad for weight in tower.parameters())
     type(tower).train(tower, mode)
     for module in tower.modules() if mode else ():
         weights = [weight.requires_grad for weight in module.parameters()]

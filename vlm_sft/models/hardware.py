@@ -46,10 +46,10 @@ def best_worker_count() -> int:
 def set_hardware_defaults(args: TrainingArguments) -> list[str]:
     """Fills in what the user left open, first of all in a config's `__post_init__`; returns what it replaced, in words.
 
-    Without `bf16` or `fp16` set, `best_dtype` decides. A paged optimizer gives way to `adamw_torch` where there is no
-    NVIDIA or AMD GPU to page from. Under FSDP, which shards optimizer states, the config's own bitsandbytes optimizer
-    gives way to `adamw_torch_fused`, and one that was asked for is refused. A launch with FSDP shards on CPUs too.
-    Raises ValueError for that, for an accelerator of another kind, and by `check_compiler`."""
+    Without `bf16` or `fp16` set, `best_dtype` decides. `adamw_torch_fused`, transformers' own default, takes the place
+    of a paged optimizer where there is no NVIDIA or AMD GPU to page from. Under FSDP, which shards optimizer states, it
+    takes that of the config's own bitsandbytes optimizer, and one that was asked for is refused; a launch with FSDP
+    shards on CPUs too. Raises ValueError for that, for an accelerator of another kind, and by `check_compiler`."""
     args.use_cpu |= not torch.accelerator.is_available()  # without it, processes on CPUs would train apart
     kind = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
     if not args.use_cpu and kind not in ("cuda", "mps", "xpu", "cpu"):
@@ -67,7 +67,7 @@ def set_hardware_defaults(args: TrainingArguments) -> list[str]:
             raise ValueError(f"{found}: {how}")
         args.optim = "adamw_torch_fused"
     elif asked.startswith("paged_") and not torch.cuda.is_available():
-        args.optim = "adamw_torch"
+        args.optim = "adamw_torch_fused"
     args.dataloader_pin_memory &= torch.cuda.is_available()  # PyTorch warns of it at each evaluation on a CPU
     return [] if args.optim == asked else [f"optimizer {asked} replaced by {args.optim}"]
 
