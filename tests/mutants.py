@@ -130,6 +130,7 @@ MUTANTS = [
     Mutant("weights that should train pass", "models/adapters.py", "full - trained,", "set(),", "models/test_adapters.py"),
     Mutant("layers without adapters pass", "models/adapters.py", "asked - held.keys()", "set()", "models/test_adapters.py"),
     Mutant("a 16-bit weight trains", "models/freezing.py", "parameter.data.to(torch.float32)", "parameter.data", "models/test_freezing.py"),
+    Mutant("a tower with adapters is in evaluation mode", "models/freezing.py", "mode = mode and any(weight.requires_grad for weight in tower.parameters())", "mode = False", "models/test_freezing.py"),
     Mutant("modes are not restored", "common.py", "module.training = training", "pass", "chat/test_packing.py:losses_and_gradients"),
     # The gate
     Mutant("another collator passes", "proof.py", "\"trainer.data_collator\": collator,", "\"trainer.data_collator\": None,", "test_proof.py:exchanged"),

@@ -173,6 +173,21 @@ def test_marking_can_be_undone_and_a_copy_marks_itself(tiny_dir: Callable[[str],
     assert hooks(twin) == 0
 
 
+@pytest.mark.parametrize("trains", ["language", "vision"])
+def test_in_a_tower_what_trains_alone_is_in_training_mode(tiny_model: Callable[..., Any], trains: str) -> None:
+    model = tiny_model("llava15")
+    detach_frozen_tower(model)
+    get_peft_model(model, lora_config(model, {trains: "lora"}, lora_dropout=0.1)).train()
+    tower = model.model.vision_tower
+    weights = {module: [weight.requires_grad for weight in module.parameters()] for module in tower.modules()}
+    modes = {module.training for module, those in weights.items() if those and not any(those)}
+    assert modes == {False}
+    adapting = [module.training for name, module in tower.named_modules() if name.endswith("lora_dropout.default")]
+    assert adapting == [True] * len(adapting)
+    assert bool(adapting) == tower.training == (trains == "vision")
+    assert not any(module.training for module in model.eval().modules())
+
+
 def test_without_its_parts_a_tower_cannot_be_detached(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llava15")[0]
     monkeypatch.setattr(model, "get_decoder", lambda: None)

@@ -47,9 +47,9 @@ def set_hardware_defaults(args: TrainingArguments) -> list[str]:
     """Fills in what the user left open, first of all in a config's `__post_init__`; returns what it replaced, in words.
 
     Without `bf16` or `fp16` set, `best_dtype` decides. `adamw_torch_fused`, transformers' own default, takes the place
-    of a paged optimizer where there is no NVIDIA or AMD GPU to page from. Under FSDP, which shards optimizer states, it
-    takes that of the config's own bitsandbytes optimizer, and one that was asked for is refused; a launch with FSDP
-    shards on CPUs too. Raises ValueError for that, for an accelerator of another kind, and by `check_compiler`."""
+    of a paged optimizer without an NVIDIA or AMD GPU to page from, and of the config's own bitsandbytes optimizer under
+    FSDP, which shards its states; one that was asked for is refused there. A launch with FSDP shards on CPUs too.
+    Raises ValueError for that, for an accelerator of another kind, and by `check_compiler`."""
     args.use_cpu |= not torch.accelerator.is_available()  # without it, processes on CPUs would train apart
     kind = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
     if not args.use_cpu and kind not in ("cuda", "mps", "xpu", "cpu"):
@@ -60,13 +60,12 @@ def set_hardware_defaults(args: TrainingArguments) -> list[str]:
     shard_on_cpu(args)
     check_compiler(args)
     asked, default = str(getattr(args.optim, "value", args.optim)), getattr(type(args), "optim", None)
-    if is_sharded() and is_bitsandbytes_optimizer(asked):
-        if asked != default:
-            found = f"--optim {asked} is of bitsandbytes, whose optimizers cannot step sharded weights (FSDP)"
-            how = "leave it out, which takes adamw_torch_fused, or launch with accelerate_configs/multi_gpu.yaml"
-            raise ValueError(f"{found}: {how}")
-        args.optim = "adamw_torch_fused"
-    elif asked.startswith("paged_") and not torch.cuda.is_available():
+    cannot_shard = is_sharded() and is_bitsandbytes_optimizer(asked)
+    if cannot_shard and asked != default:
+        found = f"--optim {asked} is of bitsandbytes, whose optimizers cannot step sharded weights (FSDP)"
+        how = "leave it out, which takes adamw_torch_fused, or launch with accelerate_configs/multi_gpu.yaml"
+        raise ValueError(f"{found}: {how}")
+    if cannot_shard or (asked.startswith("paged_") and not torch.cuda.is_available()):
         args.optim = "adamw_torch_fused"
     args.dataloader_pin_memory &= torch.cuda.is_available()  # PyTorch warns of it at each evaluation on a CPU
     return [] if args.optim == asked else [f"optimizer {asked} replaced by {args.optim}"]
