@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import vlm_sft
 from accelerate import PartialState
 from peft import PeftModel
-
-import vlm_sft
 from vlm_sft.chat.images import open_image, to_rgb
 from vlm_sft.data.rows import recorded_prompt
 

@@ -19,10 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import vlm_sft
 from accelerate import PartialState
 from peft import PeftModel
-
-import vlm_sft
 from vlm_sft.data.rows import recorded_prompt, recorded_rows
 from vlm_sft.evaluation.metrics import anls, cer, exact_match
 from vlm_sft.evaluation.pages import make_samples

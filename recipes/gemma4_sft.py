@@ -11,9 +11,8 @@ Not measured yet. Edit `to_conversation` and the defaults below; each default is
 
 from dataclasses import dataclass, field
 
-from trl import SFTTrainer
-
 import vlm_sft
+from trl import SFTTrainer
 from vlm_sft.evaluation.metrics import anls
 
 TRAINS = {"language": "lora"}  # part -> "lora", "full" or names of layers; vision, projector and head stay frozen

@@ -12,9 +12,8 @@ Edit `to_conversation` and the defaults below; each default is a flag, or a line
 
 from dataclasses import dataclass, field
 
-from trl import SFTTrainer
-
 import vlm_sft
+from trl import SFTTrainer
 from vlm_sft.evaluation.metrics import anls
 from vlm_sft.models.llava import check_tower
 

@@ -12,9 +12,8 @@ Not measured yet. Edit `to_conversation` and the defaults below; each default is
 
 from dataclasses import dataclass, field
 
-from trl import SFTTrainer
-
 import vlm_sft
+from trl import SFTTrainer
 from vlm_sft.evaluation.metrics import anls
 from vlm_sft.models.llava import assemble_llava, plain_template
 

@@ -13,12 +13,11 @@ Edit `QUESTION`, `DIGITS` and `to_conversation` for another task, the size of th
 from dataclasses import dataclass, field
 from typing import Any
 
+import vlm_sft
 from datasets import Dataset
 from PIL import Image
 from sklearn.datasets import load_digits
 from trl import SFTTrainer
-
-import vlm_sft
 from vlm_sft.evaluation.metrics import exact_match
 from vlm_sft.tools import tiny
 

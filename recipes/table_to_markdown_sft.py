@@ -12,11 +12,10 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import vlm_sft
 from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
 from trl import SFTTrainer
-
-import vlm_sft
 from vlm_sft.evaluation.metrics import anls
 
 TRAINS = {"language": "lora"}  # part -> "lora", "full" or names of layers; vision, projector and head stay frozen

@@ -173,14 +173,15 @@ def test_four_bit_weights_are_shared_out_and_train_as_in_one_process(flags_of: A
 
 @sweep
 def test_in_bfloat16_as_on_a_gpu_packed_weights_train_as_in_one_process(flags_of: Any, tmp_path: Path) -> None:
-    """Weights, packed weights and the forward in bfloat16, what trains in float32: FSDP casts, DDP has autocast."""
+    """Weights, packed weights and the forward in bfloat16, what trains in float32: FSDP casts, DDP has autocast. FSDP2
+    casts the loss as well (accelerate's `output_dtype`), so it comes rounded to a bfloat16's 8 bits."""
     bf16, where = ("--bf16", "True"), {1: tmp_path / "1", 2: tmp_path / "2"}
     for processes, config, split in ((1, "cpu_2proc", ONE), (2, "fsdp2_qlora", TWO)):
         flags = flags_of(QLORA, where[processes], *split, *bf16)
         found = together(shares, QLORA[0], flags, torch.bfloat16, processes=processes, config=config)
         assert {"torch.bfloat16", "torch.float32"} <= found[0]["dtypes"] <= {*found[0]["dtypes"], "torch.uint8"}
     assert ("torch.uint8" in found[0]["dtypes"]) is False
-    assert losses_in(where[2]) == pytest.approx(losses_in(where[1]), abs=0.02)
+    assert losses_in(where[2]) == pytest.approx(losses_in(where[1]), rel=2**-7)
     flags = flags_of(QLORA, tmp_path / "3", *TWO)
     with pytest.raises(
         RuntimeError, match=r"stored as torch\.bfloat16, and would be cast to torch\.float16 bit by bit"

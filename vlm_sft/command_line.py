@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import re
@@ -38,6 +39,8 @@ def run(main: Callable[..., Any], *kinds: Any) -> Any:
 
     A wrong flag, setting, file or row (ValueError, OSError, ImportError) ends the process with exit code 1 and its
     sentence; where another package raised it, with the place. VLM_SFT_TRACEBACK=1 shows the frames."""
+    if not gc.get_freeze_count():
+        gc.freeze()  # so that no collection, and no data worker, goes through what imports have made
     # PEFT 0.21.2 and TRL 1.16 ask by a name that transformers 5.23 has replaced.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     try:

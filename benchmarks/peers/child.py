@@ -9,6 +9,7 @@ vlm_sft is imported here but by its recipe.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -19,6 +20,12 @@ from pathlib import Path
 from typing import Any
 
 IGNORE_INDEX = -100
+FIRST = {  # what each imports first by its own entry point
+    "vlm_sft": "vlm_sft",
+    "trl": "trl.scripts.sft",
+    "llama_factory": "llamafactory.train.tuner",
+    "ms_swift": "swift",
+}
 
 
 def vlm_sft(flags: list[str]) -> None:
@@ -137,9 +144,7 @@ def peak_mib() -> int:
 
 def main() -> None:
     output, tool, *flags = sys.argv[1:]
-    import torch
-
-    torch.set_num_threads(1)
+    importlib.import_module(FIRST[tool])
     watch = Watch()
     watch.install()
     try:
