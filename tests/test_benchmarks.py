@@ -218,13 +218,35 @@ def test_a_run_beside_others_is_described(benchmarks: dict[str, Any]) -> None:
 
 def test_a_tool_is_compared_with_ours_of_the_same_round(benchmarks: dict[str, Any]) -> None:
     cells = benchmarks["bench"].cells
-    same = {"epoch": 5.0, "real": 80, "computed": 100, "peak": 700, "first_step": 9.0}
-    ours = [{**same, "epoch_cpu": cpu, "second_start": 8.0} for cpu in (2.0, 3.0, 4.0)]
+    same = {"epoch": 5.0, "real": 80, "computed": 100, "peak": 700}
+    ours = [{**same, "epoch_cpu": cpu} for cpu in (2.0, 3.0, 4.0)]
     theirs = [{**same, "epoch_cpu": cpu} for cpu in (4.0, 3.0, 2.0)]
     found = {("vlm_sft", "default"): ours, ("trl", "best"): theirs}
-    assert cells(ours, found) == ["5.0", "3.0", "1.00", "20.0%", "700", "9.0", "8.0"]
-    assert cells(theirs, found) == ["5.0", "3.0", "1.00 (0.50-2.00)", "20.0%", "700", "9.0", ""]
-    assert cells([*theirs, {"steps": 0}], found) == ["failed"] * 7
+    assert cells(ours, found) == ["5.0", "3.0", "1.00", "20.0%", "700"]
+    assert cells(theirs, found) == ["5.0", "3.0", "1.00 (0.50-2.00)", "20.0%", "700"]
+    assert cells([*theirs, {"steps": 0}], found) == ["failed"] * 5
+
+
+def test_tools_start_in_turns_and_two_of_them_again_with_their_caches(benchmarks: dict[str, Any]) -> None:
+    calls: list[tuple[str, str, Path | None]] = []
+
+    class Bench:
+        def run(self, tool: str, setting: str, model: Path, data: Path, home: Path | None = None, **options: Any) -> Any:
+            assert options == {"checkpointing": True, "first_step_only": True}
+            calls.append((tool, setting, home))
+            at = {"first_step_begins": float(len(calls)), "first_step_ends": len(calls) + 0.5}
+            return {"home": f"home{len(calls)}"} | (at if tool != "ms_swift" else {})
+
+    table = benchmarks["bench"].starts(Bench(), {"twin": Path("model")}, Path("rows"), 2, True)
+    once = [("vlm_sft", "default"), ("vlm_sft", "default"), ("trl", "best"), ("trl", "best")]
+    once += [("llama_factory", "best"), ("ms_swift", "best")]
+    assert [call[:2] for call in calls] == once * 2
+    assert [call[2] for call in calls[:4]] == [None, Path("home1"), None, Path("home3")]
+    assert table[1:3] == [
+        ["twin", "vlm_sft", "default", "4.0 (1.0-7.0)", "4.5 (1.5-7.5)", "5.0 (2.0-8.0)", "5.5 (2.5-8.5)"],
+        ["twin", "TRL", "best", "6.0 (3.0-9.0)", "6.5 (3.5-9.5)", "7.0 (4.0-10.0)", "7.5 (4.5-10.5)"],
+    ]
+    assert [row[3:] for row in table[3:]] == [["8.0 (5.0-11.0)", "8.5 (5.5-11.5)", "", ""], ["failed"] * 2 + [""] * 2]
 
 
 def test_a_tool_is_watched_while_it_trains(benchmarks: dict[str, Any], tmp_path: Path) -> None:
@@ -245,6 +267,7 @@ def test_a_tool_is_watched_while_it_trains(benchmarks: dict[str, Any], tmp_path:
     assert "16 of them known from before" in done.stdout + done.stderr
     report = json.loads((tmp_path / "again.json").read_text("utf-8"))
     assert (report["steps"], len(report["rows"])) == (1, 8)
+    assert 0 < report["first_step_begins"] < report["first_step_ends"] < report["total"]
 
 
 def test_growth_is_told_by_its_exponent(benchmarks: dict[str, Any]) -> None:

@@ -1,19 +1,20 @@
 """vlm_sft beside the tools that people would use instead, on the same rows and models: `make bench-peers`, or
 
-    python benchmarks/peers/bench.py [--quick] [--rounds 3] [--environments .venv/peers] [--output FOLDER] [--write]
+    python benchmarks/peers/bench.py [--quick] [--starts] [--rounds 3] [--environments .venv/peers] [--output FOLDER]
+        [--write]
 
 Three random twins, two regimes, four tools; each run is a process of its own, the tools take turns, and figures are
-medians, those of ratios with their range. Ours and TRL's best start a second time, up to their first step, with what
-the first start left in their caches. Nothing is downloaded but the tools, once. Ours is the recipe as it ships, with
-its pass over the rows, its proof and its guards. What is written: `peers.json`, every run as it ends, and `peers.md`,
-the tables, which `--write` puts into benchmarks/README.md as well.
+medians, those of ratios with their range. How soon the first step comes is measured apart, in runs that end with it
+(`--starts`: only these); ours and TRL's start a second time, with what the first start left in their caches. Nothing is
+downloaded but the tools, once. Ours is the recipe as it ships, with its pass over the rows, its proof and its guards.
+What is written: `peers.json`, every run as it ends, and `peers.md` and `starts.md`, the tables, which `--write` puts
+into benchmarks/README.md as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import statistics
@@ -43,7 +44,7 @@ FAULTS = (
     "empty answer",
 )
 PLACE = 13  # of the row with the fault
-STARTED_AGAIN = (("vlm_sft", "default"), ("trl", "best"))  # with the caches that the first start has left
+STARTED_AGAIN = ("vlm_sft", "trl")  # with the caches that the first start has left
 Rows = list[dict[str, Any]]
 
 
@@ -135,18 +136,13 @@ class Bench:
 
 
 def speed(bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkpointing: bool) -> list[list[str]]:
-    columns = ["model", "tool", "setting", "epoch, s", "CPU of it, s", "x ours (CPU)", "padding", "peak, MiB"]
-    table = [[*columns, "first step, s", "second start, s"]]
+    table = [["model", "tool", "setting", "epoch, s", "CPU of it, s", "x ours (CPU)", "padding", "peak, MiB"]]
     for name, model in models.items():
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for _ in range(rounds):
             for tool, settings in SETTINGS.items():
                 for setting in settings:
                     run = bench.run(tool, setting, model, data, checkpointing=checkpointing)
-                    if (tool, setting) in STARTED_AGAIN:
-                        options = {"checkpointing": checkpointing, "first_step_only": True}
-                        again = bench.run(tool, setting, model, data, Path(run["home"]), **options)
-                        run["second_start"] = again.get("first_step", math.nan)
                     found.setdefault((tool, setting), []).append(run)
         table += [[name, NAMES[tool], setting, *cells(runs, found)] for (tool, setting), runs in found.items()]
     return table
@@ -155,7 +151,7 @@ def speed(bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkp
 def cells(runs: list[dict[str, Any]], found: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
     """Medians of the rounds; of the ratio to ours in the same round, the range as well."""
     if any("epoch" not in run for run in runs):
-        return ["failed"] * 7
+        return ["failed"] * 5
     ratios = (run["epoch_cpu"] / ours["epoch_cpu"] for run, ours in zip(runs, found["vlm_sft", "default"], strict=True))
     return [
         f"{middle(runs, 'epoch'):.1f}",
@@ -163,9 +159,30 @@ def cells(runs: list[dict[str, Any]], found: dict[tuple[str, str], list[dict[str
         spread(ratios, 2),
         f"{1 - runs[0]['real'] / runs[0]['computed']:.1%}",
         f"{middle(runs, 'peak'):.0f}",
-        f"{middle(runs, 'first_step'):.1f}",
-        f"{middle(runs, 'second_start'):.1f}" if "second_start" in runs[0] else "",
     ]
+
+
+def starts(bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkpointing: bool) -> list[list[str]]:
+    """Seconds from the start of Python until the first step begins, its batch at hand, and ends; by the best setting."""
+    table = [["model", "tool", "setting", "begins, s", "ends, s", "second start: begins, s", "ends, s"]]
+    options: dict[str, Any] = {"checkpointing": checkpointing, "first_step_only": True}
+    for name, model in models.items():
+        found: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {tool: ([], []) for tool in SETTINGS}
+        for _ in range(rounds):
+            for tool, (first, second) in found.items():
+                run = bench.run(tool, SETTINGS[tool][-1], model, data, **options)
+                first.append(run)
+                if tool in STARTED_AGAIN:
+                    second.append(bench.run(tool, SETTINGS[tool][-1], model, data, Path(run["home"]), **options))
+        for tool, both in found.items():
+            seconds = [seconds_of(runs, part) for runs in both for part in ("begins", "ends")]
+            table.append([name, NAMES[tool], SETTINGS[tool][-1], *seconds])
+    return table
+
+
+def seconds_of(runs: list[dict[str, Any]], part: str) -> str:
+    seconds = [run.get(f"first_step_{part}") for run in runs]
+    return "failed" if None in seconds else spread(seconds, 1) if seconds else ""
 
 
 def middle(runs: Iterable[dict[str, Any]], name: str) -> float:
@@ -232,45 +249,59 @@ def markdown(table: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]])
 
 
-def tables_of(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, list[list[str]]]]:
-    """Each table with its title, as soon as it is measured."""
+def tables_of(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, str, list[list[str]]]]:
+    """The part of README, title and rows of each table, as soon as it is measured."""
     models = {twin: save_twin(twin, bench.folder) for twin in TWINS[-1 if args.quick else 0 :]}
-    for regime, (short, checkpointing) in list(REGIMES.items())[: 1 if args.quick else 2]:
-        data = write_rows(stored(args.rows, short), bench.folder / ("short" if short else "long"))
-        title = f"{regime}: {args.rows} rows, batches of 8, {args.rounds} rounds"
-        yield title, speed(bench, models, data, args.rounds, checkpointing)
+    regimes = {
+        f"{regime}: {args.rows} rows, batches of 8, {args.rounds} rounds": (
+            write_rows(stored(args.rows, short), bench.folder / ("short" if short else "long")),
+            checkpointing,
+        )
+        for regime, (short, checkpointing) in list(REGIMES.items())[: 1 if args.quick else 2]
+    }
+    for title, (data, checkpointing) in regimes.items():
+        yield "starts", title, starts(bench, models, data, args.rounds, checkpointing)
+    if args.starts:
+        return
+    for title, (data, checkpointing) in regimes.items():
+        yield "peers", title, speed(bench, models, data, args.rounds, checkpointing)
     kinds = {twin: model for twin, model in models.items() if twin != "LM-heavy LLaVA"}
     few = stored(32, True)
-    yield "What each trains, 32 rows", trained(bench, kinds, write_rows(few, bench.folder / "few"), few)
+    yield "peers", "What each trains, 32 rows", trained(bench, kinds, write_rows(few, bench.folder / "few"), few)
     name, model = next(iter(models.items()))
-    yield f"Planted faults, one row of 40, {name}", faults(bench, model)
+    yield "peers", f"Planted faults, one row of 40, {name}", faults(bench, model)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tool and setting")
     parser.add_argument("--rows", type=int, default=320)
+    parser.add_argument("--starts", action="store_true", help="how soon the first step comes, and nothing else")
     parser.add_argument("--quick", action="store_true", help="one twin, one regime, one round, 32 rows: does all run?")
     parser.add_argument("--environments", type=Path, default=Path(sys.prefix) / "peers", help="of the other tools")
     parser.add_argument("--output", type=Path, default=Path("outputs/peers"))
     parser.add_argument("--write", action="store_true", help="the tables into benchmarks/README.md")
     args = parser.parse_args()
-    load, began = os.getloadavg()[0], time.monotonic()
     if args.quick:
         args.rounds, args.rows = 1, 32
     args.output.mkdir(parents=True, exist_ok=True)
     others = ", ".join(packages[0] for packages in ENVIRONMENTS.values())
-    text = ""
+    text: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), args.environments.absolute(), args.output / "peers.json")
-        for title, table in tables_of(bench, args):
-            text += f"\n\n### {title}\n\n{markdown(table)}"
-            minutes = f"Load {load:.1f} at the start, {(time.monotonic() - began) / 60:.0f} minutes."
-            (args.output / "peers.md").write_text(f"{machine()} {others}. {minutes}{text}\n")
-    text = (args.output / "peers.md").read_text()
-    print(text)
-    if args.write:
-        write("peers", text)
+        load, began = os.getloadavg()[0], time.monotonic()
+        for part, title, table in tables_of(bench, args):
+            if part not in text:
+                text[part], start = "", began
+            text[part] += f"\n\n### {title}\n\n{markdown(table)}"
+            began = time.monotonic()
+            took = f"Load {load:.1f} at the start, {(began - start) / 60:.0f} minutes."
+            (args.output / f"{part}.md").write_text(f"{machine()} {others}. {took}{text[part]}\n")
+    for part in text:
+        tables = (args.output / f"{part}.md").read_text()
+        print(tables)
+        if args.write:
+            write(part, tables)
 
 
 if __name__ == "__main__":

@@ -73,10 +73,13 @@ class Watch:
             def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 watch.began = (time.perf_counter(), cpu_seconds())
 
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                watch.report.setdefault("first_step_begins", since_start())
+
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 watch.report["steps"] = state.global_step
                 if state.global_step == 1:
-                    watch.report |= {"first_step": since_start(), "first_step_cpu": cpu_seconds()}
+                    watch.report["first_step_ends"] = since_start()
                     if os.environ.get("FIRST_STEP_ONLY"):
                         raise SystemExit(0)
 
