@@ -163,7 +163,7 @@ def cells(runs: list[dict[str, Any]], found: dict[tuple[str, str], list[dict[str
 
 
 def starts(bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkpointing: bool) -> list[list[str]]:
-    """Seconds from the start of Python until the first step begins, its batch at hand, and ends; by the best setting."""
+    """Seconds from the start of Python until the first step begins, its batch at hand, and ends; by best settings."""
     table = [["model", "tool", "setting", "begins, s", "ends, s", "second start: begins, s", "ends, s"]]
     options: dict[str, Any] = {"checkpointing": checkpointing, "first_step_only": True}
     for name, model in models.items():
