@@ -44,6 +44,7 @@ def test_rows_are_drawn_from_the_seed(benchmarks: dict[str, Any]) -> None:
     assert {len(messages) // 2 for messages in rows["messages"]} >= {1, 2, 3, 4, 5}
 
 
+@pytest.mark.sweep
 def test_paths_train_on_the_same_rows(benchmarks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, made = benchmarks["cpu"], []
 
@@ -77,6 +78,7 @@ def test_grouping_and_packing_leave_little_padding(benchmarks: dict[str, Any]) -
     assert min(few[2], many[1], many[2], few[5], many[5]) > 0.96
 
 
+@pytest.mark.sweep
 def test_parts_and_collation_have_figures(benchmarks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     parts, collation = benchmarks["parts"], benchmarks["collation"]
     monkeypatch.setattr(parts.compare, "__kwdefaults__", {"repeats": 1})
@@ -250,6 +252,7 @@ def test_tools_start_in_turns_and_two_of_them_again_with_their_caches(benchmarks
     assert [row[3:] for row in table[3:]] == [["8.0 (5.0-11.0)", "8.5 (5.5-11.5)", "", ""], ["failed"] * 2 + [""] * 2]
 
 
+@pytest.mark.sweep
 def test_a_tool_is_watched_while_it_trains(benchmarks: dict[str, Any], tmp_path: Path) -> None:
     """Ours, by its recipe, in a process of its own as in the benchmark."""
     bench, tools = benchmarks["bench"], benchmarks["tools"]

@@ -158,6 +158,7 @@ def turned(recipe: str, flags: list[object]) -> dict[str, Any]:
     return shares(recipe, flags)
 
 
+@sweep
 def test_four_bit_weights_are_shared_out_and_train_as_in_one_process(flags_of: Any, alone: Any, tmp_path: Path) -> None:
     found = together(shares, QLORA[0], flags_of(QLORA, tmp_path, *TWO), config="fsdp2_qlora")
     assert [share["whole"] for share in found] == [[], []]

@@ -44,7 +44,7 @@ REFUSED = {
     "paligemma": "cannot encode a question as a chat has it: .* choose a chat model",
     "t5gemma2": "an encoder-decoder",
 }
-IN_DEFAULT_SUITE = ("qwen3_5", "qwen3_vl_moe", "deepseek_ocr2")
+IN_DEFAULT_SUITE = ("qwen3_5", "qwen3_vl_moe")
 REWRITING = ("llava15", "llava_next", "llava_onevision", "vipllava", "llava_next_video", "glm46v", "glm4v_moe")
 """Templates that write an earlier answer, or what stands before it, differently from how the model was asked for it."""
 PROVEN = [*TEN, *(name for name in FAMILIES if name not in REFUSED)]

@@ -18,6 +18,8 @@ from recipe_data import noise
 
 from vlm_sft.models.parts import part_of, parts_of
 
+pytestmark = pytest.mark.sweep
+
 PAGE = (recipe_runs.ROOT / "docs" / "howto.md").read_text("utf-8")
 CODE = re.findall(r"```(?:python|diff)\n(.*?)```", PAGE, re.S)
 FLAGS = [shlex.split(line)[2:] for line in re.findall(r"```bash\n(.*?)```", PAGE, re.S)]

@@ -24,7 +24,7 @@ def test_only_main_is_a_command() -> None:
     assert commands == {"__main__.py"}
 
 
-@pytest.mark.parametrize("collecting", [True, False])
+@pytest.mark.parametrize("collecting", [True, pytest.param(False, marks=pytest.mark.sweep)])
 def test_an_import_looks_for_no_garbage_and_leaves_the_collector_as_it_was(collecting: bool) -> None:
     """It would go through all that torch, transformers and TRL make, again and again."""
     said = f"""

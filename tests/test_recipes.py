@@ -442,12 +442,11 @@ def test_accelerate_launch_on_two_processes(flags_of: Callable[[str], list[objec
     assert verify_checkpoint(tmp_path / "output" / "checkpoint-2") == []
 
 
-# The others are launched by `make test-sweep`, llava15_sft.py on two processes in tests/test_distributed.py.
-OTHERS = sorted({*ADAPTERS, *WHOLE} - {"llava15_sft", "table_to_markdown_sft"})
-LAUNCHED = ["table_to_markdown_sft", *(pytest.param(name, marks=pytest.mark.sweep) for name in OTHERS)]
+LAUNCHED = sorted({*ADAPTERS, *WHOLE} - {"llava15_sft"})  # that one on two processes in tests/test_distributed.py
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_accelerate_launch(name: str, flags_of: Callable[[str], list[object]], tmp_path: Path) -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]

@@ -41,6 +41,10 @@ from vlm_sft.chat.expansions import reading_runs_once
 from vlm_sft.chat.messages import normalise, split_turns
 
 FAMILIES = pytest.mark.parametrize("family", TEN)
+FEW = ("llava15", "qwen2_5_vl", "gemma3")  # a processor of each kind
+SOME_FAMILIES = pytest.mark.parametrize(
+    "family", [name if name in FEW else pytest.param(name, marks=pytest.mark.sweep) for name in TEN]
+)
 PROPERTY = settings(
     max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -62,7 +66,7 @@ def trl_template(name: str) -> str:
     return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
 
 
-@FAMILIES
+@SOME_FAMILIES
 def test_random_conversations(family, tiny_processor, record_property):
     processor = tiny_processor(family)
     collator = ChatCollator(processor, reserved_tokens="escape")
@@ -840,6 +844,7 @@ def test_fingerprint_tells_what_changes_a_row(tiny_processor, example):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_fingerprint_is_the_same_in_every_process(tiny_dir):
     """Whatever PYTHONHASHSEED orders sets by; with tokens of equal length, which patterns hold in some order."""
     source = (

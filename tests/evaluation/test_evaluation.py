@@ -254,6 +254,7 @@ def share_of_the_rows(folder: Path) -> tuple[list[str], list[int], str]:
 
 
 @pytest.mark.loopback
+@pytest.mark.sweep
 def test_two_processes_share_the_rows_and_both_know_all_answers(tiny_dir, tiny_model, tiny_processor):
     alone = generate(tiny_model("llava15"), ChatTemplate(tiny_processor("llava15")), ROWS, max_new_tokens=5)
     # Three rows for two processes: the second starts again, so that both take part in as many batches.
