@@ -85,7 +85,7 @@ gpu: $(VENV)/.installed
 bench: $(VENV)/.dev
 	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/cpu.py --write
 
-# Each of the other tools in an environment of its own under .venv/peers; an hour and forty minutes, most of it the rounds.
+# Each of the other tools in an environment of its own under .venv/peers; two hours and a half, most of it the rounds.
 bench-peers: $(VENV)/.dev
 	PYTHONPATH=tests/torchvision_cpu $(BIN)/python benchmarks/peers/bench.py --write
 
