@@ -7,7 +7,6 @@ A point is a callback of the Trainer, or a file of the run being opened or renam
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -20,6 +19,7 @@ import runs
 import torch
 from proven import pieces
 from recipe_data import noise
+from together import forks
 from transformers import TrainerCallback
 
 import vlm_sft
@@ -96,23 +96,16 @@ def write(rows: list[Any], folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def forks() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["runs", "proven", "vlm_sft"])
-    return context
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_killed_anywhere_ends_with_the_same_weights(
-    family: str, kind: str, forks: Any, tmp_path: Path, record_property: Any
+    family: str, kind: str, tmp_path: Path, record_property: Any
 ) -> None:
     base = tiny.save(family, tmp_path / family)
 
     def run(folder: Path, at: int = 0) -> Any:
         process, result = (
-            forks.Process(target=train, args=(base, folder, kind, at, tmp_path / "result.pt")),
+            forks().Process(target=train, args=(base, folder, kind, at, tmp_path / "result.pt")),
             tmp_path / "result.pt",
         )
         result.unlink(missing_ok=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import os
 import socket
 from typing import Any
 
 import pytest
+from together import forks
 
 from vlm_sft.distributed import any_rank, on_main, print_main
 
@@ -43,10 +43,8 @@ def test_two_processes_agree() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["vlm_sft.distributed"])
-    answers = forks.Queue()
-    processes = [forks.Process(target=one_of_two, args=(rank, port, answers)) for rank in (0, 1)]
+    answers = forks().Queue()
+    processes = [forks().Process(target=one_of_two, args=(rank, port, answers)) for rank in (0, 1)]
     for process in processes:
         process.start()
     found = sorted(answers.get(timeout=120) for _ in processes)

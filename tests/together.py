@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import queue
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
@@ -26,6 +28,19 @@ def free_port() -> int:
         return port
 
 
+def forks() -> Any:
+    """A context of `multiprocessing` whose processes start from one that has imported everything. There is one such for
+    all tests of this process, and what the first of them asks it to import counts."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_distributed", "runs", "transformers.models.llava.modeling_llava"])
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # it passes over what it does not find
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 def together(
     work: Callable[..., Any], *arguments: Any, processes: int = 2, config: str = "cpu_2proc", limit_s: float = 240
 ) -> list[Any]:
@@ -34,12 +49,10 @@ def together(
     An exception is raised here again as RuntimeError with the trace of each process it came from. Processes that have
     not ended within `limit_s` seconds are killed, and TimeoutError says which.
     """
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["test_distributed", "transformers.models.llava.modeling_llava"])
-    answers = forks.Queue()
+    answers = forks().Queue()
     shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port()), **_sharding(config)}
-    started = [forks.Process(target=_one, args=(rank, shared, work, arguments, answers)) for rank in range(processes)]
+    started = [forks().Process(target=_one, args=(rank, shared, work, arguments, answers)) for rank in range(processes)]
     for process in started:
         process.start()
     found: dict[int, Any] = {}

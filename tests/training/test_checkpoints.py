@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -22,6 +21,7 @@ import transformers
 from peft import LoraConfig
 from proven import RecipeConfig, pieces
 from safetensors.torch import load_file
+from together import forks
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from vlm_sft.models.adapters import lora_config
@@ -215,24 +215,14 @@ def killed(base: Path, output_dir: Path, point: str) -> None:
     train(base, output_dir)
 
 
-@pytest.fixture(scope="module")
-def forks() -> Any:
-    """Processes that start from one that has imported everything."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        yield context
-
-
 @pytest.mark.parametrize(
     "point",
     ["model.safetensors", *(pytest.param(file, marks=pytest.mark.sweep) for file in ("optimizer.pt", MANIFEST))],
 )
 def test_kill_9_in_a_save_leaves_the_checkpoint_before(
-    point: str, whole: tuple[Path, dict[str, Any]], llava: Path, tmp_path: Path, forks: Any
+    point: str, whole: tuple[Path, dict[str, Any]], llava: Path, tmp_path: Path
 ) -> None:
-    process = forks.Process(target=killed, args=(llava, tmp_path, point))
+    process = forks().Process(target=killed, args=(llava, tmp_path, point))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
@@ -273,9 +263,9 @@ def limited(base: Path, output_dir: Path) -> None:
 
 
 def test_weights_that_cannot_be_written_leave_the_checkpoint_before(
-    whole: tuple[Path, dict[str, Any]], llava: Path, tmp_path: Path, forks: Any
+    whole: tuple[Path, dict[str, Any]], llava: Path, tmp_path: Path
 ) -> None:
-    process = forks.Process(target=limited, args=(llava, tmp_path))
+    process = forks().Process(target=limited, args=(llava, tmp_path))
     process.start()
     process.join(60)
     assert process.exitcode == 1
@@ -586,9 +576,9 @@ def lock_and_tell(folder: Path, ready: Any, done: Any) -> None:
     done.wait(60)
 
 
-def test_two_runs_do_not_share_a_folder(llava: Path, tmp_path: Path, forks: Any) -> None:
-    ready, done = forks.Event(), forks.Event()
-    other = forks.Process(target=lock_and_tell, args=(tmp_path, ready, done))
+def test_two_runs_do_not_share_a_folder(llava: Path, tmp_path: Path) -> None:
+    ready, done = forks().Event(), forks().Event()
+    other = forks().Process(target=lock_and_tell, args=(tmp_path, ready, done))
     other.start()
     assert ready.wait(60)
     with pytest.raises(ValueError, match="another process is training in"):
