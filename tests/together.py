@@ -33,9 +33,7 @@ def forks() -> Any:
     all tests of this process, and what the first of them asks it to import counts."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_distributed", "runs", "transformers.models.llava.modeling_llava"])
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # it passes over what it does not find
+    with pytest.MonkeyPatch.context() as patch:  # what it does not find it passes over
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         multiprocessing.forkserver.ensure_running()
     return context
