@@ -279,9 +279,9 @@ def exact(base: Path, folder: Path, rows: Path, *, packed: bool = False, **optio
 @pytest.mark.parametrize(
     ("workers", "persistent", "packed", "strategy"),
     [
-        (0, False, False, "group_by_length"),
-        pytest.param(2, True, False, "random", marks=swept),
+        (2, True, False, "random"),
         pytest.param(1, False, True, "random", marks=swept),
+        pytest.param(0, False, False, "group_by_length", marks=swept),
         pytest.param(1, True, False, "group_by_length", marks=swept),
         pytest.param(2, False, False, "batch_rebalance", marks=swept),
         pytest.param(2, True, True, "random", marks=swept),
