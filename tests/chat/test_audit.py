@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import families
 import peft
 import pytest
 import torch
@@ -307,6 +308,16 @@ def pieces(page: str, kind: str) -> list[tuple[str, str]]:
     return [(unescape(text).replace("↵\n", "\n"), hint) for hint, text in found]
 
 
+@pytest.mark.parametrize("processor_of", [lambda: tiny.build("llava15")[1], lambda: families.build("idefics2")[1]])
+def test_no_row_asks_for_all_added_tokens(processor_of, monkeypatch, tmp_path):
+    """Gemma has 6,000, which take 17 ms, and a page has thousands of pieces. Idefics2 does not report what an image
+    brings, so that it is looked for."""
+    collator, asked = ChatCollator(processor_of()), []
+    monkeypatch.setattr(type(collator.processor.tokenizer), "added_tokens_decoder", property(asked.append))
+    write_audit_html(audit(collator, [one(), two()]), tmp_path / "audit.html")
+    assert asked == []
+
+
 @pytest.mark.parametrize("family", ["llava15", "smolvlm", "qwen2_5_vl", "gemma3"])
 def test_page(family, tiny_processor, tmp_path):
     evil = '<script>alert("1")</script> & <b>日本語</b>\n"é🙂'
@@ -326,7 +337,7 @@ def test_page(family, tiny_processor, tmp_path):
     assert "default-src 'none'" in page
     assert "http:" not in page
     [source] = [attributes["src"] for tag, attributes in tags if tag == "img"]
-    assert Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))).size == (400, 240)
+    assert Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))).size == (250, 150)
 
     before, stop, _ = LEARNED[family]
     assert "".join(text for text, _ in pieces(page, "trained")) == before + evil + stop

@@ -33,6 +33,8 @@ from families import TEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedTokenizerFast
 
 from vlm_sft import IGNORE_INDEX, ChatCollator, ChatTemplate
@@ -809,6 +811,13 @@ def test_rows_are_named_where_all_have_a_number(tiny_processor, example):
     assert "rows" not in collator.with_settings(name_rows=False)([example | {"row": 4}])
 
 
+def exchange_two_tokens(processor: Any) -> None:
+    model = json.loads(processor.tokenizer.backend_tokenizer.to_str())["model"]
+    *_, one, other = model["vocab"]
+    vocab = model["vocab"] | {one: model["vocab"][other], other: model["vocab"][one]}
+    processor.tokenizer.backend_tokenizer.model = BPE(vocab, [tuple(merge) for merge in model["merges"]])
+
+
 def test_fingerprint_tells_what_changes_a_row(tiny_processor, example):
     def of(change: Any = None, **settings: Any) -> str:
         processor = tiny_processor("llava15")
@@ -838,6 +847,8 @@ def test_fingerprint_tells_what_changes_a_row(tiny_processor, example):
         of(lambda processor: setattr(processor.image_processor, "do_normalize", False)),
         of(lambda processor: processor.tokenizer.add_tokens(["<new>"])),
         of(lambda processor: setattr(processor.tokenizer, "eos_token", "<pad>")),
+        of(lambda processor: setattr(processor.tokenizer.backend_tokenizer, "normalizer", Lowercase())),
+        of(exchange_two_tokens),
         type("Other", (ChatCollator,), {})(tiny_processor("llava15")).fingerprint(),
     ]
     assert len(set(different)) == len(different)

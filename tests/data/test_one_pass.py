@@ -282,13 +282,9 @@ def test_a_cache_that_cannot_be_kept_or_read_is_told(
     assert "cannot be kept" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("rows", "cores", "method", "workers"),
-    [(255, 4, "fork", 0), (256, 4, "fork", 2), (600, 4, "fork", 4), (600, 1, "fork", 0), (600, 4, "spawn", 0)],
-)
-def test_a_pass_takes_workers_where_they_are_worth_their_start(
-    rows: int, cores: int, method: str, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many workers each pass took."""
     asked: list[int] = []
 
     class Asked(DataLoader[Any]):
@@ -297,11 +293,43 @@ def test_a_pass_takes_workers_where_they_are_worth_their_start(
             super().__init__(*args, **kwargs)
 
     monkeypatch.setattr("vlm_sft.data.check_rows.DataLoader", Asked)
+    monkeypatch.setattr("vlm_sft.data.check_rows.core_count", lambda: 4)
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "fork")
+    return asked
+
+
+def talks(numbers: range) -> list[dict[str, Any]]:
+    answer = {"role": "assistant", "content": "So."}
+    return [{"messages": [{"role": "user", "content": f"Why {n}?"}, answer], "images": []} for n in numbers]
+
+
+@pytest.mark.parametrize(
+    ("rows", "cores", "method", "workers"),
+    [(255, 4, "fork", 0), (256, 4, "fork", 2), (600, 4, "fork", 4), (600, 1, "fork", 0), (600, 4, "spawn", 0)],
+)
+def test_a_pass_takes_workers_where_they_are_worth_their_start(
+    rows: int, cores: int, method: str, workers: int, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vlm_sft.data.check_rows.core_count", lambda: cores)
     monkeypatch.setattr("multiprocessing.get_start_method", lambda: method)
-    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    assert check_report([{"messages": messages, "images": []}] * rows).rows == rows
+    assert check_report(talks(range(rows))).rows == rows
     assert asked == [workers]
+
+
+def test_known_rows_are_looked_up_without_workers(asked: list[int]) -> None:
+    for numbers, known in ((range(300), 0), (range(300), 300), (range(300, 600), 0), (range(400, 1000), 200)):
+        assert check_report(talks(numbers)).known == known
+    assert asked == [2, 0, 2, 4]
+
+
+def test_the_tokenizer_is_written_out_once_for_all_splits(
+    folder: Path, collator: ChatCollator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes 0.2 s for 150,000 tokens."""
+    asked, made_of = [], ChatCollator.made_of
+    monkeypatch.setattr(ChatCollator, "made_of", lambda self: asked.append(self) or made_of(self))
+    check_rows(load_conversations(folder / "rows.jsonl", to_conversation=to_conversation), collator)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("num_proc", [0, 2])

@@ -87,11 +87,11 @@ def find_images(
     runs of the tokens `ids` [T] that only images bring, one for each placeholder or row of them. The proof: the text
     with these in their places, tokenized again, must give the very same tokens, else `ValueError`."""
     tokenizer = template.processor.tokenizer
-    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-    groups = groupby(ids.tolist(), key=template.image_ids.__contains__)
+    added = {i: template.added_tokens[i].content for i in template.image_ids}
+    groups = groupby(ids.tolist(), key=added.__contains__)
     runs = ["".join(added[i] for i in run) for brought, run in groups if brought]
     # The template may write some of these tokens itself, next to the placeholder.
-    written = "|".join(map(re.escape, {template.placeholder, *(added[i] for i in template.image_ids)}))
+    written = "|".join(map(re.escape, {template.placeholder, *added.values()}))
     spans = [place.span() for place in re.finditer(f"(?:{written})+", rendered.text)]
     for gap in ("", " ") * (len(runs) == len(spans)):  # some part an image from the word after it
         edits = [

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from PIL import Image
+from transformers import AddedToken
 
 from vlm_sft.chat.messages import ROLES, Message, text_of
 from vlm_sft.chat.places import MARK, Edit, Places, Spans, Tails, edited, moved
@@ -212,15 +213,19 @@ class ChatTemplate:
         return found
 
     @cached_property
+    def added_tokens(self) -> Mapping[int, AddedToken]:
+        """The tokenizer's added tokens by id; which makes them anew when asked: 17 ms for the 6,000 of Gemma."""
+        return dict(self.processor.tokenizer.added_tokens_decoder)
+
+    @cached_property
     def added(self) -> re.Pattern[str]:
         """Matches the tokenizer's added tokens in a text."""
-        return _any_of(token.content for token in self.processor.tokenizer.added_tokens_decoder.values())
+        return _any_of(token.content for token in self.added_tokens.values())
 
     @cached_property
     def reserved(self) -> re.Pattern[str]:
         """Matches control tokens: typed as text, the tokenizer would take them for its own."""
-        added = self.processor.tokenizer.added_tokens_decoder.items()
-        control = {token.content for i, token in added if token.special or i in self.image_ids}
+        control = {token.content for i, token in self.added_tokens.items() if token.special or i in self.image_ids}
         return _any_of(control | {self.placeholder, *_OTHER_MEDIA})
 
     def _question(self, images: int) -> str:
@@ -276,16 +281,15 @@ class ChatTemplate:
             how = "let it make one tile of each (processor.image_processor.max_num_tiles = 1), or choose another model"
             raise ValueError(f"{found}; {how}") from error
         brought = {int(i) for i in with_image} - {int(i) for i in without}
-        added = self.processor.tokenizer.added_tokens_decoder
+        added = self.added_tokens
         return frozenset(i for i in brought & added.keys() if added[i].content.strip())
 
     @cached_property
     def image_run(self) -> tuple[re.Pattern[str], list[int]]:
         """Matches a run of one of the image tokens, itself group 1, and their ids; those aside that take the white
         space around them or whole words, whose copies may differ."""
-        added = self.processor.tokenizer.added_tokens_decoder
-        plain = {i: added[i] for i in self.image_ids}
-        plain = {i: t.content for i, t in plain.items() if not (t.lstrip or t.rstrip or t.single_word or t.normalized)}
+        brought = [(i, self.added_tokens[i]) for i in self.image_ids]
+        plain = {i: t.content for i, t in brought if not (t.lstrip or t.rstrip or t.single_word or t.normalized)}
         return re.compile(rf"({_any_of(plain.values()).pattern})\1*"), [*plain]
 
 

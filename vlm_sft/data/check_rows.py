@@ -148,7 +148,8 @@ def check_rows(
     compare_processes(splits)
     to_check = {} if on_bad_rows == "ignore" else splits
     stored = {name: rows for name, rows in to_check.items() if not isinstance(rows, IterableDataset) and len(rows)}
-    reports = {name: check_report(rows, collator, num_proc=num_proc) for name, rows in stored.items()}
+    made_by = str(collator.fingerprint())
+    reports = {name: check_report(rows, collator, num_proc=num_proc, made_by=made_by) for name, rows in stored.items()}
     _judge(reports, drop, max_bad_fraction)
     for name, split in splits.items():
         counts: tuple[Any, ...] = ()
@@ -171,7 +172,7 @@ def check_rows(
             check = _StreamCheck(reader, collator if drop else None, max_bad_fraction, collator.split)
             names = rows.column_names or [*next(iter(rows))]
             split = rows.map(check, batched=True, batch_size=1, remove_columns=names)
-        checked = Checked(on_bad_rows, str(collator.fingerprint()), collator.settings.max_length, *counts)
+        checked = Checked(on_bad_rows, made_by, collator.settings.max_length, *counts)
         vars(split)["checked"] = (getattr(split, "_fingerprint", ""), checked)
         splits[name] = split
     return type(data)(splits) if isinstance(data, dict) else splits[""]
@@ -198,12 +199,15 @@ def _judge(reports: Mapping[str, CheckReport], drop: bool, max_bad_fraction: flo
             print_main(f"{len(both):,} rows of {other} stand in {name} as well: {where}")
 
 
-def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None) -> CheckReport:
-    """What is wrong with which of `rows`, a dataset or a list; without a collator, of their texts and images alone."""
+def check_report(
+    rows: Any, collator: Any = None, *, num_proc: int | None = None, made_by: str | None = None
+) -> CheckReport:
+    """What is wrong with which of `rows`, a dataset or a list; without a collator, of their texts and images alone.
+    `made_by` is the collator's fingerprint, where it is known."""
     if not hasattr(rows, "__len__") or not len(rows):
         raise ValueError("the dataset to check has no row, or streams; load it without --streaming")
     start = time.monotonic()
-    cache = records.cache_file("" if collator is None else str(collator.fingerprint()))
+    cache = records.cache_file(made_by or ("" if collator is None else str(collator.fingerprint())))
     found, fresh = _look_at_all(_Rows(rows, collator, records.read_cache(cache)), num_proc)
     if len(fresh):
         records.write_cache(cache, fresh)
@@ -304,14 +308,17 @@ def _look_at_all(rows: Any, num_proc: int | None) -> list[Any]:
     """Arrays of `FOUND` and of `KEPT`, each process of a launched run looking at its share of the rows."""
     state = PartialState()
     share = range(state.process_index, len(rows), state.num_processes)
+    before = rng_state()  # a DataLoader draws a seed for its workers, and a row may draw as well
     if num_proc is None:
         cores = core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        worth = 128 if multiprocessing.get_start_method() == "fork" else 2048  # one started anew imports for seconds
+        some = [*share[:: max(1, len(share) // _TOGETHER)]] if len(rows.known) else []
+        is_known = bool(some) and not any(fresh for _, fresh in rows.__getitems__(some))
+        # One that is forked takes as long as 128 rows, or 2,048 known ones; one started anew imports for seconds.
+        worth = 128 if multiprocessing.get_start_method() == "fork" and not is_known else 2048
         num_proc = min(len(share) // worth, cores)
         num_proc = num_proc if num_proc > 1 else 0  # one would only be waited for
     batches: Any = DataLoader(Subset(rows, share), batch_size=_TOGETHER, collate_fn=_arrays, num_workers=num_proc)
     shown = {"desc": "Checking", "unit": " rows", "unit_scale": _TOGETHER, "disable": not state.is_main_process}
-    before = rng_state()  # a DataLoader draws a seed for its workers
     try:
         mine = [_arrays([([], [])]), *tqdm(batches, **shown)]
     finally:
