@@ -185,14 +185,13 @@ def check_pass(trainer: Any, collator: Any, answered: Iterable[Any]) -> list[Che
             "pass data['test'] (--num_eval_rows holds rows out)"
         )
     splits = {"train_dataset": rows} | ({"eval_dataset": trainer.eval_dataset} if trainer.eval_dataset else {})
-    now = collator.fingerprint(), collator.settings.max_length
     for name, split in splits.items():
         if (checked := rows_checked(split)) is None:
             raise ValueError(
                 f"the rows of {name} were not checked: data = vlm_sft.check_rows(data, collator, "
                 "on_bad_rows=args.on_bad_rows), and give its result to SFTTrainer as it is"
             )
-        if (checked.collator, checked.max_length) != now:
+        if (checked.collator, checked.max_length) != (collator.fingerprint(), collator.settings.max_length):
             raise ValueError(
                 f"the rows of {name} were checked with a collator of other settings than the trainer's; make one "
                 "collator, and give it to check_rows and to SFTTrainer"

@@ -216,17 +216,16 @@ def prove(
         "changed": "; ".join([*changes, *_library_changes(trainer)]),
         **checks.memory_of(trainer),
     }
-    held = _held(trainer)
     (saver,) = _callbacks(trainer, SafeCheckpoints)
     saver.made_of = {
-        "collator": held["settings of the collator or its processor"],
+        "collator": collator.made_of(),
         "rows": checked.content,
         "held-out rows": [each.content for each in held_out] or None,
         "lr_by_part": checks.part_rates(trainer) or None,
         "loss": _own_loss(trainer),
     }
     saver.noted = {"image_files_written": checked.written}
-    proof = Proof(facts, report, flags, held, steps)
+    proof = Proof(facts, report, flags, _held(trainer), steps)
     gate.trainer, gate.proof = trainer, proof
     print_main(f"{proof}\n{report.shortest.name:<11}{draw_mask(report.shortest, collator.processor.tokenizer)}")
     return proof
@@ -308,7 +307,8 @@ def _held(trainer: Any) -> dict[str, Any]:
         "trainer.processing_class": trainer.processing_class,
         "the loss": _own_loss(trainer),
         "trainer.data_collator": collator,
-        "settings of the collator or its processor": isinstance(collator, ChatCollator) and collator.made_of(),
+        "settings of the collator or its processor": isinstance(collator, ChatCollator)
+        and (collator.settings, collator.fingerprint()),
         "trainer.train_dataset": (train, getattr(train, "_fingerprint", None)),
         "trainer.eval_dataset": (held_out, getattr(held_out, "_fingerprint", None)),
         "trainer.optimizer_cls_and_kwargs": trainer.optimizer_cls_and_kwargs,

@@ -33,8 +33,11 @@ from families import TEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from vlm_sft import IGNORE_INDEX, ChatCollator, ChatTemplate
@@ -811,11 +814,11 @@ def test_rows_are_named_where_all_have_a_number(tiny_processor, example):
     assert "rows" not in collator.with_settings(name_rows=False)([example | {"row": 4}])
 
 
-def exchange_two_tokens(processor: Any) -> None:
-    model = json.loads(processor.tokenizer.backend_tokenizer.to_str())["model"]
-    *_, one, other = model["vocab"]
+def exchange_two_tokens(tokenizer: Any) -> None:
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    one, other = "ab"
     vocab = model["vocab"] | {one: model["vocab"][other], other: model["vocab"][one]}
-    processor.tokenizer.backend_tokenizer.model = BPE(vocab, [tuple(merge) for merge in model["merges"]])
+    tokenizer.backend_tokenizer.model = BPE(vocab, [tuple(merge) for merge in model["merges"]])
 
 
 def test_fingerprint_tells_what_changes_a_row(tiny_processor, example):
@@ -848,10 +851,33 @@ def test_fingerprint_tells_what_changes_a_row(tiny_processor, example):
         of(lambda processor: processor.tokenizer.add_tokens(["<new>"])),
         of(lambda processor: setattr(processor.tokenizer, "eos_token", "<pad>")),
         of(lambda processor: setattr(processor.tokenizer.backend_tokenizer, "normalizer", Lowercase())),
-        of(exchange_two_tokens),
+        of(lambda processor: exchange_two_tokens(processor.tokenizer)),
         type("Other", (ChatCollator,), {})(tiny_processor("llava15")).fingerprint(),
     ]
     assert len(set(different)) == len(different)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: tokenizer.add_tokens(["<new>"]),
+        lambda tokenizer: tokenizer.add_tokens([AddedToken("<image>", lstrip=True)]),
+        lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", Lowercase()),
+        lambda tokenizer: setattr(tokenizer.backend_tokenizer, "pre_tokenizer", Whitespace()),
+        lambda tokenizer: setattr(tokenizer.backend_tokenizer, "post_processor", ByteLevel()),
+        lambda tokenizer: setattr(tokenizer.backend_tokenizer, "decoder", Fuse()),
+        lambda tokenizer: setattr(tokenizer, "_tokenizer", copy.deepcopy(tokenizer.backend_tokenizer)),
+        exchange_two_tokens,
+    ],
+)
+def test_the_tokenizer_is_written_out_again_only_where_it_changes(change, tiny_processor, example):
+    collator = ChatCollator(tiny_processor("llava15"))
+    collator.fingerprint()
+    collator._written = (*collator._written[:2], "remembered")
+    collator([example, example])
+    assert collator.made_of()["processor"]["tokenizer"] == "remembered"
+    change(collator.processor.tokenizer)
+    assert len(collator.made_of()["processor"]["tokenizer"]) == 64
 
 
 @pytest.mark.slow

@@ -322,16 +322,6 @@ def test_known_rows_are_looked_up_without_workers(asked: list[int]) -> None:
     assert asked == [2, 0, 2, 4]
 
 
-def test_the_tokenizer_is_written_out_once_for_all_splits(
-    folder: Path, collator: ChatCollator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which takes 0.2 s for 150,000 tokens."""
-    asked, made_of = [], ChatCollator.made_of
-    monkeypatch.setattr(ChatCollator, "made_of", lambda self: asked.append(self) or made_of(self))
-    check_rows(load_conversations(folder / "rows.jsonl", to_conversation=to_conversation), collator)
-    assert len(asked) == 1
-
-
 @pytest.mark.parametrize("num_proc", [0, 2])
 def test_the_random_state_stays(folder: Path, collator: ChatCollator, num_proc: int) -> None:
     rows = load_conversations(folder / "rows.jsonl", to_conversation=draws, eval_fraction=0)["train"]

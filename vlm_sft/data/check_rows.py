@@ -148,8 +148,7 @@ def check_rows(
     compare_processes(splits)
     to_check = {} if on_bad_rows == "ignore" else splits
     stored = {name: rows for name, rows in to_check.items() if not isinstance(rows, IterableDataset) and len(rows)}
-    made_by = str(collator.fingerprint())
-    reports = {name: check_report(rows, collator, num_proc=num_proc, made_by=made_by) for name, rows in stored.items()}
+    reports = {name: check_report(rows, collator, num_proc=num_proc) for name, rows in stored.items()}
     _judge(reports, drop, max_bad_fraction)
     for name, split in splits.items():
         counts: tuple[Any, ...] = ()
@@ -172,7 +171,7 @@ def check_rows(
             check = _StreamCheck(reader, collator if drop else None, max_bad_fraction, collator.split)
             names = rows.column_names or [*next(iter(rows))]
             split = rows.map(check, batched=True, batch_size=1, remove_columns=names)
-        checked = Checked(on_bad_rows, made_by, collator.settings.max_length, *counts)
+        checked = Checked(on_bad_rows, str(collator.fingerprint()), collator.settings.max_length, *counts)
         vars(split)["checked"] = (getattr(split, "_fingerprint", ""), checked)
         splits[name] = split
     return type(data)(splits) if isinstance(data, dict) else splits[""]
@@ -199,15 +198,12 @@ def _judge(reports: Mapping[str, CheckReport], drop: bool, max_bad_fraction: flo
             print_main(f"{len(both):,} rows of {other} stand in {name} as well: {where}")
 
 
-def check_report(
-    rows: Any, collator: Any = None, *, num_proc: int | None = None, made_by: str | None = None
-) -> CheckReport:
-    """What is wrong with which of `rows`, a dataset or a list; without a collator, of their texts and images alone.
-    `made_by` is the collator's fingerprint, where it is known."""
+def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None) -> CheckReport:
+    """What is wrong with which of `rows`, a dataset or a list; without a collator, of their texts and images alone."""
     if not hasattr(rows, "__len__") or not len(rows):
         raise ValueError("the dataset to check has no row, or streams; load it without --streaming")
     start = time.monotonic()
-    cache = records.cache_file(made_by or ("" if collator is None else str(collator.fingerprint())))
+    cache = records.cache_file("" if collator is None else str(collator.fingerprint()))
     found, fresh = _look_at_all(_Rows(rows, collator, records.read_cache(cache)), num_proc)
     if len(fresh):
         records.write_cache(cache, fresh)
