@@ -1,4 +1,4 @@
-"""How cost grows: with the rows, the images in a row, the tokens, the turns, the processes that check rows.
+"""How cost grows: with rows, images, tokens and turns in a row, processes that check rows, the tokenizer's size.
 
     python benchmarks/growth.py [--rows 1000 4000 16000] [--only tokens ...]
 
@@ -9,6 +9,7 @@ exponent of the upper half: 1 is linear. The rows of a table are each measured i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,10 @@ SIZES = {
     "tokens in a row": (256, 1_024, 4_096, 16_384),
     "turns": (1, 2, 4, 8, 16, 32, 64),
     "processes": (1, 2),
+    "vocabulary": (1_000, 32_000, 152_000, 262_000),  # Llama's, Qwen's, Gemma's
+    "added tokens": (16, 256, 6_400),  # the last as Gemma's
 }
+STARTED = 64  # rows, where a start is timed
 CHECKED = 2_000  # rows, where processes are counted
 
 
@@ -89,6 +93,50 @@ def checked(rows: int, num_proc: int | None) -> dict[str, float]:
     return {**found, "memory, MiB": grown / 1024}
 
 
+def started(vocabulary: int = 1_000, added: int = 16) -> dict[str, float]:
+    """Seconds of what comes before a first step, with a tokenizer of this size."""
+    import datasets
+    from PIL import Image
+    from tokenizers.models import BPE
+
+    from vlm_sft import ChatCollator, check_rows
+    from vlm_sft.chat.audit import audit
+    from vlm_sft.evaluation.pages import write_audit_html
+    from vlm_sft.tools import tiny
+
+    processor = tiny.build("llava15", corpus=["where there"])[1]
+    backend = processor.tokenizer.backend_tokenizer
+    model = json.loads(backend.to_str())["model"]
+    vocab, merges, taken = model["vocab"], [*map(tuple, model["merges"])], len(processor.tokenizer)
+    words = ("".join(word) for length in range(2, 9) for word in itertools.product("aehiorstw", repeat=length))
+    for word in itertools.islice((word for word in words if word not in vocab), max(0, vocabulary - len(vocab))):
+        vocab[word] = taken = taken + 1
+        merges.append((word[:-1], word[-1]))
+    backend.model = BPE(vocab, [merge for merge in merges if {*merge, "".join(merge)} <= vocab.keys()])
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": [f"<unused{n}>" for n in range(added)]})
+    datasets.disable_progress_bars()
+    image = Image.new("RGB", (336, 336))
+    rows = datasets.Dataset.from_list([{"messages": talk(1, 64, n), "images": [image]} for n in range(STARTED)])
+    found, clock = {}, time.process_time()
+
+    def took(what: str) -> None:
+        nonlocal clock
+        now = time.process_time()
+        found[what], clock = now - clock, now
+
+    collator = ChatCollator(processor)
+    took("collator, s")
+    check_rows(rows, collator, num_proc=0)
+    took("first pass, s")
+    checked = check_rows(rows, collator, num_proc=0)
+    took("second pass, s")
+    report = audit(collator, checked)
+    took("audit, s")
+    write_audit_html(report, Path(os.environ["HF_HOME"], "audit.html"))
+    took("its page, s")
+    return found
+
+
 def measure(what: str, size: int) -> dict[str, float]:
     match what:
         case "rows":
@@ -99,6 +147,10 @@ def measure(what: str, size: int) -> dict[str, float]:
             return collated(images=size)
         case "tokens in a row":
             return collated(words=size)
+        case "vocabulary":
+            return started(vocabulary=size)
+        case "added tokens":
+            return started(added=size)
     return collated(turns=size, words=16 * size)
 
 
@@ -127,7 +179,7 @@ def table(what: str, sizes: list[int]) -> str:
     names = list(found[0])
     lines = [[what, *names]]
     for size, line in zip(sizes, found, strict=True):
-        lines.append([f"{size:,}", *(f"{line[name]:,.1f}" for name in names)])
+        lines.append([f"{size:,}", *(f"{line[name]:,.2f}" for name in names)])
     # Of tokens, what is measured grows with their number, not with the words that were asked for.
     places = [int(line["tokens"]) for line in found] if what == "tokens in a row" else sizes
     lines.append(["exponent", *(f"{exponent(places, [line[name] for line in found]):.2f}" for name in names)])
