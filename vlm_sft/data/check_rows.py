@@ -248,11 +248,19 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[list[Any], list[Any]]]:
+    def knows(self, indices: list[int]) -> bool:
+        """Whether all of these are remembered; none is decoded."""
+        return all(records.recall(self.known, look.key) for look in self._looks(indices))
+
+    def _looks(self, indices: list[int]) -> list[records.Look]:
         rows = self.stored.__getitems__(indices) if self.stored else map(self._read, indices)
-        looks = []
-        for index, row in zip(indices, rows, strict=True):
-            looks.append(records.Look(index, row, self.readers[row[READER]] if self.readers else None))
+        return [
+            records.Look(index, row, self.readers[row[READER]] if self.readers else None)
+            for index, row in zip(indices, rows, strict=True)
+        ]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[list[Any], list[Any]]]:
+        looks = self._looks(indices)
         fresh = [look for look in looks if look.key and records.recall(self.known, look.key) is None]
         records.encode_together(fresh, self.encoder)
         return [self._found(look) for look in looks]
@@ -307,8 +315,7 @@ def _look_at_all(rows: Any, num_proc: int | None) -> list[Any]:
     before = rng_state()  # a DataLoader draws a seed for its workers, and a row may draw as well
     if num_proc is None:
         cores = core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        some = [*share[:: max(1, len(share) // _TOGETHER)]] if len(rows.known) else []
-        is_known = bool(some) and not any(fresh for _, fresh in rows.__getitems__(some))
+        is_known = len(rows.known) and rows.knows([*share[:: max(1, len(share) // _TOGETHER)]])
         # One that is forked takes as long as 128 rows, or 2,048 known ones; one started anew imports for seconds.
         worth = 128 if multiprocessing.get_start_method() == "fork" and not is_known else 2048
         num_proc = min(len(share) // worth, cores)
