@@ -1,6 +1,6 @@
 """How cost grows: with rows, images, tokens and turns in a row, processes that check rows, the tokenizer's size.
 
-    python benchmarks/growth.py [--rows 1000 4000 16000] [--only tokens ...]
+    python benchmarks/growth.py [--rows 1000 4000 16000] [--only turns ...]
 
 Processor time, that of worker processes included, for the twin of LLaVA-1.5. The last line of each table is the
 exponent of the upper half: 1 is linear. The rows of a table are each measured in a process of their own, offline.
