@@ -241,15 +241,18 @@ def test_tools_start_in_turns_and_two_of_them_again_with_their_caches(benchmarks
             return {"home": f"home{len(calls)}"} | (at if tool != "ms_swift" else {})
 
     table = benchmarks["bench"].starts(Bench(), {"twin": Path("model")}, Path("rows"), 2, True)
-    once = [("vlm_sft", "default"), ("vlm_sft", "default"), ("trl", "best"), ("trl", "best")]
+    once = [("vlm_sft", "default"), ("vlm_sft", "default"), ("vlm_sft", "streaming"), ("trl", "best"), ("trl", "best")]
     once += [("llama_factory", "best"), ("ms_swift", "best")]
     assert [call[:2] for call in calls] == once * 2
-    assert [call[2:] for call in calls[:4]] == [(), (Path("home1"),), (), (Path("home3"),)]
-    assert table[1:3] == [
-        ["twin", "vlm_sft", "default", "4.0 (1.0-7.0)", "4.5 (1.5-7.5)", "5.0 (2.0-8.0)", "5.5 (2.5-8.5)"],
-        ["twin", "TRL", "best", "6.0 (3.0-9.0)", "6.5 (3.5-9.5)", "7.0 (4.0-10.0)", "7.5 (4.5-10.5)"],
+    assert [call[2:] for call in calls[:5]] == [(), (Path("home1"),), (), (), (Path("home4"),)]
+    assert table[1:4] == [
+        ["twin", "vlm_sft", "default", "4.5 (1.0-8.0)", "5.0 (1.5-8.5)", "5.5 (2.0-9.0)", "6.0 (2.5-9.5)"],
+        ["twin", "vlm_sft", "streaming", "6.5 (3.0-10.0)", "7.0 (3.5-10.5)", "", ""],
+        ["twin", "TRL", "best", "7.5 (4.0-11.0)", "8.0 (4.5-11.5)", "8.5 (5.0-12.0)", "9.0 (5.5-12.5)"],
     ]
-    assert [row[3:] for row in table[3:]] == [["8.0 (5.0-11.0)", "8.5 (5.5-11.5)", "", ""], ["failed"] * 2 + [""] * 2]
+    assert [row[3:] for row in table[4:]] == [["9.5 (6.0-13.0)", "10.0 (6.5-13.5)", "", ""], ["failed"] * 2 + [""] * 2]
+    few = benchmarks["bench"].starts(Bench(), {"twin": Path("model")}, Path("rows"), 1, True, ["trl"])
+    assert [row[:3] for row in few[1:]] == [["twin", "TRL", "best"]]
 
 
 @pytest.mark.sweep
@@ -272,6 +275,10 @@ def test_a_tool_is_watched_while_it_trains(benchmarks: dict[str, Any], tmp_path:
     report = json.loads((tmp_path / "again.json").read_text("utf-8"))
     assert (report["steps"], len(report["rows"])) == (1, 8)
     assert 0 < report["first_step_begins"] < report["first_step_ends"] <= report["total"]
+    streamed = dataclasses.replace(again, setting="streaming", output=tmp_path / "streamed")
+    done = streamed.run(tools.python_of("vlm_sft", tmp_path), tmp_path)
+    assert "not checked before, each is when it comes" in done.stdout + done.stderr
+    assert json.loads((tmp_path / "streamed.json").read_text("utf-8"))["first_step_begins"] > 0
 
 
 def test_growth_is_told_by_its_exponent(benchmarks: dict[str, Any]) -> None:

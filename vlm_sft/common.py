@@ -67,7 +67,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def ends_within(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError after so many seconds, in the main thread; in others, and on Windows, there is no limit."""
+    """Raises TimeoutError after so many seconds, and again where it was caught, in the main thread; in others, and on
+    Windows, there is no limit."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -76,7 +77,7 @@ def ends_within(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"it did not end within {seconds:g} seconds")
 
     former = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:

@@ -1,12 +1,13 @@
 """vlm_sft beside the tools that people would use instead, on the same rows and models: `make bench-peers`, or
 
-    python benchmarks/peers/bench.py [--quick] [--starts] [--rounds 3] [--environments .venv/peers] [--output FOLDER]
-        [--write]
+    python benchmarks/peers/bench.py [--quick] [--starts [vlm_sft trl]] [--rounds 3] [--environments .venv/peers]
+        [--output FOLDER] [--write]
 
 Three random twins, two regimes, four tools; each run is a process of its own, the tools take turns, and figures are
 medians, those of ratios with their range. How soon the first step comes is measured apart, in runs that end with it
-(`--starts`: only these); ours and TRL's start a second time, with what the first start left in their caches. Nothing is
-downloaded but the tools, once. Ours is the recipe as it ships, with its pass over the rows, its proof and its guards.
+(`--starts`: only these, of all tools or of those that are named); ours and TRL's start a second time, with what the
+first start left in their caches, and ours once more with rows that are checked as they come. Nothing is downloaded but
+the tools, once. Ours is the recipe as it ships, with its pass over the rows, its proof and its guards.
 What is written: `peers.json`, every run as it ends, and `peers.md` and `starts.md`, the tables, which `--write` puts
 into benchmarks/README.md as well.
 """
@@ -32,7 +33,7 @@ import mix
 import pyarrow.parquet
 from cpu import machine, spread, write
 from labels import facts, text_of
-from tools import ENVIRONMENTS, NAMES, SETTINGS, Job, python_of
+from tools import ENVIRONMENTS, NAMES, SETTINGS, STARTS, Job, python_of
 
 TWINS = ("vision-heavy LLaVA", "LM-heavy LLaVA", "Qwen2.5-VL")
 REGIMES = {"short rows, no checkpointing": (True, False), "long-tailed rows, checkpointing": (False, True)}
@@ -44,7 +45,7 @@ FAULTS = (
     "empty answer",
 )
 PLACE = 13  # of the row with the fault
-STARTED_AGAIN = ("vlm_sft", "trl")  # with the caches that the first start has left
+STARTED_AGAIN = (("vlm_sft", "default"), ("trl", "best"))  # with the caches that the first start has left
 Rows = list[dict[str, Any]]
 
 
@@ -162,21 +163,24 @@ def cells(runs: list[dict[str, Any]], found: dict[tuple[str, str], list[dict[str
     ]
 
 
-def starts(bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkpointing: bool) -> list[list[str]]:
-    """Seconds from the start of Python until the first step begins, its batch at hand, and ends; by best settings."""
+def starts(
+    bench: Bench, models: dict[str, Path], data: Path, rounds: int, checkpointing: bool, tools: Iterable[str] = NAMES
+) -> list[list[str]]:
+    """Seconds from the start of Python until the first step begins, its batch at hand, and ends."""
     table = [["model", "tool", "setting", "begins, s", "ends, s", "second start: begins, s", "ends, s"]]
     options: dict[str, Any] = {"checkpointing": checkpointing, "first_step_only": True}
     for name, model in models.items():
-        found: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {tool: ([], []) for tool in SETTINGS}
+        found: dict[tuple[str, str], tuple[list[dict[str, Any]], list[dict[str, Any]]]]
+        found = {(tool, setting): ([], []) for tool, setting in STARTS if tool in tools}
         for _ in range(rounds):
-            for tool, (first, second) in found.items():
-                run = bench.run(tool, SETTINGS[tool][-1], model, data, **options)
+            for way, (first, second) in found.items():
+                run = bench.run(*way, model, data, **options)
                 first.append(run)
-                if tool in STARTED_AGAIN:
-                    second.append(bench.run(tool, SETTINGS[tool][-1], model, data, Path(run["home"]), **options))
-        for tool, both in found.items():
+                if way in STARTED_AGAIN:
+                    second.append(bench.run(*way, model, data, Path(run["home"]), **options))
+        for (tool, setting), both in found.items():
             seconds = [seconds_of(runs, part) for runs in both for part in ("begins", "ends")]
-            table.append([name, NAMES[tool], SETTINGS[tool][-1], *seconds])
+            table.append([name, NAMES[tool], setting, *seconds])
     return table
 
 
@@ -260,8 +264,8 @@ def tables_of(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, str
         for regime, (short, checkpointing) in list(REGIMES.items())[: 1 if args.quick else 2]
     }
     for title, (data, checkpointing) in regimes.items():
-        yield "starts", title, starts(bench, models, data, args.rounds, checkpointing)
-    if args.starts:
+        yield "starts", title, starts(bench, models, data, args.rounds, checkpointing, args.starts or NAMES)
+    if args.starts is not None:
         return
     for title, (data, checkpointing) in regimes.items():
         yield "peers", title, speed(bench, models, data, args.rounds, checkpointing)
@@ -276,7 +280,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tool and setting")
     parser.add_argument("--rows", type=int, default=320)
-    parser.add_argument("--starts", action="store_true", help="how soon the first step comes, and nothing else")
+    only = "how soon the first step comes, and nothing else; of these tools (all)"
+    parser.add_argument("--starts", nargs="*", choices=NAMES, metavar="TOOL", help=only)
     parser.add_argument("--quick", action="store_true", help="one twin, one regime, one round, 32 rows: does all run?")
     parser.add_argument("--environments", type=Path, default=Path(sys.prefix) / "peers", help="of the other tools")
     parser.add_argument("--output", type=Path, default=Path("outputs/peers"))

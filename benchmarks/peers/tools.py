@@ -21,6 +21,13 @@ ENVIRONMENTS = {
 NAMES = {"vlm_sft": "vlm_sft", "trl": "TRL", "llama_factory": "LLaMA-Factory", "ms_swift": "ms-swift"}
 SETTINGS = {"vlm_sft": ("default",), "trl": ("default", "best"), "llama_factory": ("default", "best")}
 SETTINGS["ms_swift"] = ("default", "best")
+STARTS = (
+    ("vlm_sft", "default"),
+    ("vlm_sft", "streaming"),
+    ("trl", "best"),
+    ("llama_factory", "best"),
+    ("ms_swift", "best"),
+)
 LANGUAGE = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
 
 
@@ -65,7 +72,10 @@ class Job:
             "max_length": self.max_length,
             "activation_checkpointing": self.checkpointing,
         }
-        return own, [] if self.four_bit else ["no_load_in_4bit"]
+        if self.setting == "streaming":  # rows are checked as they come
+            own["max_steps"] = 40  # which a stream has to be told: one epoch of 320 rows
+        switches = ["streaming"] * (self.setting == "streaming")
+        return own, switches if self.four_bit else [*switches, "no_load_in_4bit"]
 
     def _trl(self) -> tuple[dict[str, object], list[str]]:
         best = self.setting == "best"

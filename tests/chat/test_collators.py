@@ -464,6 +464,22 @@ def test_a_hostile_template_is_named_and_stopped(template, said, tiny_processor,
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
+def test_a_template_that_some_text_keeps_from_ending_is_stopped_however_it_is_rendered(tiny_processor, monkeypatch):
+    """In each of the ways to hand it the messages, the first of which may be refused by another template."""
+    monkeypatch.setattr("vlm_sft.chat.template._LIMIT_S", 0.3)
+    processor = copy.deepcopy(tiny_processor("llava15"))
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}"
+    processor.chat_template += "{% if 'slow' in messages[0] | string %}" + loop + "{% endif %}"
+    collator = ChatCollator(processor)
+    for _ in range(2):
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=r"row 3: the chat template .*it did not end within 0\.3 seconds"):
+            collator([{"messages": [ask("slow"), answer("Yes.")], "row": 3}])
+        assert 0.8 < time.monotonic() - began < 5  # three ways
+        assert len(collator([{"messages": [ask("fast"), answer("Yes.")], "row": 4}])["labels"]) == 1
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
 def test_a_batch_without_images_gets_a_blank_one_that_weighs_nothing(tiny_processor):
     collator = ChatCollator(tiny_processor("llava15"), image_in_every_batch=True)
     words = {"messages": [ask("Hi"), answer("Yes.")], "row": 7}

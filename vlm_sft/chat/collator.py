@@ -312,7 +312,7 @@ class ChatCollator:
             found = f"{row.name}: {type(self.processor).__name__} adds text that it does not report"
             raise ValueError(f"{found}, so that labels cannot be placed; use a model whose processor reports it")
         row = replace(row, text=text, tokens=tokens, offsets=offsets, turns=turns)
-        start, end = offsets.unbind(-1)
+        start, end = offsets.numpy().T
         if cuts := [
             turn.start
             for turn in row.trained

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -36,12 +36,17 @@ class _ReadsRunsOnce:
         read: Any = super().__call__  # type: ignore[misc]
         if isinstance(text, str) or not kwargs.get("return_offsets_mapping"):
             return read(text, *args, **kwargs)
-        bare = kwargs | {"padding": False, "return_tensors": None}
-        short = read([self.run.sub(r"\1", whole) for whole in text], *args, **bare)
+        found: list[list[tuple[int, int]]] = [[] for _ in text]
+
+        def one_of(run: re.Match[str], runs: list[tuple[int, int]]) -> str:
+            runs.append((len(run[1]), len(run[0]) // len(run[1])))
+            return run[1]
+
+        once = [self.run.sub(partial(one_of, runs=runs), whole) for whole, runs in zip(text, found, strict=True)]
+        short = read(once, *args, **kwargs | {"padding": False, "return_tensors": None})
         rows = []
-        for b, whole in enumerate(text):
+        for b, runs in enumerate(found):
             row = {key: np.array(values[b]) for key, values in short.items()}
-            runs = [(len(run[1]), len(run[0]) // len(run[1])) for run in self.run.finditer(whole)]
             at = (row["input_ids"][:, None] == self.run_ids).any(-1)
             if at.sum() != len(runs):  # of other words, as where it is the unknown token as well
                 return read(text, *args, **kwargs)
@@ -110,8 +115,8 @@ def find_images(
 def tokens_in(offsets: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     """Which tokens overlap one of the character spans: bool [T], from offsets [T, 2]. Tokens without characters
     (those that the tokenizer adds) overlap none."""
-    start, end = offsets.unbind(-1)
-    inside = torch.zeros(len(offsets), dtype=torch.bool)
+    start, end = offsets.numpy().T  # NumPy takes a fifth of the time of torch for so few
+    inside = np.zeros(len(offsets), bool)
     for span_start, span_end in spans:
         inside |= (start < span_end) & (end > span_start)
-    return inside & (start < end)
+    return torch.from_numpy(inside & (start < end))

@@ -26,7 +26,7 @@ Style = Callable[[Sequence[Message]], list[Message]]
 
 _PROBES = [Image.new("RGB", (width, 48)) for width in (64, 48, 96, 256)]
 _OTHER_MEDIA = ("<video>", "<audio>")  # as datasets write them, whatever the model knows
-_LIMIT_S = 10.0  # of a rendering; 100 messages take milliseconds
+_LIMIT_S = 10.0  # of a conversation; 100 messages take milliseconds
 
 
 class RenderedDifferently(ValueError):
@@ -79,11 +79,14 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, style: Style = list) -> str:
         """The template's own text of the messages. Raises `ValueError` where it fails or does not end."""
+        with ends_within(_LIMIT_S):
+            return self._render(messages, add_generation_prompt, style)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False, style: Style = list) -> str:
         given, tools = without_tools(style(messages))
         settings = {"add_generation_prompt": add_generation_prompt, **(self.kwargs or {}), **tools}
         try:
-            with ends_within(_LIMIT_S):
-                return str(self.processor.apply_chat_template(given, tokenize=False, **settings))
+            return str(self.processor.apply_chat_template(given, tokenize=False, **settings))
         except Exception as error:  # a template may raise anything
             kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
             raise ValueError(f"the chat template fails with {kind}{error or type(error).__name__}") from error
@@ -105,10 +108,11 @@ class ChatTemplate:
         Raises `ValueError` where the template refuses the messages or leaves out a text, and `RenderedDifferently`
         where it renders a message of `trained` differently from its generation prompt (thinking templates)."""
         messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
-        try:
-            return self._locate(messages, trained, add_generation_prompt, self._places)
-        except RenderedDifferently:  # which must not come of what is remembered of other texts
-            return self._locate(messages, trained, add_generation_prompt, Places())
+        with ends_within(_LIMIT_S):  # once, not at each rendering: it takes a third of one
+            try:
+                return self._locate(messages, trained, add_generation_prompt, self._places)
+            except RenderedDifferently:  # which must not come of what is remembered of other texts
+                return self._locate(messages, trained, add_generation_prompt, Places())
 
     def _locate(
         self, messages: Sequence[Message], trained: Container[int], add_generation_prompt: bool, places: Places
@@ -116,12 +120,12 @@ class ChatTemplate:
         style, plain, texts, tails = self._first_style(messages, add_generation_prompt, places)
         for what in ("tools", "tool_calls"):
             bare = [{key: value for key, value in message.items() if key != what} for message in messages]
-            if bare != messages and self.render(bare, add_generation_prompt, style) == plain:
+            if bare != messages and self._render(bare, add_generation_prompt, style) == plain:
                 raise ValueError(f"the chat template does not know {what}, and would leave them out; use another one")
         edits: list[Edit] = []
         turns: list[Turn] = []
         for number in [number for number, message in enumerate(messages) if message["role"] == "assistant"]:
-            prompt = self.render(messages[:number], True, style)
+            prompt = self._render(messages[:number], True, style)
             found = [texts[number, part] for part in range(len(messages[number]["content"])) if (number, part) in texts]
             # A blank answer may leave no trace; it lies right after the prompt.
             words_start, words_end = (found[0][0], found[-1][1]) if found else (None, len(prompt))
@@ -140,7 +144,7 @@ class ChatTemplate:
             start = moved(begin, edits)
             if number not in tails:
                 is_whole = number + 1 == len(messages) and not add_generation_prompt
-                up_to_here = _common(plain if is_whole else self.render(messages[: number + 1], style=style), plain)
+                up_to_here = _common(plain if is_whole else self._render(messages[: number + 1], style=style), plain)
                 later = [at for (n, _), (at, _) in texts.items() if n > number and at is not None and at >= words_end]
                 following = min(later, default=None)
                 tails[number] = up_to_here[words_end:following] if len(up_to_here) >= words_end else None
@@ -166,11 +170,11 @@ class ChatTemplate:
         refusal = lost = ""  # the first of each explains best
         for style in (list, _system_as_string, _as_strings):
             try:
-                plain = self.render(messages, prompt, style)
+                plain = self._render(messages, prompt, style)
             except ValueError as error:
                 refusal = refusal or f"refuses the conversation: {error.__cause__ or error}; fix the messages"
                 continue
-            render = partial(self.render, add_generation_prompt=prompt, style=style)
+            render = partial(self._render, add_generation_prompt=prompt, style=style)
             texts, tails = places.of(messages, render, plain, prompt, style)
             missing = [
                 f"messages[{number}] ({message['role']})"
@@ -302,8 +306,9 @@ def without_tools(messages: Sequence[Message]) -> tuple[list[Message], dict[str,
 
 def _common(a: str, b: str) -> str:
     """The characters that two texts share at their start."""
-    if b.startswith(a):  # mostly so, and `commonprefix` takes 0.1 us for each character
-        return a
+    shorter, longer = sorted((a, b), key=len)
+    if longer.startswith(shorter):  # mostly so, and `commonprefix` takes 0.1 us for each character
+        return shorter
     return os.path.commonprefix([a, b])  # noqa: RUF071
 
 
