@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from datasets import load_dataset
 
-from vlm_sft import ChatCollator, RecipeDefaults, check_rows, load_conversations
+from vlm_sft import ChatCollator, DataArguments, RecipeDefaults, check_rows, load_conversations
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 NAMES = ("mix", "training", "parts", "collation", "cpu", "gpu", "first_step", "growth")
@@ -290,7 +290,8 @@ def test_growth_is_told_by_its_exponent(benchmarks: dict[str, Any]) -> None:
 
 def test_the_switches_of_the_readme_exist() -> None:
     text = (FOLDER / "README.md").read_text("utf-8")
-    fields = {field.name for field in dataclasses.fields(RecipeDefaults)} | {"no_use_dora", "lora_dropout"}
+    fields = {field.name for kind in (RecipeDefaults, DataArguments) for field in dataclasses.fields(kind)}
+    fields |= {"no_use_dora", "lora_dropout"}
     flags = set(re.findall(r"`--(\w+)", text))
     assert len(flags) > 6
     assert flags <= fields
