@@ -21,13 +21,8 @@ ENVIRONMENTS = {
 NAMES = {"vlm_sft": "vlm_sft", "trl": "TRL", "llama_factory": "LLaMA-Factory", "ms_swift": "ms-swift"}
 SETTINGS = {"vlm_sft": ("default",), "trl": ("default", "best"), "llama_factory": ("default", "best")}
 SETTINGS["ms_swift"] = ("default", "best")
-STARTS = (
-    ("vlm_sft", "default"),
-    ("vlm_sft", "streaming"),
-    ("trl", "best"),
-    ("llama_factory", "best"),
-    ("ms_swift", "best"),
-)
+STARTS = [(tool, settings[-1]) for tool, settings in SETTINGS.items()]
+STARTS.insert(1, ("vlm_sft", "streaming"))
 LANGUAGE = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
 
 

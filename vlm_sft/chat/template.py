@@ -108,7 +108,7 @@ class ChatTemplate:
         Raises `ValueError` where the template refuses the messages or leaves out a text, and `RenderedDifferently`
         where it renders a message of `trained` differently from its generation prompt (thinking templates)."""
         messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
-        with ends_within(_LIMIT_S):  # once, not at each rendering: it takes a third of one
+        with ends_within(_LIMIT_S):  # once, and not at each rendering, which it makes slower
             try:
                 return self._locate(messages, trained, add_generation_prompt, self._places)
             except RenderedDifferently:  # which must not come of what is remembered of other texts
