@@ -18,20 +18,10 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
-from transformers import PreTrainedConfig
 
 from vlm_sft.common import is_quantized, listed
 from vlm_sft.models.hardware import dtype_name
-from vlm_sft.models.parts import (
-    PARTS,
-    ModelParts,
-    bare_name,
-    linear_layers,
-    part_of,
-    parts_of,
-    root_of,
-    stacked_weights,
-)
+from vlm_sft.models.parts import PARTS, bare_name, linear_layers, part_of, parts_of, root_of, stacked_weights
 from vlm_sft.upstream import lacks_dora, targets_of
 
 Trains = Mapping[str, Literal["lora", "full"] | Sequence[str]]
@@ -139,7 +129,7 @@ def check_trains(model: nn.Module, trains: Trains) -> TrainsReport:
         fault = f"TRAINS={dict(trains)} asks for adapters, and {type(plan.base).__name__} holds none"
         raise ValueError(f"{fault}; pass peft_config=lora_config(model, TRAINS) to SFTTrainer.")
     asked = {*plan.layers, *plan.experts}
-    unused = {name for name in held.keys() - asked if _is_unused(name, plan.base.config, plan.parts)}
+    unused = {name for name in held.keys() - asked if plan.drops(name)}
     dora = {name for name, module in held.items() if len(module.lora_magnitude_vector)}
     frozen = {
         name
@@ -219,8 +209,20 @@ class _Plan:
 
     def _is_adaptable(self, name: str) -> bool:
         """Not a pooling head next to the numbered layers, which the language model never sees."""
-        used = any(map(str.isdigit, name.split("."))) and not _is_unused(name, self.base.config, self.parts)
+        used = any(map(str.isdigit, name.split("."))) and not self.drops(name)
         return used or part_of(name, self.parts) == "projector"
+
+    def drops(self, name: str) -> bool:
+        """Whether this lies in a tower layer above the highest `vision_feature_layer`, whose output the model drops.
+        That setting counts hidden states: 0 is the embedding, -1 the last layer's output."""
+        chosen = getattr(self.base.config, "vision_feature_layer", None)
+        layer = re.search(r"\.(\d+)(\.|$)", name)
+        tower = getattr(self.base.config, "vision_config", None)
+        layers = getattr(tower, "num_hidden_layers", None)  # timm's towers have none
+        if chosen is None or layer is None or layers is None or part_of(name, self.parts) != "vision":
+            return False
+        states = [chosen] if isinstance(chosen, int) else chosen
+        return int(layer[1]) >= max(state if state >= 0 else layers + 1 + state for state in states)
 
     def without_experts(self) -> str:
         """The way out for a mixture: adapters on the layers that are no expert's and no dense twin of one."""
@@ -254,18 +256,6 @@ def _refuse_unknown(trains: Trains) -> None:
 def _meant(word: Any, known: Sequence[str]) -> str:
     close = get_close_matches(str(word).lower(), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
-
-
-def _is_unused(name: str, config: PreTrainedConfig, parts: ModelParts) -> bool:
-    """Whether this lies in a tower layer above the highest `vision_feature_layer`, whose output the model drops. That
-    setting counts hidden states: 0 is the embedding, -1 the last layer's output."""
-    chosen = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
-    layer = re.search(r"\.(\d+)(\.|$)", name)
-    layers = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)  # timm's towers have none
-    if chosen is None or layer is None or layers is None or part_of(name, parts) != "vision":
-        return False
-    states = [chosen] if isinstance(chosen, int) else chosen
-    return int(layer[1]) >= max(state if state >= 0 else layers + 1 + state for state in states)
 
 
 def _pattern(layers: Sequence[str], modules: Collection[str]) -> str:
