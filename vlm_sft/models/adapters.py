@@ -190,10 +190,9 @@ class _Plan:
                 faults.append(f'{part!r} has no linear layers to adapt; "full" trains it whole')
             elif how != "lora":
                 kinds = sorted({path.rpartition(".")[2] for path in chosen})
-                matched = {name: {path for path in chosen if f".{path}".endswith(f".{name}")} for name in how}
-                lost = [name for name in how if not matched[name]]
+                lost = [name for name in how if not any(f".{path}".endswith(f".{name}") for path in chosen)]
                 faults += [f"{name!r} matches no linear layer of {part!r}, which are {kinds}" for name in lost]
-                chosen = [path for path in chosen if any(path in paths for paths in matched.values())]
+                chosen = [path for path in chosen if f".{path}".endswith(tuple(f".{name}" for name in how))]
             self.layers += [path for path in chosen if path not in experts]
             self.experts += [path for path in chosen if path in experts]
         self.adapts = bool(self.layers or self.experts)
