@@ -18,7 +18,7 @@ from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
-from vlm_sft.models.fingerprints import TRAINING_BASE, place_of_base, read_training_base
+from vlm_sft.models.fingerprints import TRAINING_BASE, loaded_from, place_of_base, read_training_base
 from vlm_sft.models.hardware import dtype_name
 from vlm_sft.models.loading import ADAPTER_WEIGHTS, load_model, load_processor, read_adapter_config
 
@@ -81,8 +81,7 @@ def merge(
 
     model = load(adapter, base_model=base_model, quantization_config="auto" if quantization else None).eval()
     own = (adapter / "processor_config.json").is_file()
-    source = adapter if own else base_model or recorded["base_model_name_or_path"]
-    revision = None if own or base_model else recorded.get("revision")
+    source, revision = (adapter, None) if own else loaded_from(model.get_base_model())
     processor = load_processor(source, revision=revision, trust_remote_code=trust_remote_code and not own)
     expected = _answers(model, processor)
     with model.disable_adapter():
@@ -136,10 +135,8 @@ def _check(adapter: Path, out: Path, base: str) -> dict[str, Any]:
         faults.append(f"{out} exists already; choose another folder, or remove it")
     if faults:
         raise ValueError("; ".join(faults))
-    config = read_adapter_config(adapter)
-    named = {"base_model_name_or_path": place_of_base(adapter, config.base_model_name_or_path)}
-    named["revision"] = config.revision
-    return (recorded or {}) | {name: value for name, value in named.items() if value}
+    named = place_of_base(adapter, read_adapter_config(adapter).base_model_name_or_path)
+    return (recorded or {}) | ({"base_model_name_or_path": named} if named else {})
 
 
 @torch.no_grad()
