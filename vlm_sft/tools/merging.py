@@ -112,11 +112,10 @@ def merge(
         name = recorded.get("base_model_name_or_path", "")
         known = "" if Path(name).is_absolute() or Path(name).exists() else f"base_model: {name}\n"  # no local folder
         into = "its dequantized base, as it was in training" if quantization else "its base"
-        card = (
-            f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{known}---\n\nAn adapter merged into "
-        )
-        card += f"{into}, in {merged.dtype}. Logits differ from adapter on base by {error:.1e} (relative).\n"
-        Path(folder, "README.md").write_text(card, encoding="utf-8")
+        card = f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{known}---\n\n"
+        card += f"An adapter merged into {into}, in {merged.dtype}. "
+        card += f"Logits differ from adapter on base by {error:.1e} (relative).\n"
+        (folder / "README.md").write_text(card, encoding="utf-8")
         os.rename(folder, out)
     return merged
 
