@@ -17,8 +17,6 @@ from vlm_sft.models.hardware import best_dtype, dtype_name
 from vlm_sft.models.parts import PARTS, ModelParts, linear_layers, part_of, parts_of, root_of, stacked_weights
 from vlm_sft.upstream import is_sharded
 
-_PACKED = ("Linear4bit", "Linear8bitLt")
-
 
 def nf4_config(
     model_or_config: PreTrainedModel | PreTrainedConfig,
@@ -69,7 +67,7 @@ def check_quantized(model: nn.Module) -> tuple[list[str], str]:
         raise ValueError(f"{type(model).__name__} has no bitsandbytes config; {how}.")
     linears = linear_layers(dict(model.named_modules()))
     asked = {name for name in linears if part_of(name, parts) == "language"}
-    packed = {name for name, module in linears.items() if type(module).__name__ in _PACKED}
+    packed = {name for name, module in linears.items() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")}
     others = {
         name: weight
         for name, weight in model.named_parameters()
