@@ -140,9 +140,8 @@ def check_weights(model: Any, info: Mapping[str, Any], at: str) -> None:
 def read_config(name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The config of a vision-language model. Raises ValueError where there is none, and for a text-only model."""
     at = place(name := existing(name_or_path), revision)
-    from_pretrained: Any = transformers.AutoConfig.from_pretrained
     try:
-        config = from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # no file, or a family it does not know
         own_code = "Where you trust it, load it with trust_remote_code=True; else choose one that transformers knows"
         how = own_code if "custom code" in str(error) else "Give the folder or Hub name of one"
