@@ -96,10 +96,8 @@ def parts_of(model_or_config: nn.Module | PreTrainedConfig) -> ModelParts:
 def part_of(name: str, parts: ModelParts) -> Part:
     """The part that a parameter or module lies in: that of the longest path at or above the name, which may be that of
     a model wrapped by PEFT, DistributedDataParallel or torch.compile. Raises ValueError for one outside every part."""
-    bare = _WRAPPERS.sub("", name)
-    found: list[tuple[int, Any]] = [
-        (len(path), part) for part, paths in vars(parts).items() for path in paths if f"{bare}.".startswith(f"{path}.")
-    ]
+    bare = f"{_WRAPPERS.sub('', name)}."
+    found: Any = [(len(at), part) for part, paths in vars(parts).items() for at in paths if bare.startswith(f"{at}.")]
     if not found:
         raise ValueError(f"{name!r} lies in none of {parts}; settle them with vlm_sft.register_parts.")
     return max(found)[1]  # type: ignore[no-any-return]
@@ -182,8 +180,7 @@ def _found(model: Any) -> tuple[ModelParts | None, list[str]]:
         placed[kind].append(path)
     vision, projector = [tower] * bool(tower) + placed["vision"], placed["projector"]
     if vision and not projector:  # it may lie inside the tower (Qwen's merger)
-        inside = [name for name, _ in modules[vision[0]].named_children() if _PROJECTS.search(name)]
-        projector = [f"{vision[0]}.{name}" for name in inside]
+        projector = [f"{vision[0]}.{n}" for n, _ in modules[vision[0]].named_children() if _PROJECTS.search(n)]
     if towers := placed["unknown"]:
         faults.append(f"{listed(towers)}: a second tower, or part of the projector")
     elif not projector:
