@@ -63,10 +63,9 @@ def load_processor(
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RecursionError) as error:
         missing = [package for package in ("torchvision", "num2words") if importlib.util.find_spec(package) is None]
         if isinstance(error, (AttributeError, ImportError)) and missing:
-            raise ImportError(
-                f"The processor of {name!r} did not load, and {' and '.join(missing)} is not installed: "
-                f"pip install {' '.join(missing)} (torchvision in your torch's build; in a checkout, make install)."
-            ) from error
+            found = f"The processor of {name!r} did not load, and {' and '.join(missing)} is not installed"
+            how = f"pip install {' '.join(missing)} (torchvision in your torch's build; in a checkout, make install)"
+            raise ImportError(f"{found}: {how}.") from error
         if isinstance(error, ImportError):
             raise
         found = f"No processor for images in {place(name, revision)}: {first_line(error)}"

@@ -161,10 +161,8 @@ def _compare(expected: _Answers, found: _Answers, bare: _Answers, tolerance: flo
     if not error <= tolerance:
         raise ValueError(f"the merged model's logits are off by {error:.2g} (relative), more than {tolerance:.2g}")
     if _distance(found.prompt, bare.prompt) < _distance(found.prompt, expected.prompt):
-        raise ValueError(
-            f"the merged model is nearer to the bare base than to adapter on base, {effect:.2g} away from it "
-            "(relative): rounding has erased it; merge with dtype=torch.float32"
-        )
+        near = f"the merged model is nearer to the bare base than to adapter on base, {effect:.2g} away from it"
+        raise ValueError(f"{near} (relative): rounding has erased it; merge with dtype=torch.float32")
     for question, (tokens, others) in enumerate(zip(expected.tokens, found.tokens, strict=True)):
         common = min(len(tokens), len(others))
         parted = (tokens[:common] != others[:common]).nonzero().flatten().tolist()

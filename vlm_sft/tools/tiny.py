@@ -116,10 +116,8 @@ def build(
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; the known ones are {', '.join(FAMILIES)}.")
     if min(hidden_size, num_layers, image_size, patch_size) < 1 or hidden_size % 64 or image_size % (2 * patch_size):
-        raise ValueError(
-            f"hidden_size={hidden_size}, num_layers={num_layers}, image_size={image_size}, patch_size={patch_size}: "
-            "expected a multiple of 64, 1 or more layers, and an even number of patches"
-        )
+        sizes = f"{hidden_size=}, {num_layers=}, {image_size=}, {patch_size=}"
+        raise ValueError(f"{sizes}: expected a multiple of 64, 1 or more layers, and an even number of patches")
     settings = _families(hidden_size, num_layers, image_size, patch_size)[family]
     tokens, names = settings["tokens"], settings["tokens"]["names"]
     others = [*(token for token in tokens["ids"].values() if token not in names.values()), *tokens["others"].split()]
@@ -132,9 +130,8 @@ def build(
         parts = {name: _made(part) for name, part in settings["parts"].items()}
         processor = _made(settings["processor"], **parts, **given)
     except ImportError as error:
-        raise ImportError(
-            f"{family} needs torchvision, of torch's own build (in a checkout, make install): {error}"
-        ) from error
+        how = "of torch's own build (in a checkout, make install)"
+        raise ImportError(f"{family} needs torchvision, {how}: {error}") from error
 
     id_of, stop = tokenizer.convert_tokens_to_ids, tokenizer.convert_tokens_to_ids(tokens["stop"].split())
     # Qwen's tokenizer names no first token; its generation settings take the one it pads with.
@@ -179,10 +176,9 @@ def _like(name: str | Path, seed: int) -> tuple[Any, Any]:
             with torch.inference_mode():
                 model(**batch.to(model.dtype))
     except Exception as error:
-        raise ValueError(
-            f"The config of {name} cannot be shrunk: {type(error).__name__}: {' '.join(str(error).split())}. "
-            f"Sizes that stayed as they are: {', '.join(unchanged(whole, small)) or 'none'}."
-        ) from error
+        found = f"The config of {name} cannot be shrunk: {type(error).__name__}: {' '.join(str(error).split())}"
+        stayed = ", ".join(unchanged(whole, small)) or "none"
+        raise ValueError(f"{found}. Sizes that stayed as they are: {stayed}.") from error
     return model, load_processor(name)  # the first now knows how it padded, and would save that
 
 
