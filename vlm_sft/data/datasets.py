@@ -121,7 +121,7 @@ def load_conversations(
         reader = replace(reader, seed=None if streaming else seed)
     if "test" in stored:
         count = EVAL_ROWS if max_eval_rows is None and eval_fraction else max_eval_rows
-        rows = stored["test"] if count is None else _first(stored["test"], count)
+        rows = stored["test"] if count is None else stored["test"].take(count)
         if streaming:
             rows = _dataset_of([*rows], rows.features)
             rows = rows.add_column(READER, np.full(len(rows), number, np.int32))
@@ -277,14 +277,10 @@ def _held_out(rows: Any, fraction: float, count: int | None, seed: int) -> dict[
     return {"train": rows.select([n for n in range(len(rows)) if n not in test]), "test": rows.select(sorted(test))}
 
 
-def _first(rows: Any, count: int) -> Any:
-    return rows.take(count if isinstance(rows, IterableDataset) else min(count, len(rows)))
-
-
 def _fitting(rows: Any, reader: RowReader, name: str, *, may_replace: bool) -> RowReader:
     """The reader, without `change` where that asks for a column that the first row has not (nor a similar one) and the
     format is known. Raises `ValueError` for columns that are not there, and where no first row can be read."""
-    kinds, first = _kinds(rows), [*_first(rows, FIRST_ROWS)]
+    kinds, first = _kinds(rows), [*rows.take(FIRST_ROWS)]
     if not reader.change:
         columns = dict.fromkeys(column for row in kinds for column in _columns(row))
         named_columns(reader.columns, [*columns], prompt=reader.prompt is not None)
@@ -327,7 +323,7 @@ def _columns(row: Mapping[str, Any]) -> list[str]:
 def _kinds(rows: Any) -> list[Mapping[str, Any]]:
     """The first row of each set of columns that rows fill (of a stream, its first 64 rows)."""
     if isinstance(rows, IterableDataset):
-        return [*_first(rows, _MOST_KINDS)]
+        return [*rows.take(_MOST_KINDS)]
     table, is_text = rows.data.table, rows.features.keys() >= LINES.keys()
     names = ["file", "columns"] if is_text else [name for name in table.column_names if name not in ("row", READER)]
     filled = {name: table[name] if is_text else pc.is_valid(table[name]) for name in names}
