@@ -183,17 +183,15 @@ def _read_csv(path: Path, separator: str) -> Iterator[Any]:
             )
         if twice := sorted({name for name in header if header.count(name) > 1}):
             raise ValueError(f"{path.name}: several columns are named {', '.join(map(repr, twice))}; rename them")
-        while True:
-            begins = lines.line_num + 1
-            try:
-                fields = next(lines, None)
-            except csv.Error as error:
-                why = f"{error}; a quote is not closed, or stands inside a field and is not doubled"
-                raise ValueError(f"{path.name}: the row that begins in line {begins}: {why}") from None
-            if fields is None:
-                return
-            if len(fields) == len(header):
-                yield dict(zip(header, fields, strict=True))
-            elif fields:
-                found = f"line {begins} has {len(fields)} fields and the header {len(header)}"
-                yield ValueError(f"{found}; put fields that hold the separator in quotes")
+        begins = lines.line_num + 1
+        try:
+            for fields in lines:
+                if len(fields) == len(header):
+                    yield dict(zip(header, fields, strict=True))
+                elif fields:
+                    found = f"line {begins} has {len(fields)} fields and the header {len(header)}"
+                    yield ValueError(f"{found}; put fields that hold the separator in quotes")
+                begins = lines.line_num + 1
+        except csv.Error as error:
+            why = f"{error}; a quote is not closed, or stands inside a field and is not doubled"
+            raise ValueError(f"{path.name}: the row that begins in line {begins}: {why}") from None
