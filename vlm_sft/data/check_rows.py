@@ -155,10 +155,9 @@ def check_rows(
         if name in reports:
             report = reports[name]
             if (report.found["answer"] >= 0).any():
-                print_main(
-                    f"{name}: {len(split):,} rows became {report.rows:,}, each with one answer to train on: the chat "
-                    "template renders earlier answers differently from how the model is asked for them"
-                )
+                became = f"{name}: {len(split):,} rows became {report.rows:,}, each with one answer to train on"
+                why = "the chat template renders earlier answers differently from how the model is asked for them"
+                print_main(f"{became}: {why}")
             found = report.found[report.keep if drop and report.faults else slice(None)]
             chosen, sources = np.unique(found["place"], return_inverse=True)
             split = split if len(chosen) == len(split) else split.select(chosen)
@@ -228,10 +227,8 @@ def check_report(rows: Any, collator: Any = None, *, num_proc: int | None = None
     with_what = "no model's processor" if collator is None else type(collator.processor).__name__
     report = CheckReport(with_what, found, tuple(faults), dict(repairs.most_common()))
     seconds = time.monotonic() - start
-    print_main(
-        f"{len(rows):,} rows checked in {seconds:,.0f} s ({len(rows) / seconds:,.0f} rows a second), "
-        f"{report.known:,} of them known from before"
-    )
+    speed = f"{seconds:,.0f} s ({len(rows) / seconds:,.0f} rows a second)"
+    print_main(f"{len(rows):,} rows checked in {speed}, {report.known:,} of them known from before")
     return report
 
 

@@ -83,10 +83,8 @@ def load_conversations(
     if allow_outside not in (True, False):
         raise ValueError(f"allow_outside={allow_outside!r}: expected True or False, as text counts as true")
     if max_eval_rows is not None and max_eval_rows < 0:
-        raise ValueError(
-            f"--num_eval_rows {max_eval_rows}: expected how many rows to hold out, or 0 to train without evaluation "
-            "(left out: 500, at most a fifth)"
-        )
+        expected = "how many rows to hold out, or 0 to train without evaluation (left out: 500, at most a fifth)"
+        raise ValueError(f"--num_eval_rows {max_eval_rows}: expected {expected}")
     name, root, sources, columns = _sources(name_or_path, config_name, revision, streaming, columns)
     own: dict[str, str] = {}
     for key in [key for key in sources if key != split]:
@@ -289,10 +287,8 @@ def _fitting(rows: Any, reader: RowReader, name: str, *, may_replace: bool) -> R
     asked = str(missing.args[0]) if isinstance(missing, KeyError) and missing.args else ""
     if asked and not closest(asked, _columns(first[0])) and not _fault(first, plain):
         fault, reader = None, plain
-        print_main(
-            f"{name}: to_conversation asks for a column {asked!r}, which rows of {', '.join(_columns(first[0]))} do "
-            "not have; it is not used, and they are read by their own format"
-        )
+        missed = f"a column {asked!r}, which rows of {', '.join(_columns(first[0]))} do not have"
+        print_main(f"{name}: to_conversation asks for {missed}; it is not used, and they are read by their own format")
     if fault:
         raise fault
     _say_unused(kinds, reader, name)
@@ -344,9 +340,8 @@ def _say_unused(kinds: Sequence[Mapping[str, Any]], reader: RowReader, name: str
             strange |= {file: _columns(row)} if _columns(row) else {}
     if known and not reader.change and (others := strange.keys() - known):
         told = "; ".join(f"{file} (columns {', '.join(strange[file])})" for file in sorted(others))
-        raise ValueError(
-            f"files of other rows lie beside {', '.join(sorted(known))}: {told}. Give one file, or move them"
-        )
+        ours = ", ".join(sorted(known))
+        raise ValueError(f"files of other rows lie beside {ours}: {told}. Give one file, or move them")
     if unused:
         told = ", ".join(f"{column!r}" + f" (from row {row})" * (row > 0) for column, row in unused.items())
         print_main(f"{name}: columns that are not used: {told}")

@@ -124,10 +124,9 @@ def _read_lines(file: TextIO, name: str) -> Iterator[Any]:
     rows = (_parse(line) for line in file if line.strip())
     first = [*itertools.islice(rows, 2)]
     if len(first) == 2 and all(isinstance(row, ValueError) for row in first):
-        raise ValueError(
-            f"{name} is not JSON lines, nor an array of rows: its first two lines are not JSON by themselves (pretty-"
-            f"printed?). Write one row a line (jq -c . {name}), or the rows in one array [...]"
-        )
+        found = f"{name} is not JSON lines, nor an array of rows: its first two lines are not JSON by themselves"
+        remedy = f"Write one row a line (jq -c . {name}), or the rows in one array [...]"
+        raise ValueError(f"{found} (pretty-printed?). {remedy}")
     yield from itertools.chain(first, rows)
 
 
@@ -178,9 +177,8 @@ def _read_csv(path: Path, separator: str) -> Iterator[Any]:
         header = next(lines, [])
         other = next((mark for mark in ";\t|," if len(header) == 1 and mark != separator and mark in header[0]), None)
         if other:
-            raise ValueError(
-                f"{path.name}: its fields are separated by {other!r}; expected {separator!r}: save it anew"
-            )
+            found = f"its fields are separated by {other!r}; expected {separator!r}"
+            raise ValueError(f"{path.name}: {found}: save it anew")
         if twice := sorted({name for name in header if header.count(name) > 1}):
             raise ValueError(f"{path.name}: several columns are named {', '.join(map(repr, twice))}; rename them")
         begins = lines.line_num + 1

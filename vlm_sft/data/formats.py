@@ -60,10 +60,8 @@ def _layout(found: tuple[str, ...], columns: tuple[str, ...], prompt: bool) -> L
     if not {"messages", "response"} & layout.keys():
         known = next((k for k in _KNOWN if {name for names in k.values() for name in names} <= {*found}), None)
         if prompt and known:
-            own = next(iter(known.values()))[0]
-            raise ValueError(
-                f"--prompt is the question of every row, and this one has its own in {own!r}: leave it out"
-            )
+            own = f"this one has its own in {next(iter(known.values()))[0]!r}"
+            raise ValueError(f"--prompt is the question of every row, and {own}: leave it out")
         if prompt:
             known = next((Layout(response=(name,)) for name in _CAPTIONS if name in found), None)
         if known is None:
@@ -114,15 +112,12 @@ def unused_columns(row: Mapping[str, Any], layout: Layout) -> list[str]:
     if lost:
         value = row[lost[0]]
         said = repr(value)[:60] if isinstance(value, (str, list)) else f"a {type(value).__name__}"
-        raise ValueError(
-            f"the column {', '.join(map(repr, lost))} looks like images ({said}) and is not used: read it with "
-            f"{flags(row, layout, lost)}, or leave it out with --columns {' '.join(f'ignore={name}' for name in lost)}"
-        )
+        found = f"the column {', '.join(map(repr, lost))} looks like images ({said}) and is not used"
+        ignored = " ".join(f"ignore={name}" for name in lost)
+        raise ValueError(f"{found}: read it with {flags(row, layout, lost)}, or leave it out with --columns {ignored}")
     if "objects" in unused and re.search("<bbox>|<ref-object>", str(row)):
-        raise ValueError(
-            "the column 'objects' is not read, and <bbox> and <ref-object> would be trained as they stand: write its "
-            "boxes into the texts in to_conversation (vlm_sft.scale_boxes)"
-        )
+        found = "the column 'objects' is not read, and <bbox> and <ref-object> would be trained as they stand"
+        raise ValueError(f"{found}: write its boxes into the texts in to_conversation (vlm_sft.scale_boxes)")
     return unused
 
 
@@ -149,9 +144,8 @@ def to_messages(row: Mapping[str, Any], layout: Layout, prompt: str | None = Non
         answer = values["response"]
         if isinstance(answer, list) and answer and all(isinstance(each, str) for each in answer):
             if len(answer) > 1:
-                raise ValueError(
-                    f"{layout['response'][0]!r} holds {len(answer)} answers; choose one in to_conversation"
-                )
+                found = f"{layout['response'][0]!r} holds {len(answer)} answers"
+                raise ValueError(f"{found}; choose one in to_conversation")
             answer = answer[0]
         answers = answer if _are_messages(answer) else [{"role": "assistant", "content": answer}]
         messages = [*_turns_before(row, layout, values.get("history"), prompt), *answers]

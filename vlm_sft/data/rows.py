@@ -229,10 +229,9 @@ def recorded_prompt(run: Path, given: str | None = None) -> str | None:
     if trained is None:
         return given
     if given not in (None, trained):
-        raise ValueError(
-            f"--system_prompt {given!r}: {file} tells of a model that was trained with {trained!r}, and the prompt of "
-            "training is that of inference; leave --system_prompt out, and that one is asked with"
-        )
+        found = f"{file} tells of a model that was trained with {trained!r}"
+        why = f"{found}, and the prompt of training is that of inference"
+        raise ValueError(f"--system_prompt {given!r}: {why}; leave --system_prompt out, and that one is asked with")
     print_main(f"asked with the --system_prompt of {file}: {trained!r}")
     return trained
 
