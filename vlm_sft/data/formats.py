@@ -21,10 +21,9 @@ Layout = dict[str, tuple[str, ...]]
 """Which columns hold each of `FIELDS`; more than one for `prompt`, `images` and `ignore` alone."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system", "observation": "tool"}
-_MESSAGES = ("messages", "conversations", "conversation", "texts")
 _ASKED = {"output": "instruction", "response": "prompt", "completion": "prompt", "answer": "question"}
 _KNOWN: list[Layout] = [
-    *[Layout(messages=(name,)) for name in _MESSAGES],
+    *[Layout(messages=(name,)) for name in ("messages", "conversations", "conversation", "texts")],
     Layout(prompt=("instruction", "input"), response=("output",)),
     *[Layout(prompt=(asked,), response=(answer,)) for answer, asked in _ASKED.items()],
     Layout(prompt=("query",), response=("response",)),
@@ -48,10 +47,9 @@ def layout_of(row: Mapping[str, Any], columns: Sequence[str] = (), *, prompt: bo
     if caption := next((name for name in _CAPTIONS if name in row), None):
         of += f'. For images with a caption in {caption!r}, give their question by --prompt "..."'
     near = closest("messages", [name for name in row if name not in IMAGES])
-    raise ValueError(
-        f"no column of conversations among {', '.join(row)}{near}; expected messages, "
-        f"conversations, or prompt and response: name yours with {flags(row)}, or edit to_conversation{of}"
-    )
+    found = f"no column of conversations among {', '.join(row)}{near}"
+    expected = "messages, conversations, or prompt and response"
+    raise ValueError(f"{found}; expected {expected}: name yours with {flags(row)}, or edit to_conversation{of}")
 
 
 @functools.lru_cache(4096)

@@ -135,10 +135,9 @@ def _changed(row: Mapping[str, Any], change: Change) -> Mapping[str, Any]:
         changed = change(row)
     except Exception as error:  # a user's own function
         near = closest(str(error.args[0]), [*row]) if isinstance(error, KeyError) and error.args else ""
-        raise ValueError(
-            f"to_conversation failed with {type(error).__name__}: {error}{near}; this row has the columns "
-            f"{', '.join(map(repr, row))}. Edit to_conversation, or name the columns: {flags(row)}"
-        ) from error
+        found = f"{type(error).__name__}: {error}{near}; this row has the columns {', '.join(map(repr, row))}"
+        remedy = f"Edit to_conversation, or name the columns: {flags(row)}"
+        raise ValueError(f"to_conversation failed with {found}. {remedy}") from error
     if not isinstance(changed, Mapping):
         raise ValueError(f"to_conversation returned a {type(changed).__name__}; expected a dict of messages and images")
     return changed
@@ -247,10 +246,8 @@ def recorded_rows(rows: Dataset, run: Path) -> Dataset:
         if row_digest(found) == record["digest"]:
             return found
     told = f"{file} tells of no such rows" if file else f"{run} has no run.json that tells which were held out"
-    raise ValueError(
-        f"the data has no test split, and {told}: name the folder of the run by --run, or score all rows by --split "
-        "train, those that were trained on among them"
-    )
+    score = "score all rows by --split train, those that were trained on among them"
+    raise ValueError(f"the data has no test split, and {told}: name the folder of the run by --run, or {score}")
 
 
 def row_digest(rows: Any) -> str:
@@ -279,7 +276,6 @@ def compare_processes(splits: Mapping[str, Any]) -> None:
     for number, other in enumerate(others, 1):
         if names := sorted(name for name in main.keys() | other.keys() if main.get(name) != other.get(name)):
             its, mains = (found.get(names[0], ("none",))[0] for found in (other, main))
-            raise ValueError(
-                f"process {number} reads other rows of {names[0]!r} than the main one (it has {its}, the main one "
-                f"{mains}); give every process the same data (a shared disk, or the same copy)"
-            )
+            reads = f"reads other rows of {names[0]!r} than the main one (it has {its}, the main one {mains})"
+            remedy = "give every process the same data (a shared disk, or the same copy)"
+            raise ValueError(f"process {number} {reads}; {remedy}")
