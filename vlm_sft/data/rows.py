@@ -253,10 +253,8 @@ def recorded_rows(rows: Dataset, run: Path) -> Dataset:
 def row_digest(rows: Any) -> str:
     """The same for the same rows as they are stored, in every process: of a stream its first 16, of encoded images one
     in a thousand. Another name, place or time of a file changes nothing."""
-    batches: Any = ()
-    if isinstance(rows, IterableDataset):
-        batches = [[*rows.stored[0].take(16)]] if hasattr(rows, "stored") else ()
-    elif isinstance(rows, Dataset):
+    batches: Any = [[*rows.stored[0].take(16)]] if hasattr(rows, "stored") else ()  # of a stream
+    if isinstance(rows, Dataset):
         names = sorted({*rows.column_names} - {"file", READER})
         some = {name: slice(1 if "binary" in str(rows.data.schema.field(name).type) else None) for name in names}
         tables = rows.with_format("arrow").iter(1000)
