@@ -200,10 +200,9 @@ def _local_sources(path: Path, *, streaming: bool) -> dict[str, Any]:
         raise ValueError(f"it holds {what}")
     for file in found:
         by_split.setdefault(split_of(file.relative_to(path)) if path.is_dir() else "train", []).append(str(file))
-    kind = kinds.pop()
-    if kind == "text":
+    if kinds == {"text"}:
         return {split: tuple(map(Path, names)) for split, names in by_split.items()}
-    return dict(datasets.load_dataset(kind, data_files=by_split, streaming=streaming))
+    return dict(datasets.load_dataset(kinds.pop(), data_files=by_split, streaming=streaming))
 
 
 def _stored(source: Any, root: Path, streaming: bool, reader: int) -> Any:
