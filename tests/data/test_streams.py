@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,20 @@ def test_a_stream_of_parquet_with_images_is_checked(tmp_path: Path, collator: Ch
     checked = check_rows(data, collator)
     assert [row["row"] for row in checked["train"]] == [2, 3, 4, 5]
     assert [row["row"] for row in checked["test"]] == [0, 1]
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_a_stream_that_does_not_know_its_columns_is_read(held_out: int, collator: ChatCollator) -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        for n in range(6):
+            yield {"prompt": f"<image>{n}", "response": "x", "images": [Image.new("RGB", (9, 9), (n, 0, 0))]}
+
+    data = load_conversations(IterableDataset.from_generator(rows), streaming=True, max_eval_rows=held_out)
+    assert data["train"].features is None
+    checked = check_rows(data, collator)
+    assert [row["row"] for row in checked["train"]] == [*range(held_out, 6)]
+    assert [row["row"] for row in checked["test"]] == [*range(held_out)]
+    assert [row["images"][0].getpixel((0, 0))[0] for row in checked["test"]] == [*range(held_out)]
 
 
 @pytest.mark.parametrize("on_bad_rows", ["error", "drop", "ignore"])

@@ -121,7 +121,8 @@ def load_conversations(
         count = EVAL_ROWS if max_eval_rows is None and eval_fraction else max_eval_rows
         rows = stored["test"] if count is None else stored["test"].take(count)
         if streaming:
-            rows = _dataset_of([*rows], rows.features)
+            unknown = rows.features is None  # as of a generator: like a list of dicts
+            rows = _in_memory([*rows.remove_columns("row")], False) if unknown else _dataset_of([*rows], rows.features)
             rows = rows.add_column(READER, np.full(len(rows), number, np.int32))
         stored["test"] = rows
     readers = Readers({number: reader})
