@@ -38,11 +38,9 @@ class GroupByLength(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         loader = kwargs["train_dataloader"]
         if isinstance(_sampler_of(loader), LengthGroupedSampler):
-            # All rows of a step, or the order would be another one on another number of processes.
-            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             # As a column, each length would be read from the dataset, with its whole row, each time it is compared.
             lengths = loader.dataset.with_format(None)[args.length_column_name][:]
-            _batches_of(loader).sampler = Groups(rows, lengths=lengths)
+            _batches_of(loader).sampler = Groups(rows_per_step(args), lengths=lengths)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)
@@ -80,6 +78,11 @@ class Groups(LengthGroupedSampler):
         drawn = torch.randperm(count, generator=self.generator).tolist()
         drawn.sort(key=lambda step: longest not in steps[step])
         return chain(*(steps[step] for step in drawn), ordered[count * rows :])
+
+
+def rows_per_step(args: TrainingArguments) -> int:
+    """All rows of a step, or the order would be another one on another number of processes."""
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def _batches_of(loader: Any) -> Any:

@@ -26,7 +26,7 @@ from vlm_sft.models import fingerprints
 from vlm_sft.models.fingerprints import differences
 from vlm_sft.models.loading import ADAPTER_WEIGHTS
 from vlm_sft.models.manifest import MANIFEST, read_manifest, verify_checkpoint, write_manifest
-from vlm_sft.training.batches import ORDER
+from vlm_sft.training.batches import ORDER, rows_per_step
 from vlm_sft.upstream import restore_adapter, save_with_own_names
 
 # What changes no trained number, by how its name begins: how is logged, evaluated, saved and reported, where, by how
@@ -137,7 +137,7 @@ class SafeCheckpoints(TrainerCallback):
     def settings(self, args: TrainingArguments, dataset: Any) -> dict[str, Any]:
         """All that must be equal between a checkpoint and the run that resumes it."""
         own = {
-            "rows_per_step": _rows_per_step(args),
+            "rows_per_step": rows_per_step(args),
             "order_of_rows": ORDER if args.train_sampling_strategy == "group_by_length" else None,
             "data": fingerprints.data_settings(dataset),
             "sharding": _sharding(),
@@ -243,13 +243,8 @@ def _announcement(args: TrainingArguments, state: TrainerState, loader: Any) -> 
     skipped = 0 if args.ignore_data_skip else state.global_step % epoch
     return (
         f"{args.output_dir}: resumes after step {done}, epoch {state.epoch or 0:.2f}; the rows of {skipped} steps of "
-        f"this epoch, {_rows_per_step(args)} each, are skipped"
+        f"this epoch, {rows_per_step(args)} each, are skipped"
     )
-
-
-def _rows_per_step(args: TrainingArguments) -> int:
-    rows: int = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return rows
 
 
 def _sharding() -> str | None:
