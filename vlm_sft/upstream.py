@@ -35,7 +35,7 @@ from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainingArguments
@@ -279,9 +279,8 @@ def restore_adapter(model: PeftModel, file: Path) -> tuple[set[str], set[str]]:
     transformers reads old checkpoints: for some families (DeepSeek-OCR-2) they then fit nothing, and the adapter stays
     as it was made, with a warning at most."""
     held = get_peft_model_state_dict(model, save_embedding_layers=False)
-    with safe_open(file, framework="pt") as tensors:
-        saved = set(tensors.keys())
-        with torch.no_grad():
-            for name in saved & held.keys():
-                held[name].copy_(tensors.get_tensor(name))
-    return held.keys() - saved, saved - held.keys()
+    saved = load_file(file)
+    with torch.no_grad():
+        for name in saved.keys() & held.keys():
+            held[name].copy_(saved[name])
+    return held.keys() - saved.keys(), saved.keys() - held.keys()
