@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sized
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from vlm_sft.distributed import print_main
 from vlm_sft.models.fingerprints import differences, loaded_from, plain
 from vlm_sft.models.quantization import check_quantized
 from vlm_sft.tools.memory import of_run
-from vlm_sft.training.config import Arguments, RecipeDefaults, flags_of, refuse_inert_settings, unread_flags
+from vlm_sft.training.config import Arguments, RecipeDefaults, refuse_inert_settings, unread_flags
 from vlm_sft.upstream import is_sharded
 
 # What an evaluation of SFTTrainer reports by itself (trl 1.16, transformers 5.23), and whether less of it is better;
@@ -67,7 +68,8 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
             f"nothing has read {', '.join(f'--{name}' for name in unread)}, so it has no effect: pass it on where it "
             f"belongs ({', '.join(f'args.{name}' for name in unread)}), or remove the field from RecipeArguments"
         )
-    return flags_of(args)
+    # By `vars`, which notes none of them as read.
+    return {each.name: vars(args)[each.name] for each in fields(args)}  # type: ignore[arg-type]
 
 
 def costs(model: Any) -> dict[str, str]:

@@ -80,11 +80,6 @@ class DataArguments(ReadingArguments):
         return {"on_bad_rows": self.on_bad_rows, "max_bad_fraction": self.max_bad_fraction}
 
 
-def flags_of(args: Any) -> dict[str, Any]:
-    """The values of a recipe's arguments, read without being noted."""
-    return {f.name: vars(args)[f.name] for f in fields(args)}
-
-
 def unread_flags(args: Any) -> list[str]:
     """Names of the flags that nothing has read yet."""
     return [f.name for f in fields(args) if f.name not in vars(args).get("_read", ())]
