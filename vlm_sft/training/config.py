@@ -165,9 +165,7 @@ def refuse_inert_settings(args: Any) -> None:
     # None stands for a default as well: SFTConfig itself puts it in the place of some.
     found = {n: value for n, default in defaults.items() if (value := getattr(args, n, None)) not in (default, None)}
     optim = str(getattr(args.optim, "value", args.optim))
-    found |= {
-        n: getattr(args, n) for n, optims in _READ_BY.items() if getattr(args, n) and not re.search(optims, optim)
-    }
+    found |= {n: v for n, optims in _READ_BY.items() if (v := getattr(args, n)) and not re.search(optims, optim)}
     if found:
         flags = ", ".join(f"--{name} {value}" for name, value in found.items())
         them = "it" if len(found) == 1 else "them"
