@@ -40,10 +40,8 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
     refuse_inert_settings(trainer.args)
     asked, runs = getattr(trainer.args, "attn_implementation", None), base_of(trainer.model).config._attn_implementation
     if asked and asked != runs and {asked, runs} != {"flash_attention_2", "kernels-community/flash-attn2"}:
-        raise ValueError(
-            f"--attn_implementation {asked} has no effect, the model runs {runs}: pass attn_implementation="
-            "training_args.attn_implementation to load_model"
-        )
+        found = f"--attn_implementation {asked} has no effect, the model runs {runs}"
+        raise ValueError(f"{found}: pass attn_implementation=training_args.attn_implementation to load_model")
     asked = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
     if (runs := trainer.accelerator.mixed_precision) != asked and not trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -54,10 +52,8 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
     if args is None:
         return {}
     if not isinstance(args, Arguments):
-        raise ValueError(
-            f"prove(trainer, TRAINS, args): args is a {type(args).__name__}; expected the recipe's RecipeArguments, a "
-            "dataclass derived from vlm_sft.Arguments, or None"
-        )
+        found = f"prove(trainer, TRAINS, args): args is a {type(args).__name__}; expected the recipe's RecipeArguments"
+        raise ValueError(f"{found}, a dataclass derived from vlm_sft.Arguments, or None")
     if not isinstance(trainer.args, RecipeDefaults):
         raise ValueError(
             f"the trainer's args are a {type(trainer.args).__name__}, so the flags of the recipe's RecipeConfig, which "
@@ -75,12 +71,8 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
 def costs(model: Any) -> dict[str, str]:
     """A line on adapters that cost more than they need to, where the model has such."""
     dropout = max((c.lora_dropout for c in getattr(model, "peft_config", {}).values() if c.use_dora), default=0)
-    if not dropout:
-        return {}
-    return {
-        "costs": "DoRA with dropout multiplies each adapted matrix twice: a step of some 1.6 times LoRA's; with "
-        f"lora_dropout 0 (here {dropout:g}) it costs about as much as LoRA"
-    }
+    told = f"a step of some 1.6 times LoRA's; with lora_dropout 0 (here {dropout:g}) it costs about as much as LoRA"
+    return {"costs": f"DoRA with dropout multiplies each adapted matrix twice: {told}"} if dropout else {}
 
 
 def memory_of(trainer: Any) -> dict[str, str]:
@@ -140,14 +132,11 @@ def check_pieces(trainer: Any, collator: Any) -> None:
         )
     (processor_name, processor_revision), (name, revision) = map(loaded_from, (collator.processor, trainer.model))
     if processor_name == name and processor_revision != revision:
-        raise ValueError(
-            f"{name}: the processor is of revision {processor_revision}, the model of {revision}; pass "
-            "revision=args.model_revision to load_processor and load_model alike"
-        )
+        found = f"{name}: the processor is of revision {processor_revision}, the model of {revision}"
+        raise ValueError(f"{found}; pass revision=args.model_revision to load_processor and load_model alike")
     if any(module.merged for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)):
-        raise ValueError(
-            "the adapters are merged, and no gradient would reach them: call model.unmerge_adapter() first"
-        )
+        found = "the adapters are merged, and no gradient would reach them"
+        raise ValueError(f"{found}: call model.unmerge_adapter() first")
     if changed := _changed_config(trainer.model):
         raise ValueError(
             f"the base was changed in memory ({'; '.join(changed)}), and adapters are loaded onto the one in {name}: "
@@ -156,10 +145,8 @@ def check_pieces(trainer: Any, collator: Any) -> None:
     # TRL 1.16 knows the number of experts by one name alone, and would fail at the first step.
     texts = base_of(trainer.model).config.get_text_config()
     if getattr(trainer, "aux_loss_enabled", False) and not hasattr(texts, "num_experts"):
-        raise ValueError(
-            f"TRL cannot weigh the routers of {texts.model_type!r}, whose config has no num_experts; set "
-            "--router_aux_loss_coef 0"
-        )
+        found = f"TRL cannot weigh the routers of {texts.model_type!r}, whose config has no num_experts"
+        raise ValueError(f"{found}; set --router_aux_loss_coef 0")
 
 
 def _changed_config(model: Any) -> list[str]:
@@ -182,10 +169,8 @@ def check_pass(trainer: Any, collator: Any, answered: Iterable[Any]) -> list[Che
     rows, passed = trainer.train_dataset, list[Checked]()
     held_out = {"eval_dataset": [trainer.eval_dataset], "evaluate_answers": answered}
     for name in [name for name, those in held_out.items() if any(each is rows for each in those)]:
-        raise ValueError(
-            f"{name} is given the rows to train on, which say nothing of new ones, nor which weights are the best: "
-            "pass data['test'] (--num_eval_rows holds rows out)"
-        )
+        found = f"{name} is given the rows to train on, which say nothing of new ones, nor which weights are the best"
+        raise ValueError(f"{found}: pass data['test'] (--num_eval_rows holds rows out)")
     splits = {"train_dataset": rows} | ({"eval_dataset": trainer.eval_dataset} if trainer.eval_dataset else {})
     for name, split in splits.items():
         if (checked := rows_checked(split)) is None:
@@ -194,16 +179,12 @@ def check_pass(trainer: Any, collator: Any, answered: Iterable[Any]) -> list[Che
                 "on_bad_rows=args.on_bad_rows), and give its result to SFTTrainer as it is"
             )
         if (checked.collator, checked.max_length) != (collator.fingerprint(), collator.settings.max_length):
-            raise ValueError(
-                f"the rows of {name} were checked with a collator of other settings than the trainer's; make one "
-                "collator, and give it to check_rows and to SFTTrainer"
-            )
+            found = f"the rows of {name} were checked with a collator of other settings than the trainer's"
+            raise ValueError(f"{found}; make one collator, and give it to check_rows and to SFTTrainer")
         passed.append(checked)
     if (seed := drawn_seed(rows)) not in (None, trainer.args.seed):
-        raise ValueError(
-            f"the held-out rows were drawn with seed={seed}, and the run has --seed {trainer.args.seed}: pass "
-            "seed=training_args.seed to load_conversations"
-        )
+        found = f"the held-out rows were drawn with seed={seed}, and the run has --seed {trainer.args.seed}"
+        raise ValueError(f"{found}: pass seed=training_args.seed to load_conversations")
     if trainer.args.train_sampling_strategy != "random" and "length" not in (rows.column_names or ()):
         trainer.args.train_sampling_strategy = "random"
         print_main("rows come in random order: without the check of all rows their lengths are not known")
@@ -312,10 +293,8 @@ def _schedule_faults(args: Any, scheduler: str, warmup: int, steps: int) -> list
 def _choice_faults(trainer: Any, chosen: str, answers: Mapping[str, Any]) -> list[str]:
     faults, name = [], chosen.removeprefix("eval_")
     if isinstance(trainer.eval_dataset, Sized) and len(trainer.eval_dataset) < 2:
-        faults.append(
-            "one held-out row would choose the best weights: hold out more (--num_eval_rows), or "
-            "--load_best_model_at_end False"
-        )
+        found = "one held-out row would choose the best weights"
+        faults.append(f"{found}: hold out more (--num_eval_rows), or --load_best_model_at_end False")
     less = _REPORTED | {name: getattr(metric, "lower_is_better", False) for name, metric in answers.items()}
     known = ", ".join(f"eval_{metric}" for metric in ("loss", *answers))
     if trainer.compute_metrics is None and name not in less:
