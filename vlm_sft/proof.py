@@ -164,10 +164,8 @@ def prove(
     lists all that the library changed. Raises `ValueError` with what was found and the line or flag to change."""
     gate = _gate_of(trainer, "prove()")
     if gate.proof is not None or trainer.state.global_step:
-        raise ValueError(
-            "prove() was called already for this trainer, or it has trained: prove a trainer once, before train(); for "
-            "other settings make a new model and trainer"
-        )
+        found = "prove() was called already for this trainer, or it has trained: prove a trainer once, before train()"
+        raise ValueError(f"{found}; for other settings make a new model and trainer")
     model, collator, rows = trainer.model, trainer.data_collator, trainer.train_dataset
     if not any(c.model is base_of(model) for c in _callbacks(trainer, RestoreGenerationConfig)):
         raise ValueError("prove(): vlm_sft.guards(model) was given another model than SFTTrainer; give both the same")
@@ -236,9 +234,8 @@ def finish(trainer: Any, proof: Proof) -> dict[str, float]:
     returns. Raises `ValueError` for a trainer that has not trained, or a proof of another one."""
     gate = _gate_of(trainer, "finish()")
     if gate.proof is not proof:
-        raise ValueError(
-            "finish(trainer, proof): the proof is of another trainer; pass what prove(trainer, ...) returned"
-        )
+        found = "finish(trainer, proof): the proof is of another trainer"
+        raise ValueError(f"{found}; pass what prove(trainer, ...) returned")
     if not gate.ended:
         raise ValueError(
             "finish() before the training has ended, so there is nothing to finish: call trainer.train("
@@ -328,9 +325,8 @@ def _refuse_exchanged(trainer: Any, proof: Proof, state: TrainerState) -> None:
     if state.max_steps != proof.steps and state.train_batch_size == trainer.args.train_batch_size:
         faults.append(f"{state.max_steps} steps would run, {proof.steps} were planned")
     if faults:
-        raise ValueError(
-            f"exchanged after prove(): {'; '.join(faults)}. Change it before prove(trainer, ...), which comes last"
-        )
+        told = "; ".join(faults)
+        raise ValueError(f"exchanged after prove(): {told}. Change it before prove(trainer, ...), which comes last")
 
 
 def _forward(trainer: Any, proof: Proof) -> str:

@@ -197,10 +197,8 @@ def _note(batch: dict[str, Any], trainer: Any, *, evaluates: bool) -> str:
         lengths = batch.get("attention_mask", torch.ones_like(ids)).reshape(len(ids), -1).sum(dim=1)
         rows, longest = batch.get("rows"), int(lengths.argmax())
         name = f"row {longest} of the batch" if rows is None or len(rows) != len(ids) else f"row {int(rows[longest])}"
-        where += (
-            f" in a batch of {ids.shape[0]} rows of {ids.shape[1]} tokens. The longest is {name}, {lengths[longest]} "
-            f"tokens of at most max_length={getattr(args, 'max_length', None)}"
-        )
+        where += f" in a batch of {ids.shape[0]} rows of {ids.shape[1]} tokens. The longest is {name}, "
+        where += f"{lengths[longest]} tokens of at most max_length={getattr(args, 'max_length', None)}"
     size = args.per_device_eval_batch_size if evaluates else args.per_device_train_batch_size
     twice = f" --gradient_accumulation_steps {2 * args.gradient_accumulation_steps} (the same step)"
     smaller = f"--per_device_{'eval' if evaluates else 'train'}_batch_size {size // 2}{'' if evaluates else twice}"

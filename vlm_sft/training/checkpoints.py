@@ -234,17 +234,13 @@ def _announcement(args: TrainingArguments, state: TrainerState, loader: Any) -> 
     """The line that a resume begins with."""
     done = f"{state.global_step} of {state.max_steps}"
     if state.global_step >= state.max_steps:
-        return (
-            f"{args.output_dir} is finished: {done} steps are done, so nothing more is trained; for more, raise "
-            "--max_steps or --num_train_epochs"
-        )
+        what = f"{args.output_dir} is finished: {done} steps are done, so nothing more is trained"
+        return f"{what}; for more, raise --max_steps or --num_train_epochs"
     sized = isinstance(loader.dataset, Sized)
     epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if sized else state.max_steps
     skipped = 0 if args.ignore_data_skip else state.global_step % epoch
-    return (
-        f"{args.output_dir}: resumes after step {done}, epoch {state.epoch or 0:.2f}; the rows of {skipped} steps of "
-        f"this epoch, {rows_per_step(args)} each, are skipped"
-    )
+    where = f"{args.output_dir}: resumes after step {done}, epoch {state.epoch or 0:.2f}"
+    return f"{where}; the rows of {skipped} steps of this epoch, {rows_per_step(args)} each, are skipped"
 
 
 def _sharding() -> str | None:
@@ -316,16 +312,12 @@ def _check_arguments(args: TrainingArguments) -> None:
     least = 3 if args.metric_for_best_model is not None else 2
     faults = []
     if args.hub_token is not None:
-        faults.append(
-            "--hub_token would be written in clear text into training_args.bin of every checkpoint; log in with `hf "
-            "auth login` or set HF_TOKEN instead"
-        )
+        found = "--hub_token would be written in clear text into training_args.bin of every checkpoint"
+        faults.append(f"{found}; log in with `hf auth login` or set HF_TOKEN instead")
     if args.enable_jit_checkpoint:
         faults.append("--enable_jit_checkpoint saves past this callback, which saves on SIGTERM itself; leave it out")
     if 0 < (args.save_total_limit or 0) < least:
-        faults.append(
-            f"--save_total_limit {args.save_total_limit} deletes the last good checkpoint before the new is proven; at "
-            f"least {least} here (the new one, the last one, the best one), or None"
-        )
+        found = f"--save_total_limit {args.save_total_limit} deletes the last good checkpoint before the new is proven"
+        faults.append(f"{found}; at least {least} here (the new one, the last one, the best one), or None")
     if faults:
         raise ValueError("SafeCheckpoints: " + "; ".join(faults))
