@@ -101,10 +101,9 @@ def check_storage(trainer: Any) -> str:
     stored = getattr(packing, "bnb_4bit_quant_storage", None)
     computed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision, stored)
     if is_sharded() and stored != computed:
-        raise ValueError(
-            f"under FSDP the 4-bit weights are stored as {stored}, and would be cast to {computed} bit by bit: pass "
-            f"the flag of what they are stored in (--bf16, --fp16), or nf4_config(..., compute_dtype={computed})"
-        )
+        found = f"under FSDP the 4-bit weights are stored as {stored}, and would be cast to {computed} bit by bit"
+        how = f"pass the flag of what they are stored in (--bf16, --fp16), or nf4_config(..., compute_dtype={computed})"
+        raise ValueError(f"{found}: {how}")
     return check_quantized(trainer.model)[1]
 
 
@@ -116,10 +115,9 @@ def check_pieces(trainer: Any, collator: Any) -> None:
             "checked; pass data_collator=collator, the ChatCollator, to SFTTrainer"
         )
     if getattr(trainer, "_formatting_func", None) is not None:
-        raise ValueError(
-            "the trainer's formatting_func is not called: ChatCollator makes the text of a row's messages. Leave "
-            "formatting_func out of SFTTrainer, and pass to_conversation= to load_conversations"
-        )
+        found = "the trainer's formatting_func is not called: ChatCollator makes the text of a row's messages"
+        how = "Leave formatting_func out of SFTTrainer, and pass to_conversation= to load_conversations"
+        raise ValueError(f"{found}. {how}")
     if trainer.processing_class is not collator.processor:
         raise ValueError(
             "the trainer's processing_class, which is saved with the model, is another processor than the collator's; "
@@ -138,10 +136,9 @@ def check_pieces(trainer: Any, collator: Any) -> None:
         found = "the adapters are merged, and no gradient would reach them"
         raise ValueError(f"{found}: call model.unmerge_adapter() first")
     if changed := _changed_config(trainer.model):
-        raise ValueError(
-            f"the base was changed in memory ({'; '.join(changed)}), and adapters are loaded onto the one in {name}: "
-            "save the changed one (model.save_pretrained, processor.save_pretrained), and load that"
-        )
+        found = f"the base was changed in memory ({'; '.join(changed)}), and adapters are loaded onto the one in {name}"
+        how = "save the changed one (model.save_pretrained, processor.save_pretrained), and load that"
+        raise ValueError(f"{found}: {how}")
     # TRL 1.16 knows the number of experts by one name alone, and would fail at the first step.
     texts = base_of(trainer.model).config.get_text_config()
     if getattr(trainer, "aux_loss_enabled", False) and not hasattr(texts, "num_experts"):
@@ -195,10 +192,9 @@ def check_captions(report: AuditReport) -> None:
     """Raises for a row that asks something: without a stop token, only captions of an image alone are trained."""
     for row in report.rows:
         if asked := "".join(text_of(each) for each in row.conversation.messages if each["role"] == "user"):
-            raise ValueError(
-                f"{row.name} asks {asked[:60]!r}, and a caption without stop token is trained after its image alone: "
-                "return just the image in the user message (to_conversation), or leave out require_stop_token=False"
-            )
+            found = f"{row.name} asks {asked[:60]!r}, and a caption without stop token is trained after its image alone"
+            how = "return just the image in the user message (to_conversation), or leave out require_stop_token=False"
+            raise ValueError(f"{found}: {how}")
 
 
 def row_facts(trainer: Any, checked: Checked, report: AuditReport) -> dict[str, str]:

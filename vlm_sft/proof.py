@@ -90,10 +90,9 @@ class Gate(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         trainer, proof, size = self.trainer, self._proven("train()"), state.train_batch_size
         if self.ended or (self.batch_size is not None and (not args.auto_find_batch_size or size == self.batch_size)):
-            raise ValueError(
-                "train() was called a second time, and what prove() saw has been trained: make a new model and trainer "
-                "(or run the recipe again, which resumes from the newest checkpoint)"
-            )
+            found = "train() was called a second time, and what prove() saw has been trained"
+            how = "make a new model and trainer (or run the recipe again, which resumes from the newest checkpoint)"
+            raise ValueError(f"{found}: {how}")
         self.batch_size = size
         random = rng_state()  # nothing below may change a trained number
         _refuse_exchanged(trainer, proof, state)
@@ -136,10 +135,9 @@ class Gate(TrainerCallback):
 
     def _proven(self, what: str) -> Proof:
         if self.proof is None:
-            raise ValueError(
-                f"{what} before prove(): nothing has been proven of this run. Once the trainer is made, call "
-                "vlm_sft.prove(trainer, TRAINS, args), and trainer.train() after that"
-            )
+            found = f"{what} before prove(): nothing has been proven of this run"
+            how = "Once the trainer is made, call vlm_sft.prove(trainer, TRAINS, args), and trainer.train() after that"
+            raise ValueError(f"{found}. {how}")
         return self.proof
 
 
@@ -237,10 +235,9 @@ def finish(trainer: Any, proof: Proof) -> dict[str, float]:
         found = "finish(trainer, proof): the proof is of another trainer"
         raise ValueError(f"{found}; pass what prove(trainer, ...) returned")
     if not gate.ended:
-        raise ValueError(
-            "finish() before the training has ended, so there is nothing to finish: call trainer.train("
-            "resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer)) before it"
-        )
+        found = "finish() before the training has ended, so there is nothing to finish"
+        how = "call trainer.train(resume_from_checkpoint=vlm_sft.latest_checkpoint(trainer)) before it"
+        raise ValueError(f"{found}: {how}")
     trainer.accelerator.wait_for_everyone()  # or a process would leave while the main one still writes
     trainer.end()
     return proof.results

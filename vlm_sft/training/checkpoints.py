@@ -189,10 +189,9 @@ class SafeCheckpoints(TrainerCallback):
         try:
             lock_file(self._locked)
         except (BlockingIOError, PermissionError):
-            raise ValueError(
-                f"another process is training in {output_dir}; wait for it or choose another --output_dir. Processes "
-                "of one launch that did not join train alone, each: on a CPU they need --use_cpu"
-            ) from None
+            found = f"another process is training in {output_dir}; wait for it or choose another --output_dir"
+            how = "Processes of one launch that did not join train alone, each: on a CPU they need --use_cpu"
+            raise ValueError(f"{found}. {how}") from None
 
     def _on_sigterm(self, *_: Any) -> None:
         self._terminated = True

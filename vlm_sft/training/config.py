@@ -151,10 +151,9 @@ def _check_login() -> None:
     try:
         whoami()
     except Exception as error:  # no token, a wrong one, no network, each by classes of its own
-        raise ValueError(
-            f"--push_to_hub: the Hub cannot be reached, or knows no login ({first_line(error)}). Log in with `hf auth "
-            "login` or set HF_TOKEN, or leave it out and upload the folder afterwards"
-        ) from error
+        found = f"--push_to_hub: the Hub cannot be reached, or knows no login ({first_line(error)})"
+        how = "Log in with `hf auth login` or set HF_TOKEN, or leave it out and upload the folder afterwards"
+        raise ValueError(f"{found}. {how}") from error
 
 
 def refuse_inert_settings(args: Any) -> None:
