@@ -241,24 +241,16 @@ def plan_of(trainer: Any, answers: Mapping[str, Any]) -> tuple[int, dict[str, st
     warmup, scheduler = args.get_warmup_steps(steps), getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     chosen = "eval_" + (args.metric_for_best_model or "loss").removeprefix("eval_")
     faults = _choice_faults(trainer, chosen, answers) if args.load_best_model_at_end and held_out is not None else []
-    if warmup >= max(steps, 1):
-        faults.append(
-            f"the warm-up takes {warmup} of the run's {steps} steps, so the learning rate never reaches "
-            f"--learning_rate {args.learning_rate:g}: --warmup_steps 0, a share of more steps as in "
-            "--warmup_steps 0.03, or more --num_train_epochs"
-        )
-    else:
-        faults += _schedule_faults(args, scheduler, warmup, steps)
+    faults += _schedule_faults(args, scheduler, warmup, steps)
     if faults:
         raise ValueError("this run cannot be meant so: " + "; ".join(faults))
-    rates = "".join(f", {part} {rate:g}" for part, rate in part_rates(trainer).items())
+    rates = f"{args.learning_rate:g}" + "".join(f", {part} {rate:g}" for part, rate in part_rates(trainer).items())
     whole = "" if args.max_steps > 0 else f" ({epochs} x {per_epoch} an epoch)"
     evaluations, saves = (_times(args, what, steps, epochs) for what in ("eval", "save"))
     count = f"{len(held_out) if isinstance(held_out, Sized) else 0:,}"
     best = f"best by {chosen}" if args.load_best_model_at_end else "the last weights are kept"
     return steps, {
-        "steps": f"{steps:,}{whole} of {rows_a_step} rows; warm-up {warmup:,}, {scheduler}, peak learning rate "
-        f"{args.learning_rate:g}{rates}",
+        "steps": f"{steps:,}{whole} of {rows_a_step} rows; warm-up {warmup:,}, {scheduler}, peak learning rate {rates}",
         "checks": f"{evaluations} evaluations on {count} held-out rows, {saves} saves; {best}",
     }
 
@@ -270,7 +262,11 @@ def part_rates(trainer: Any) -> dict[str, float]:
 
 
 def _schedule_faults(args: Any, scheduler: str, warmup: int, steps: int) -> list[str]:
-    """A warm-up that the schedule leaves out, or a peak that is not the learning rate."""
+    """A warm-up that never ends or that the schedule leaves out, or a peak that is not the learning rate."""
+    if warmup >= max(steps, 1):
+        found = f"the warm-up takes {warmup} of the run's {steps} steps, so the learning rate never reaches"
+        how = "--warmup_steps 0, a share of more steps as in --warmup_steps 0.03, or more --num_train_epochs"
+        return [f"{found} --learning_rate {args.learning_rate:g}: {how}"]
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     made = get_scheduler(scheduler, optimizer, warmup, steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     if not (shares := getattr(made, "lr_lambdas", None)):  # it waits for losses
@@ -321,10 +317,9 @@ def check_optimizer(optimizer: Any, model: Any, rates: Mapping[str, float], rate
     forgotten = {name for name, weight in asked.items() if id(weight) not in held}
     others = len(held - {id(weight) for weight in asked.values()})
     if forgotten or others:
-        raise ValueError(
-            f"the optimizer holds {others} tensors that do not train, and lacks {len(forgotten)} that should "
-            f"({listed(forgotten)}): let the Trainer make it, or give it exactly the weights with requires_grad"
-        )
+        found = f"the optimizer holds {others} tensors that do not train, and lacks {len(forgotten)} that should"
+        how = "let the Trainer make it, or give it exactly the weights with requires_grad"
+        raise ValueError(f"{found} ({listed(forgotten)}): {how}")
     for group in optimizer.param_groups:
         meant, runs = rates.get(group.get("part"), rate), float(group.get("initial_lr", group["lr"]))
         if not math.isclose(meant, runs, rel_tol=1e-6):  # torchao keeps it in float32
