@@ -87,10 +87,9 @@ def rows_per_step(args: TrainingArguments) -> int:
 
 def _batches_of(loader: Any) -> Any:
     """The batch sampler below accelerate's wrappers."""
-    found: Any = getattr(loader, "batch_sampler", None)
-    while hasattr(found, "batch_sampler"):
-        found = found.batch_sampler
-    return found
+    while hasattr(loader, "batch_sampler"):
+        loader = loader.batch_sampler
+    return loader
 
 
 def _sampler_of(loader: Any) -> Any:
