@@ -42,13 +42,12 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
     if asked and asked != runs and {asked, runs} != {"flash_attention_2", "kernels-community/flash-attn2"}:
         found = f"--attn_implementation {asked} has no effect, the model runs {runs}"
         raise ValueError(f"{found}: pass attn_implementation=training_args.attn_implementation to load_model")
-    asked = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
+    bf16, fp16 = trainer.args.bf16, trainer.args.fp16
+    asked = "bf16" if bf16 else "fp16" if fp16 else "no"
     if (runs := trainer.accelerator.mixed_precision) != asked and not trainer.is_deepspeed_enabled:
-        raise ValueError(
-            f"--bf16 {trainer.args.bf16} --fp16 {trainer.args.fp16}, but the run would be in mixed precision {runs!r}: "
-            "leave mixed_precision to the flags (in the config of accelerate, its --mixed_precision, or "
-            "ACCELERATE_MIXED_PRECISION), or set the flag"
-        )
+        found = f"--bf16 {bf16} --fp16 {fp16}, but the run would be in mixed precision {runs!r}"
+        where = "in the config of accelerate, its --mixed_precision, or ACCELERATE_MIXED_PRECISION"
+        raise ValueError(f"{found}: leave mixed_precision to the flags ({where}), or set the flag")
     if args is None:
         return {}
     if not isinstance(args, Arguments):
@@ -110,24 +109,18 @@ def check_storage(trainer: Any) -> str:
 def check_pieces(trainer: Any, collator: Any) -> None:
     """Raises unless collator, processor and model are those of one recipe."""
     if not isinstance(collator, ChatCollator):
-        raise ValueError(
-            f"the trainer's data_collator is a {type(collator).__name__}, which would train other tokens than those "
-            "checked; pass data_collator=collator, the ChatCollator, to SFTTrainer"
-        )
+        found = f"the trainer's data_collator is a {type(collator).__name__}, which would train other tokens than those"
+        raise ValueError(f"{found} checked; pass data_collator=collator, the ChatCollator, to SFTTrainer")
     if getattr(trainer, "_formatting_func", None) is not None:
         found = "the trainer's formatting_func is not called: ChatCollator makes the text of a row's messages"
         how = "Leave formatting_func out of SFTTrainer, and pass to_conversation= to load_conversations"
         raise ValueError(f"{found}. {how}")
     if trainer.processing_class is not collator.processor:
-        raise ValueError(
-            "the trainer's processing_class, which is saved with the model, is another processor than the collator's; "
-            "pass processing_class=processor to SFTTrainer"
-        )
-    if collator.settings.max_length != trainer.args.max_length:
-        raise ValueError(
-            f"the collator has max_length={collator.settings.max_length}, the trainer --max_length "
-            f"{trainer.args.max_length}: pass max_length=training_args.max_length to ChatCollator"
-        )
+        found = "the trainer's processing_class, which is saved with the model, is another processor"
+        raise ValueError(f"{found} than the collator's; pass processing_class=processor to SFTTrainer")
+    if (its := collator.settings.max_length) != (asked := trainer.args.max_length):
+        found = f"the collator has max_length={its}, the trainer --max_length {asked}"
+        raise ValueError(f"{found}: pass max_length=training_args.max_length to ChatCollator")
     (processor_name, processor_revision), (name, revision) = map(loaded_from, (collator.processor, trainer.model))
     if processor_name == name and processor_revision != revision:
         found = f"{name}: the processor is of revision {processor_revision}, the model of {revision}"

@@ -236,10 +236,8 @@ def limit_pixels(image_processor: Any, max_pixels: int) -> None:
     size = dict(image_processor.size or {})
     known = inspect.get_annotations(getattr(image_processor, "valid_kwargs", object))
     if "max_pixels" not in known or not {"shortest_edge", "longest_edge"} <= size.keys():
-        raise ValueError(
-            f"max_pixels={max_pixels}: a {type(image_processor).__name__} does not resize by the number of pixels (its "
-            f"size is {size}); leave max_pixels out for this family."
-        )
+        found = f"max_pixels={max_pixels}: a {type(image_processor).__name__} does not resize by the number of pixels"
+        raise ValueError(f"{found} (its size is {size}); leave max_pixels out for this family.")
     if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
         raise ValueError(f"max_pixels={max_pixels!r}: a number of pixels, such as 1003520 (1,280 tokens of 28 x 28).")
     least = min(size["shortest_edge"], max_pixels)

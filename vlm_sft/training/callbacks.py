@@ -52,10 +52,9 @@ class RestoreGenerationConfig(TrainerCallback):
             with TemporaryDirectory() as folder:
                 restored.save_pretrained(folder)
         except ValueError as error:
-            raise ValueError(
-                f"This generation config could not be saved after training: {error} Change model.generation_config "
-                "first, for instance do_sample=True where a temperature is set."
-            ) from error
+            found = f"This generation config could not be saved after training: {error}"
+            how = "Change model.generation_config first, for instance do_sample=True where a temperature is set."
+            raise ValueError(f"{found} {how}") from error
 
 
 class KeepRandomState(TrainerCallback):
@@ -121,10 +120,9 @@ class StopOnNaN(TrainerCallback):
         named = gather_object(self._named(bad_only=True)) or gather_object(self._named(bad_only=False))
         what = f"step {state.global_step + 1}: the loss or the gradient is not finite, from {', '.join(named)}"
         if self.skipped == self.max_skipped:
-            raise FloatingPointError(
-                f"{what}. The optimizer did not step and the last checkpoint stands. Look at these rows, or skip "
-                f"such steps with vlm_sft.guards(model, max_skipped={self.max_skipped + 1})."
-            )
+            how = f"skip such steps with vlm_sft.guards(model, max_skipped={self.max_skipped + 1})"
+            stands = "The optimizer did not step and the last checkpoint stands"
+            raise FloatingPointError(f"{what}. {stands}. Look at these rows, or {how}.")
         self.skipped += 1
         print_main(f"{what}; skipped, {self.skipped} of at most {self.max_skipped}")
         for parameter in parameters:
@@ -203,8 +201,6 @@ def _note(batch: dict[str, Any], trainer: Any, *, evaluates: bool) -> str:
     twice = f" --gradient_accumulation_steps {2 * args.gradient_accumulation_steps} (the same step)"
     smaller = f"--per_device_{'eval' if evaluates else 'train'}_batch_size {size // 2}{'' if evaluates else twice}"
     last = "" if evaluates else "--activation_checkpointing (slower by some 20%); "
-    return (
-        f"{where}.\nWays out: {f'{smaller}; ' if size > 1 else last}a lower --max_length or smaller images; "
-        "--load_in_4bit, or the model sharded on several GPUs (accelerate_configs/fsdp2.yaml). What fits: python -m "
-        "vlm_sft memory."
-    )
+    first = f"{smaller}; " if size > 1 else last
+    sharded = "the model sharded on several GPUs (accelerate_configs/fsdp2.yaml). What fits: python -m vlm_sft memory."
+    return f"{where}.\nWays out: {first}a lower --max_length or smaller images; --load_in_4bit, or {sharded}"

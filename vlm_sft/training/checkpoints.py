@@ -209,11 +209,9 @@ def latest_checkpoint(trainer: Any) -> str | None:
         raise ValueError("latest_checkpoint: the trainer has no SafeCheckpoints() among its callbacks; add it")
     args = trainer.args
     if args.resume_from_checkpoint is not None:
-        raise ValueError(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint} has no effect: a run resumes from the newest "
-            f"complete checkpoint in --output_dir {args.output_dir} by itself; leave it out (to resume from an older "
-            "one, move the newer ones away)"
-        )
+        found = f"--resume_from_checkpoint {args.resume_from_checkpoint} has no effect"
+        why = f"a run resumes from the newest complete checkpoint in --output_dir {args.output_dir} by itself"
+        raise ValueError(f"{found}: {why}; leave it out (to resume from an older one, move the newer ones away)")
 
     def find() -> str | None:
         for folder in reversed(_checkpoints(Path(str(args.output_dir))).values()):
