@@ -59,10 +59,9 @@ def check_flags(trainer: Any, args: Any) -> dict[str, Any]:
             "derives from vlm_sft.RecipeDefaults, would have no effect: pass args=training_args to SFTTrainer"
         )
     if unread := unread_flags(args):
-        raise ValueError(
-            f"nothing has read {', '.join(f'--{name}' for name in unread)}, so it has no effect: pass it on where it "
-            f"belongs ({', '.join(f'args.{name}' for name in unread)}), or remove the field from RecipeArguments"
-        )
+        flags, names = (", ".join(f"{before}{name}" for name in unread) for before in ("--", "args."))
+        found = f"nothing has read {flags}, so it has no effect"
+        raise ValueError(f"{found}: pass it on where it belongs ({names}), or remove the field from RecipeArguments")
     # By `vars`, which notes none of them as read.
     return {each.name: vars(args)[each.name] for each in fields(args)}  # type: ignore[arg-type]
 

@@ -247,10 +247,9 @@ def _gate_of(trainer: Any, what: str) -> Gate:
     """The trainer's gate. Raises unless all guards are among its callbacks."""
     needed = (RestoreGenerationConfig, GroupByLength, SafeCheckpoints, StopOnNaN, Gate, KeepRandomState)
     if missing := [kind.__name__ for kind in needed if not _callbacks(trainer, kind)]:
-        raise ValueError(
-            f"{what}: {', '.join(missing)} missing among the trainer's callbacks; pass callbacks=vlm_sft.guards(model) "
-            "to SFTTrainer (your own may follow: [*vlm_sft.guards(model), EarlyStoppingCallback()])"
-        )
+        found = f"{what}: {', '.join(missing)} missing among the trainer's callbacks"
+        how = "your own may follow: [*vlm_sft.guards(model), EarlyStoppingCallback()]"
+        raise ValueError(f"{found}; pass callbacks=vlm_sft.guards(model) to SFTTrainer ({how})")
     gate: Gate = _callbacks(trainer, Gate)[0]
     return gate
 

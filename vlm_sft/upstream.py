@@ -101,10 +101,9 @@ def check_template_kwargs(processor: Any, kwargs: Mapping[str, Any]) -> None:
         return
     if unread := sorted(kwargs.keys() - read - inspect.signature(processor.apply_chat_template).parameters.keys()):
         near = [f" (did you mean {each!r}?)" for name in unread for each in get_close_matches(name, read, n=1)]
-        raise ValueError(
-            f"chat_template_kwargs: the chat template does not read {', '.join(map(repr, unread))}{''.join(near[:1])}; "
-            f"it reads {', '.join(sorted(read))}: give one of these, or leave it out"
-        )
+        told = ", ".join(map(repr, unread)) + "".join(near[:1])
+        found = f"chat_template_kwargs: the chat template does not read {told}"
+        raise ValueError(f"{found}; it reads {', '.join(sorted(read))}: give one of these, or leave it out")
 
 
 def use_one_gpu(args: TrainingArguments) -> bool:

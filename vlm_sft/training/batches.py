@@ -30,10 +30,9 @@ class GroupByLength(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         strategy = args.train_sampling_strategy
         if strategy in ("group_by_length", "batch_rebalance") and args.remove_unused_columns:
-            raise ValueError(
-                f"--train_sampling_strategy {strategy} needs the column {args.length_column_name!r}, which the Trainer "
-                "drops; set --remove_unused_columns False, or --train_sampling_strategy random"
-            )
+            found = f"the column {args.length_column_name!r}, which the Trainer drops"
+            how = "set --remove_unused_columns False, or --train_sampling_strategy random"
+            raise ValueError(f"--train_sampling_strategy {strategy} needs {found}; {how}")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         loader = kwargs["train_dataloader"]

@@ -137,10 +137,9 @@ class RecipeDefaults(SFTConfig):
             ) from None
         super().__post_init__()  # type: ignore[no-untyped-call]
         if use_one_gpu(self):
-            print_main(
-                "Several GPUs, one process: training on the first. To use all: accelerate launch --config_file "
-                f"accelerate_configs/multi_gpu.yaml --num_processes {torch.cuda.device_count()} RECIPE"
-            )
+            config = "--config_file accelerate_configs/multi_gpu.yaml"
+            how = f"accelerate launch {config} --num_processes {torch.cuda.device_count()} RECIPE"
+            print_main(f"Several GPUs, one process: training on the first. To use all: {how}")
         refuse_inert_settings(self)
         if self.push_to_hub:
             on_main(_check_login)
