@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import shutil
 import signal
 import threading
 from collections.abc import Mapping, Sized
+from importlib.metadata import distributions
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -60,13 +60,12 @@ class SafeCheckpoints(TrainerCallback):
 
     Raises `ValueError` for training arguments that defeat this, and for a resume of what does not belong here."""
 
-    def __init__(self) -> None:
-        self.made_of: Mapping[str, Any] = {}  # further settings that must be equal, which `prove` knows
-        self.noted: Mapping[str, Any] = {}  # further ones that may change, and are printed
-        self._checked: Path | None = None
-        self._terminated = False
-        self._former_handler: Any = None
-        self._locked: Any = None
+    made_of: Mapping[str, Any] = {}  # further settings that must be equal, which `prove` knows
+    noted: Mapping[str, Any] = {}  # further ones that may change, and are printed
+    _checked: Path | None = None
+    _terminated = False
+    _former_handler: Any = None
+    _locked: Any = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         _check_arguments(args)
@@ -149,8 +148,7 @@ class SafeCheckpoints(TrainerCallback):
 
     def notes(self, args: TrainingArguments) -> dict[str, Any]:
         """What may differ, and is then printed."""
-        found = {name: [*importlib.metadata.distributions(name=name)] for name in _LIBRARIES}
-        versions = {name: those[0].version if those else None for name, those in found.items()}
+        versions = {name: next((found.version for found in distributions(name=name)), None) for name in _LIBRARIES}
         return fingerprints.plain({**{n: getattr(args, n, None) for n in _NOTES}, **self.noted, "versions": versions})
 
     def check(self, folder: Path, settings: dict[str, Any], model: nn.Module, *, complete: bool = False) -> None:
