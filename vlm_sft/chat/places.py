@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Container, Hashable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from vlm_sft.chat.messages import Message, with_texts
@@ -26,13 +25,11 @@ MARK = re.compile("[\U00100000-\U0010fffd]")
 _FIRST_MARK = 0x100000
 
 
-@dataclass(frozen=True)
 class Places:
     """Finds texts, and remembers for each shape of a conversation (roles and kinds of parts) where they stood."""
 
-    _known: dict[Hashable, tuple[str, dict[tuple[int, int], tuple[int, int]], list[bool], Tails]] = field(
-        default_factory=dict
-    )
+    def __init__(self) -> None:
+        self._known: dict[Hashable, tuple[str, dict[tuple[int, int], tuple[int, int]], list[bool], Tails]] = {}
 
     def of(self, messages: Sequence[Message], render: Render, plain: str, *key: Hashable) -> tuple[Spans, Tails]:
         """Where the text parts stand in `plain`, what `render` writes, and what follows the answers, as far as it is
