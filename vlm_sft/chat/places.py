@@ -75,15 +75,13 @@ def _marked(
 ) -> Spans | None:
     """Spans of the text parts of the chosen messages, or None where marks change more than the marks' own places.
     `inside` puts them within a text's outer white space, for templates that trim."""
-    keys: list[tuple[int, int]] = []
-    cores: list[str | None] = []
+    cores: dict[tuple[int, int], str | None] = {}
 
     def mark(number: int, part: int, text: str) -> str:
-        first = _FIRST_MARK + 2 * len(keys)
-        keys.append((number, part))
+        first = _FIRST_MARK + 2 * len(cores)
         core = text.strip() if inside else text
         before, _, after = text.partition(core) if core else ("", "", text)
-        cores.append(None if messages[number]["role"] == "tool" else core)  # which some templates write as JSON
+        cores[number, part] = None if messages[number]["role"] == "tool" else core  # which some templates write as JSON
         return f"{before}{chr(first)}{core}{chr(first + 1)}{after}"
 
     marked = [
@@ -99,13 +97,12 @@ def _marked(
         places[ord(match.group()) - _FIRST_MARK].append(match.start() - count)
     if MARK.sub("", rendered) != plain:
         return None
-    found = {key: (places[2 * i], places[2 * i + 1]) for i, key in enumerate(keys)}
-    once = {
-        key: (start, end)
-        for (key, (start, end)), core in zip(found.items(), cores, strict=True)
-        if len(start) <= 1 and len(end) == 1 and (not start or core in (None, plain[start[0] : end[0]]))
-    }
-    return {key: (start[0] if start else None, end[0]) for key, (start, end) in once.items()}
+    spans: Spans = {}
+    for i, (key, core) in enumerate(cores.items()):
+        start, end = places[2 * i], places[2 * i + 1]
+        if len(start) <= 1 and len(end) == 1 and (not start or core in (None, plain[start[0] : end[0]])):
+            spans[key] = (start[0] if start else None, end[0])
+    return spans
 
 
 def edited(text: str, edits: Sequence[Edit]) -> str:
