@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -78,15 +77,12 @@ def write_samples_html(
     if len(compared) != 1:
         found = "some have it" if samples else "no samples"
         raise ValueError(f"expected samples that all have `before` and `score_before`, or none of them; found: {found}")
-    texts = {"title": title, "subtitle": subtitle}
-    _write("samples.html", path, samples=samples, before=compared.pop(), image_px=480, **texts)
+    _write("samples.html", path, samples=samples, before=compared.pop(), image_px=480, title=title, subtitle=subtitle)
 
 
 def write_audit_html(report: AuditReport, path: str | Path) -> None:
     """Writes what `audit` found as one page: the images, and each token with its id, trained ones coloured."""
-    pieces = partial(_pieces, template=report.collator.template)
-    seen = partial(_seen, processor=report.collator.processor)
-    _write("audit.html", path, report=report, pieces=pieces, seen=seen, image_px=_AUDIT_PX)
+    _write("audit.html", path, report=report, pieces=_pieces, seen=_seen, image_px=_AUDIT_PX)
 
 
 def _seen(row: EncodedRow, processor: Any) -> list[tuple[Image.Image, str]]:
