@@ -99,12 +99,10 @@ def _number_positions(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return None
     starts = (positions[0] == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], positions.shape[1]], strict=True)]
-    mask = pad_sequence([torch.ones_like(part) for part in positions[0].split(lengths)], batch_first=True)
-    apart = {
-        name: pad_sequence(list(kwargs[name][0].split(lengths)), batch_first=True)
-        for name in ("input_ids", "mm_token_type_ids")
-    }
-    index, _ = core.get_rope_index(image_grid_thw=kwargs.get("image_grid_thw"), attention_mask=mask, **apart)
+    whole = kwargs["input_ids"], kwargs["mm_token_type_ids"], torch.ones_like(positions)
+    ids, types, mask = (pad_sequence(list(each[0].split(lengths)), batch_first=True) for each in whole)
+    grid = kwargs.get("image_grid_thw")
+    index, _ = core.get_rope_index(input_ids=ids, mm_token_type_ids=types, image_grid_thw=grid, attention_mask=mask)
     return args, {**kwargs, "position_ids": torch.cat([positions[None], index[:, mask.bool()][:, None]])}
 
 
