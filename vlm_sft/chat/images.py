@@ -14,9 +14,8 @@ from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-PILImage = Image.Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.Image import Image as PILImage
 
 MAX_DECODED_PIXELS = 50_000_000
 """Images of more pixels are refused before they are decoded: 12 KB of PNG can hold 300 MB of pixels."""
@@ -26,7 +25,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 MAX_DATA_URL = 200_000_000
 """Characters of an image written into a row, its bytes as base64; longer ones are refused before they are decoded."""
 
-_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 _TOLERANCE = 1.01  # of floats, which arithmetic has moved past black or white
 _HOLDS = ("bytes", "path", "url", "image", "image_url", "source", "base64", "data")
 _DESCRIBES = {"type", "media_type", "mime_type", "detail", "format", "width", "height", "image_wh"}
@@ -135,7 +133,7 @@ def repairs_of(image: Any) -> list[str]:
 def _orientation(image: PILImage) -> int:
     """1 to 8 as in EXIF; 1, upright, where the image says nothing or its EXIF cannot be read."""
     try:
-        value = int(image.getexif().get(_ORIENTATION, 1))
+        value = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # viewers show an image whose EXIF is broken, and so do we
         return 1
     return value if 1 <= value <= 8 else 1
@@ -143,7 +141,7 @@ def _orientation(image: PILImage) -> int:
 
 def upright_size(image: PILImage) -> tuple[int, int]:
     """(width, height) of what `to_rgb` makes of it."""
-    return image.size[::-1] if _orientation(image) > 4 else image.size
+    return image.size[::-1] if _orientation(image) > 4 else image.size  # 5 to 8 swap width and height
 
 
 def _to_8_bits(image: PILImage) -> tuple[PILImage, str]:
@@ -193,14 +191,11 @@ def _allowed(path: str, folder: Path | None, allow_outside: bool) -> str:
     try:
         target = os.path.realpath(os.path.join(root, path))
     except ValueError:
-        raise ValueError(
-            f"{name} is a path with a NUL character, or one which is not Unicode; rename the file"
-        ) from None
+        found = f"{name} is a path with a NUL character, or one which is not Unicode"
+        raise ValueError(f"{found}; rename the file") from None
     if not (allow_outside or target == root or target.startswith(os.path.join(root, ""))):
-        found = (
-            f"lies outside the image folder {root!r}; name the folder by --image_folder, or read files from anywhere"
-        )
-        raise ValueError(f"{name} {found} by --allow_outside if you trust the rows")
+        how = "name the folder by --image_folder, or read files from anywhere by --allow_outside if you trust the rows"
+        raise ValueError(f"{name} lies outside the image folder {root!r}; {how}")
     if not os.path.isfile(target):
         found = f"{'is a directory' if os.path.isdir(target) else 'does not exist'} in the image folder {root!r}"
         raise ValueError(f"{name} {found}; fix the path, or name the folder by --image_folder")
