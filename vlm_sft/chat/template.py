@@ -285,8 +285,7 @@ class ChatTemplate:
             how = "let it make one tile of each (processor.image_processor.max_num_tiles = 1), or choose another model"
             raise ValueError(f"{found}; {how}") from error
         brought = {int(i) for i in with_image} - {int(i) for i in without}
-        added = self.added_tokens
-        return frozenset(i for i in brought & added.keys() if added[i].content.strip())
+        return frozenset(i for i in brought & self.added_tokens.keys() if self.added_tokens[i].content.strip())
 
     @cached_property
     def image_run(self) -> tuple[re.Pattern[str], list[int]]:
