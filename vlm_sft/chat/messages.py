@@ -63,10 +63,9 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
         fields["content"] = [_part(p, f"{where}.content[{i}]", role, pool, used, ordered) for i, p in enumerate(parts)]
         normalised.append(fields)
     if len(used) < len(pool):
-        raise ValueError(
-            f"{len(pool)} images but the messages hold {len(used)} image parts; add {{'type': 'image'}} to a user "
-            "message for each image, or drop the images that are not meant"
-        )
+        found = f"{len(pool)} images but the messages hold {len(used)} image parts"
+        how = "add {'type': 'image'} to a user message for each image, or drop the images that are not meant"
+        raise ValueError(f"{found}; {how}")
     return Conversation(normalised, ordered)
 
 
@@ -77,10 +76,9 @@ def check_turns(messages: Sequence[Message]) -> None:
     first = int(roles[0] == "system")
     for number, (before, role) in enumerate(zip(["", *roles[first:]], roles[first:], strict=False), first):
         if role not in _FOLLOWS[before]:
-            raise ValueError(
-                f"messages[{number}] is from {role}; expected {_FOLLOWS[before][0]}: after at most one system message, "
-                "user and assistant alternate (join neighbours of one role, drop what comes before the first question)"
-            )
+            found = f"messages[{number}] is from {role}; expected {_FOLLOWS[before][0]}"
+            how = "join neighbours of one role, drop what comes before the first question"
+            raise ValueError(f"{found}: after at most one system message, user and assistant alternate ({how})")
     if roles[-1] != "assistant":
         last = f"messages[{len(roles) - 1}] is from {roles[-1]}"
         raise ValueError(f"{last} and nothing answers it; end with an assistant message or drop it")
@@ -102,10 +100,9 @@ def guard_reserved(messages: Sequence[Message], reserved: re.Pattern[str], *, es
             holds = f"messages[{number}] ({message['role']}) holds"
             if other := [token for token in found if OTHER_MEDIA.match(token.strip("<|>"))]:
                 raise ValueError(f"{holds} {other[0]!r}: {NO_MEDIA} (as plain text, by reserved_tokens='escape')")
-            raise ValueError(
-                f"{holds} {', '.join(map(repr, found))} as text, which the tokenizer would read as control tokens; "
-                "remove them, write an image as {'type': 'image'}, or set reserved_tokens='escape'"
-            )
+            typed = f"{', '.join(map(repr, found))} as text, which the tokenizer would read as control tokens"
+            how = "remove them, write an image as {'type': 'image'}, or set reserved_tokens='escape'"
+            raise ValueError(f"{holds} {typed}; {how}")
     return guarded
 
 
@@ -192,10 +189,9 @@ def _fields(value: Any, where: str, *, allowed: tuple[str, ...]) -> Message:
     fields = {key: field for key, field in value.items() if field is not None}
     if unknown := fields.keys() - set(allowed):
         renames = [f"rename {name!r} to {_WRONG_NAMES[name]!r}" for name in sorted(unknown & _WRONG_NAMES.keys())]
-        raise ValueError(
-            f"{where} has the keys {', '.join(sorted(map(str, unknown)))}, which no template would be given; expected "
-            f"only {', '.join(allowed)}: {', '.join(renames) or 'remove them or write their content into the text'}"
-        )
+        found = f"{where} has the keys {', '.join(sorted(map(str, unknown)))}, which no template would be given"
+        how = ", ".join(renames) or "remove them or write their content into the text"
+        raise ValueError(f"{found}; expected only {', '.join(allowed)}: {how}")
     return fields
 
 
