@@ -164,9 +164,7 @@ def kinds_of(row: EncodedRow) -> list[str]:
     return [("prompt", "trained", "image")[number] for number in numbers]
 
 
-def _check_answers(
-    collator: ChatCollator, row: EncodedRow, answers: Counter[str], require_stop_token: bool
-) -> Iterator[str]:
+def _check_answers(collator: ChatCollator, row: EncodedRow, answers: Counter[str], require_stop: bool) -> Iterator[str]:
     tokenizer, settings, trained = collator.processor.tokenizer, collator.settings, row.labels != IGNORE_INDEX
     if not trained.any():
         yield f"{row.name}: {NOTHING_TRAINED}"
@@ -181,9 +179,9 @@ def _check_answers(
         ids, where = row.labels[trained & row.tokens_of(turn)], f"{row.name}: messages[{turn.message}]"
         stop = turn.stop if turn.stop and ids[-1:].tolist() == tokenizer.convert_tokens_to_ids([turn.stop]) else ""
         answers[f"end with {stop!r}" if stop else "end without a stop token"] += 1
-        if require_stop_token and not stop:
+        if require_stop and not stop:
             yield f"{where} is trained without a stop token; use stop_token='auto', or require_stop_token=False"
-        if stop and not require_stop_token:
+        if stop and not require_stop:
             found = f"{where} is trained with the stop token {stop!r}, in spite of require_stop_token=False"
             yield f"{found}; pass stop_token=None to ChatCollator, or leave require_stop_token out"
         message = row.conversation.messages[turn.message]
@@ -221,22 +219,19 @@ def _is_rewritten(collator: ChatCollator, row: EncodedRow, end: int, prompt: lis
     if not earlier and not count_images(row.conversation.messages[end:]):
         return False
     stops = collator.processor.tokenizer.convert_tokens_to_ids([stop for stop in earlier if stop])
-    if any(prompt.count(stop) < len(stops) for stop in stops):
-        return True
-    return _template_ids(collator, row, None, add_generation_prompt=False)[: len(prompt)] != prompt
+    is_left_out = any(prompt.count(stop) < len(stops) for stop in stops)
+    return is_left_out or _template_ids(collator, row, None)[: len(prompt)] != prompt
 
 
-def _template_ids(
-    collator: ChatCollator, row: EncodedRow, end: int | None, *, add_generation_prompt: bool = True
-) -> list[int]:
-    """Ids of the messages before `end`, as a user has them made at inference."""
+def _template_ids(collator: ChatCollator, row: EncodedRow, end: int | None) -> list[int]:
+    """Ids of the prompt, the messages before `end`, as a user has them made at inference; None: of all messages."""
     left = iter(row.conversation.images)
     filled = [
         {**message, "content": [{**p, "image": next(left)} if p["type"] == "image" else p for p in message["content"]]}
         for message in row.conversation.messages[:end]
     ]
     given, tools = without_tools(row.rendered.style(filled))
-    settings = {"add_generation_prompt": add_generation_prompt, **(collator.settings.chat_template_kwargs or {})}
+    settings = {"add_generation_prompt": end is not None, **(collator.settings.chat_template_kwargs or {})}
     settings |= {**tools, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     output = collator.processor.apply_chat_template(given, **settings)
     return [int(i) for i in output["input_ids"][0]]
