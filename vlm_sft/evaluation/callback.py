@@ -62,10 +62,9 @@ def evaluate_answers(
     numbers = [i * len(rows) // count for i in range(count)]
     asked: dict[int, Any] = {i: references[i] if references else split_reference(rows[i]).reference for i in numbers}
     if missing := [str(i) for i, reference in asked.items() if reference is None]:
-        raise ValueError(
-            f"rows {', '.join(missing)} do not end with an assistant message, so there is nothing to compare an answer "
-            "with; leave them out or pass references=..."
-        )
+        found = f"rows {', '.join(missing)} do not end with an assistant message"
+        how = "leave them out or pass references=..."
+        raise ValueError(f"{found}, so there is nothing to compare an answer with; {how}")
     size = getattr(trainer.args, "generation_batch_size", None) or 8
     evaluation = AnswerEvaluation(trainer, Subset(rows, numbers), asked, dict(metrics), size, max_new_tokens)
     trainer.callback_handler.callbacks.insert(0, evaluation)
