@@ -39,11 +39,8 @@ from vlm_sft.chat.template import ChatTemplate, Rendered, RenderedDifferently, T
 IGNORE_INDEX = -100
 NOTHING_TRAINED = "no token is left to train on; give it an answer not marked 'train': false, or drop it"
 _EMPTY = torch.empty(0)
-_BLANK = {
-    "row": -1,
-    "images": [Image.new("RGB", (64, 64))],
-    "messages": [{"role": role, "content": "."} for role in ("user", "assistant")],
-}
+_EXCHANGE = [{"role": role, "content": "."} for role in ("user", "assistant")]
+_BLANK = {"row": -1, "images": [Image.new("RGB", (64, 64))], "messages": _EXCHANGE}
 
 
 @dataclass(frozen=True, kw_only=True)
