@@ -291,8 +291,7 @@ class ChatCollator:
             tokens, spans = {key: value[b][real] for key, value in per_token.items()}, offsets[b][real]
             edits = [(*written["span"], written["replacement"]) for written in (reported[b] if reported else ())]
             if row.conversation.images and not edits:
-                ids = tokens["input_ids"]
-                edits, spans = find_images(self.template, row.rendered, ids, add_special_tokens, name=row.name)
+                edits, spans = find_images(self.template, row.rendered.text, tokens["input_ids"], name=row.name)
             encoded.append(self._label(row, tokens, spans, edits))
         return encoded, inputs
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding
 
 from vlm_sft.chat.places import Edit, edited
-from vlm_sft.chat.template import ChatTemplate, Rendered
+from vlm_sft.chat.template import ChatTemplate
 
 
 class _Encoded(BatchEncoding):
@@ -85,26 +85,23 @@ def reading_runs_once(template: ChatTemplate) -> Any:
     return processor
 
 
-def find_images(
-    template: ChatTemplate, rendered: Rendered, ids: Tensor, add_special_tokens: bool, *, name: str
-) -> tuple[list[Edit], Tensor]:
-    """What a processor that does not report it wrote in the place of each image, and the offsets of the tokens [T, 2]:
-    runs of the tokens `ids` [T] that only images bring, one for each placeholder or row of them. The proof: the text
-    with these in their places, tokenized again, must give the very same tokens, else `ValueError`."""
-    tokenizer = template.processor.tokenizer
+def find_images(template: ChatTemplate, text: str, ids: Tensor, *, name: str) -> tuple[list[Edit], Tensor]:
+    """What a processor that does not report it wrote in the place of each image of a rendered text, and the offsets of
+    the tokens [T, 2]: runs of the tokens `ids` [T] that only images bring, one for each placeholder or row of them. The
+    proof: the text with these in their places, tokenized again, must give the very same tokens, else `ValueError`."""
     added = {i: template.added_tokens[i].content for i in template.image_ids}
     groups = groupby(ids.tolist(), key=added.__contains__)
     runs = ["".join(added[i] for i in run) for brought, run in groups if brought]
     # The template may write some of these tokens itself, next to the placeholder.
     written = "|".join(map(re.escape, {template.placeholder, *added.values()}))
-    spans = [place.span() for place in re.finditer(f"(?:{written})+", rendered.text)]
+    spans = [place.span() for place in re.finditer(f"(?:{written})+", text)]
     for gap in ("", " ") * (len(runs) == len(spans)):  # some part an image from the word after it
         edits = [
-            (start, end, run + gap * bool(re.match(r"[^\s<]", rendered.text[end:])))
+            (start, end, run + gap * bool(re.match(r"[^\s<]", text[end:])))
             for (start, end), run in zip(spans, runs, strict=True)
         ]
-        options = {"add_special_tokens": add_special_tokens, "return_offsets_mapping": True}
-        again = tokenizer(edited(rendered.text, edits), **options)
+        options = {"add_special_tokens": template.add_special_tokens(text), "return_offsets_mapping": True}
+        again = template.processor.tokenizer(edited(text, edits), **options)
         if again["input_ids"] == ids.tolist():
             return edits, torch.tensor(again["offset_mapping"])
     found = f"{name}: {type(template.processor).__name__} does not report what it writes in the place of an image"
