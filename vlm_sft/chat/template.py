@@ -117,7 +117,7 @@ class ChatTemplate:
     def _locate(
         self, messages: Sequence[Message], trained: Container[int], add_generation_prompt: bool, places: Places
     ) -> Rendered:
-        style, plain, texts, tails = self._first_style(messages, add_generation_prompt, places)
+        style, plain, texts, tails = self._find_style(messages, add_generation_prompt, places)
         for what in ("tools", "tool_calls"):
             bare = [{key: value for key, value in message.items() if key != what} for message in messages]
             if bare != messages and self._render(bare, add_generation_prompt, style) == plain:
@@ -160,9 +160,7 @@ class ChatTemplate:
             turns.append(Turn(number, start, moved(end, edits), stop, number in trained))
         return Rendered(edited(plain, edits), turns, style)
 
-    def _first_style(
-        self, messages: Sequence[Message], prompt: bool, places: Places
-    ) -> tuple[Style, str, Spans, Tails]:
+    def _find_style(self, messages: Sequence[Message], prompt: bool, places: Places) -> tuple[Style, str, Spans, Tails]:
         """The first style that loses no text, the text of the messages in it, where their parts stand there, and what
         is known of the tails."""
         if any(MARK.search(text_of(message)) for message in messages):
@@ -208,8 +206,7 @@ class ChatTemplate:
         """The stop token of a one-turn conversation as it is trained on, if it has one.
 
         Raises `ValueError` where the template writes another one than `stop_token`."""
-        word = [{"type": "text", "text": "x"}]
-        messages = [{"role": role, "content": word} for role in ("user", "assistant")]
+        messages = [{"role": role, "content": [{"type": "text", "text": "x"}]} for role in ("user", "assistant")]
         found = tuple(turn.stop for turn in self.locate(messages, {1}).turns if turn.stop)
         if self.stop_token not in ("auto", None) and found != (self.stop_token,):
             written = f"but the chat template itself writes {found[0]!r} after an answer"
