@@ -112,15 +112,14 @@ def check_embedding(rows: Sequence[EncodedRow], model: Any) -> None:
     """Raises `ValueError` naming a row with a token beyond the embedding, or an image in another token than its own."""
     size = model.get_input_embeddings().num_embeddings
     largest, name = max((int(row.tokens["input_ids"].max()), row.name) for row in rows)
+    how = "use the model's own processor"
     if largest >= size:
-        found = f"{name}: token {largest} is beyond the {size} tokens of the embedding"
-        raise ValueError(f"{found}; use the model's own processor")
+        raise ValueError(f"{name}: token {largest} is beyond the {size} tokens of the embedding; {how}")
     config = base_of(model).config
     own = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     for row in rows:
         if row.image.any() and own is not None and own not in row.tokens["input_ids"][row.image]:
-            found = f"{row.name}: no token of its image is {own}, the model's image token"
-            raise ValueError(f"{found}; use the model's own processor")
+            raise ValueError(f"{row.name}: no token of its image is {own}, the model's image token; {how}")
 
 
 def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
@@ -128,8 +127,7 @@ def check_forward(collator: ChatCollator, row: EncodedRow, model: Any) -> str:
     `ValueError` naming the row where the model refuses it (image tokens without features), or its loss is no number."""
     if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
         return "not run: the model is sharded (DeepSpeed ZeRO-3)"
-    batch = collator([row.conversation._asdict()])
-    inputs = BatchFeature(batch).to(model.device)
+    inputs = BatchFeature(collator([row.conversation._asdict()])).to(model.device)
     try:
         with evaluating(model), torch.no_grad():
             loss = float(model(**inputs, use_cache=False).loss)
