@@ -78,7 +78,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Sequence[float]], processor: 
     (width, height), (left, top) = view.size, (-view.shift[0] / view.scale[0], -view.shift[1] / view.scale[1])
     seen = (left, top, left + width / view.scale[0], top + height / view.scale[1])
     drawn = image.transform(view.size, Image.Transform.EXTENT, seen, Image.Resampling.BILINEAR)
-    enlarge = -(-256 // max(view.size)) if max(view.size) < 256 else 1  # lines cover what is smaller
+    enlarge = -(-256 // max(view.size))  # lines cover what is smaller
     drawn = drawn.resize((width * enlarge, height * enlarge), Image.Resampling.NEAREST)
     for box in boxes:
         most = [_MOST.get(scale, side) for side in view.size] * 2
