@@ -90,10 +90,9 @@ class AnswerEvaluation(TrainerCallback):
         try:
             predictions = generate(given["model"], self.trainer.data_collator, self.rows, **settings)
         except torch.OutOfMemoryError as error:
-            error.add_note(
-                f"evaluation after step {state.global_step}: out of memory in answering {self.batch_size} rows at a "
-                f"time.\nWays out: --generation_batch_size {max(1, self.batch_size // 2)}; --eval_on_start False"
-            )
+            full = f"after step {state.global_step}: out of memory in answering {self.batch_size} rows at a time"
+            ways = f"--generation_batch_size {max(1, self.batch_size // 2)}; --eval_on_start False"
+            error.add_note(f"evaluation {full}.\nWays out: {ways}")
             raise
         scores = {f"eval_{name}": metric(predictions, references) for name, metric in self.metrics.items()}
         scores["eval_generation_s"] = round(time.perf_counter() - started, 3)

@@ -19,8 +19,7 @@ Metric = Callable[[Sequence[str], Sequence[Reference]], float]
 
 def exact_match(predictions: Sequence[str], references: Sequence[Reference]) -> float:
     """Share of the rows whose answer equals a reference, outer white space aside."""
-    pairs = _pairs(predictions, references)
-    return fmean(answer.strip() in map(str.strip, rights) for answer, rights in pairs)
+    return fmean(answer.strip() in map(str.strip, rights) for answer, rights in _pairs(predictions, references))
 
 
 def anls(predictions: Sequence[str], references: Sequence[Reference]) -> float:
