@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,8 +64,13 @@ def generate(
     template = prompter.template if isinstance(prompter, ChatCollator) else prompter
     tokenizer, stop_ids = template.processor.tokenizer, template.stop_ids(model.generation_config)
     settings = {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id, "use_cache": True, **GREEDY}
+    # In training, autocast brings adapters or a projector in float32 and their 16-bit base together.
+    dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    narrow = min(dtypes - {torch.float32}, key=str, default=None)
+    one_precision = torch.autocast(model.device.type, narrow, enabled=len(dtypes) > 1)
+    bar = tqdm(total=len(share), desc="Generating", disable=not progress or rank > 0)
     answers: list[tuple[int, str]] = []
-    with _answering(model), tqdm(total=len(share), desc="Generating", disable=not progress or rank > 0) as bar:
+    with evaluating(model), one_precision, bar:
         for start in range(0, len(share), batch_size):
             batch = share[start : start + batch_size]
             inputs = _inputs(prompter, template, rows, batch).to(model.device)
@@ -95,13 +99,3 @@ def _inputs(prompter: ChatCollator | ChatTemplate, template: ChatTemplate, rows:
     settings = {"add_special_tokens": template.add_special_tokens(texts[0]), "return_tensors": "pt"}
     settings |= {"padding": True, "padding_side": "left"}
     return template.processor(text=texts, images=images if any(images) else None, **settings)
-
-
-@contextmanager
-def _answering(model: Any) -> Iterator[None]:
-    """Evaluation mode, and one precision: in training, autocast brings adapters or a projector in float32 and their
-    16-bit base together."""
-    dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
-    narrow = min(dtypes - {torch.float32}, key=str, default=None)
-    with evaluating(model), torch.autocast(model.device.type, narrow, enabled=len(dtypes) > 1):
-        yield
