@@ -79,8 +79,12 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
     examples = [{"row": place, **row} for place, row in sampled]
     if not examples:
         raise ValueError("there are no rows to audit; expected at least one")
-    batches = [examples[n : n + _BATCH_SIZE] for n in range(0, len(examples), _BATCH_SIZE)]
-    encoded = [row for batch in batches for row in _encoded(collator, batch)]
+    encoded: list[EncodedRow] = []
+    for batch in [examples[n : n + _BATCH_SIZE] for n in range(0, len(examples), _BATCH_SIZE)]:
+        try:
+            encoded += collator.encode(batch)[0]
+        except RenderedDifferently:
+            encoded += collator.encode([part for example in batch for part in collator.split(example)])[0]
     answers, prompts = Counter[str](), Counter[str]()
     checks = [_check_answers(collator, row, answers, require_stop_token) for row in encoded]
     checks += [_check_prompts(collator, row, prompts) for row in encoded]
@@ -89,14 +93,6 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
     kinds = Counter(kind for row in encoded for kind in kinds_of(row))
     tokens = {kind: kinds[kind] for kind in ("trained", "prompt", "image")}
     return AuditReport(collator, encoded, tokens, answers, prompts)
-
-
-def _encoded(collator: ChatCollator, examples: Sequence[Mapping[str, Any]]) -> Sequence[EncodedRow]:
-    """The rows encoded; a row for each answer where the chat template asks for that."""
-    try:
-        return collator.encode(examples)[0]
-    except RenderedDifferently:
-        return collator.encode([part for example in examples for part in collator.split(example)])[0]
 
 
 def check_stops(collator: ChatCollator, rows: Sequence[EncodedRow], generation_config: Any) -> None:
