@@ -41,9 +41,7 @@ def normalise(messages: Any, images: Any = None) -> Conversation:
         raise ValueError("`messages` is empty; expected at least a user and an assistant message")
     pool = flat(images)
     in_front = pool and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages)
-    used: set[int] = set()
-    ordered: list[Any] = []
-    normalised: list[Message] = []
+    used, ordered, normalised = set[int](), list[Any](), list[Message]()
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         its_own = _FIELDS.get(str(message.get("role")), ()) if isinstance(message, Mapping) else ()

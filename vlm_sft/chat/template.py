@@ -122,8 +122,7 @@ class ChatTemplate:
             bare = [{key: value for key, value in message.items() if key != what} for message in messages]
             if bare != messages and self._render(bare, add_generation_prompt, style) == plain:
                 raise ValueError(f"the chat template does not know {what}, and would leave them out; use another one")
-        edits: list[Edit] = []
-        turns: list[Turn] = []
+        edits, turns = list[Edit](), list[Turn]()
         for number in [number for number, message in enumerate(messages) if message["role"] == "assistant"]:
             prompt = self._render(messages[:number], True, style)
             found = [texts[number, part] for part in range(len(messages[number]["content"])) if (number, part) in texts]
