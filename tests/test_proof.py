@@ -121,7 +121,9 @@ def test_proof_twice_and_after_training(make):
 def test_the_images_of_audited_rows_are_not_held_in_training(make):
     run = make()
     report = run.prove().report
-    assert any(row.conversation.images for row in report.rows)
+    assert len(report.rows) > 2
+    holding = [row for row in report.rows if row.conversation.images]
+    assert len(holding) <= len(report.shortest_of_kinds) <= 2  # two kinds of rows: with an image, and of text alone
     run.trainer.train()
     assert not any(row.conversation.images for row in report.rows)
     assert "data:image/png" in (Path(run.trainer.args.output_dir) / "audit.html").read_text("utf-8")

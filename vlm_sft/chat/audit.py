@@ -15,32 +15,40 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from transformers import BatchFeature
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from vlm_sft.chat.boxes import boxes_in, draw_boxes
 from vlm_sft.chat.collator import IGNORE_INDEX, NOTHING_TRAINED, ChatCollator, EncodedRow
 from vlm_sft.chat.messages import count_images, text_of
+from vlm_sft.chat.packing import kind_of
 from vlm_sft.chat.template import RenderedDifferently, without_tools
 from vlm_sft.common import base_of, eos_ids, evaluating
 
+PICTURE_PX = 400  # of the longer side of an image on the page
 _BATCH_SIZE = 8  # of the calls of the processor
 
 
 @dataclass(frozen=True)
 class AuditReport:
     """What the collator made of the audited rows (`ChatCollator.encode`); `str()` is a table. `tokens` counts by kind:
-    trained, prompt, image; `answers` by how they end; `prompts` by how they compare."""
+    trained, prompt, image; `answers` by how they end; `prompts` by how they compare. `shortest_of_kinds` are the rows
+    that still hold their images, one for each kind there is (`kind_of`); of all, `pictures` are small, with words."""
 
     collator: ChatCollator
     rows: Sequence[EncodedRow]
     tokens: Mapping[str, int]
     answers: Mapping[str, int]
     prompts: Mapping[str, int]
+    shortest_of_kinds: Sequence[EncodedRow]
+    pictures: Sequence[Sequence[tuple[Image, str]]]
 
     @property
     def shortest(self) -> EncodedRow:
         """The shortest row, with an image where any row has one: for `check_forward` and `draw_mask`."""
-        return min([row for row in self.rows if row.image.any()] or self.rows, key=len)
+        kinds = self.shortest_of_kinds
+        return min([row for row in kinds if row.image.any()] or kinds, key=len)
 
     def facts(self) -> dict[str, str]:
         """The lines of the table: subject and sentence."""
@@ -76,23 +84,32 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
     if hasattr(rows, "__len__"):
         count = min(num_rows, len(rows))
         sampled = ((n, rows[n]) for n in (i * len(rows) // count for i in range(count)))
-    examples = [{"row": place, **row} for place, row in sampled]
-    if not examples:
-        raise ValueError("there are no rows to audit; expected at least one")
-    encoded: list[EncodedRow] = []
-    for batch in [examples[n : n + _BATCH_SIZE] for n in range(0, len(examples), _BATCH_SIZE)]:
+    encoded, pictures, kinds = list[EncodedRow](), list[list[tuple[Image, str]]](), dict[Any, EncodedRow]()
+    answers, prompts, faults, differing = Counter[str](), Counter[str](), list[str](), list[str]()
+    while batch := [{"row": place, **row} for place, row in islice(sampled, _BATCH_SIZE)]:
         try:
-            encoded += collator.encode(batch)[0]
+            found = collator.encode(batch)[0]
         except RenderedDifferently:
-            encoded += collator.encode([part for example in batch for part in collator.split(example)])[0]
-    answers, prompts = Counter[str](), Counter[str]()
-    checks = [_check_answers(collator, row, answers, require_stop_token) for row in encoded]
-    checks += [_check_prompts(collator, row, prompts) for row in encoded]
-    if faults := [fault for check in checks for fault in check]:
+            found = collator.encode([part for example in batch for part in collator.split(example)])[0]
+        for row in found:
+            faults += _check_answers(collator, row, answers, require_stop_token)
+            differing += _check_prompts(collator, row, prompts)
+            pictures.append(_pictures(row, collator.processor))
+        held = sorted([*kinds.values(), *found], key=len)
+        kinds = {kind_of(row.conversation._asdict()): row for row in reversed(held)}  # the first of the shortest
+        kept = {*map(id, kinds.values())}
+        for row in held:
+            if id(row) not in kept:
+                row.conversation.images.clear()  # decoded, 64 photos of 12 million pixels take 2.3 GB
+        encoded += found
+    if not encoded:
+        raise ValueError("there are no rows to audit; expected at least one")
+    if faults := faults + differing:
         raise ValueError("\n".join([f"faults in what would be trained: {len(faults)}", *faults[:10]]))
-    kinds = Counter(kind for row in encoded for kind in kinds_of(row))
-    tokens = {kind: kinds[kind] for kind in ("trained", "prompt", "image")}
-    return AuditReport(collator, encoded, tokens, answers, prompts)
+    shortest = [row for row in encoded if id(row) in kept]
+    counts = Counter(kind for row in encoded for kind in kinds_of(row))
+    tokens = {kind: counts[kind] for kind in ("trained", "prompt", "image")}
+    return AuditReport(collator, encoded, tokens, answers, prompts, shortest, pictures)
 
 
 def check_stops(collator: ChatCollator, rows: Sequence[EncodedRow], generation_config: Any) -> None:
@@ -156,6 +173,20 @@ def kinds_of(row: EncodedRow) -> list[str]:
     """What each token is: "trained", "image" or "prompt"."""
     numbers = (2 * row.image + ((row.labels != IGNORE_INDEX) & ~row.image)).tolist()
     return [("prompt", "trained", "image")[number] for number in numbers]
+
+
+def _pictures(row: EncodedRow, processor: Any) -> list[tuple[Image, str]]:
+    """The row's images, each with words for it; those that an answer writes boxes of, on the last one before it, as the
+    model sees them with the boxes."""
+    messages, images = row.conversation
+    # Shown 184 pixels wide. A whole number of times smaller takes a sixth of the time, and a first step waits for it.
+    seen = [(image.reduce(math.ceil(max(image.size) / PICTURE_PX)), "") for image in images]
+    for number, message in enumerate(messages):
+        last = count_images(messages[:number]) - 1
+        if message["role"] == "assistant" and last >= 0 and (boxes := boxes_in(text_of(message))):
+            drawn, scale = draw_boxes(images[last], boxes, processor)
+            seen[last] = drawn, f"{len(boxes)} boxes, read as {scale}"
+    return seen
 
 
 def _check_answers(collator: ChatCollator, row: EncodedRow, answers: Counter[str], require_stop: bool) -> Iterator[str]:

@@ -63,7 +63,7 @@ def check_padding_free(model: Any, collator: ChatCollator, rows: Sequence[Mappin
     Raises `ValueError` where it is more than the rounding of this precision: the model then mixes the conversations of
     a row, or attends to images in both directions (Gemma)."""
     every = [row for example in rows for row in example.get("packed", [example])]
-    kinds = {_kind_of(row): row for row in reversed(every)}  # the first of each
+    kinds = {kind_of(row): row for row in reversed(every)}  # the first of each
     rows = [*kinds.values(), *every[: max(0, 2 - len(kinds))]]
     padded = collator.with_settings(padding_free=False, pad_to_multiple_of=None, name_rows=False)
     flat = padded.with_settings(padding_free=True)
@@ -78,7 +78,7 @@ def check_padding_free(model: Any, collator: ChatCollator, rows: Sequence[Mappin
     return difference
 
 
-def _kind_of(row: Mapping[str, Any]) -> tuple[int, bool]:
+def kind_of(row: Mapping[str, Any]) -> tuple[int, bool]:
     """No image, one or several, and whether text stands before the first."""
     messages = normalise(row["messages"], row.get("images")).messages
     types = [part["type"] for message in messages if message["role"] == "user" for part in message["content"]]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,16 +20,13 @@ from accelerate import PartialState
 from jinja2 import Environment
 from PIL import Image
 
-from vlm_sft.chat.audit import AuditReport, kinds_of
-from vlm_sft.chat.boxes import boxes_in, draw_boxes
+from vlm_sft.chat.audit import PICTURE_PX, AuditReport, kinds_of
 from vlm_sft.chat.collator import EncodedRow
 from vlm_sft.chat.images import to_rgb
-from vlm_sft.chat.messages import count_images, text_of
+from vlm_sft.chat.messages import text_of
 from vlm_sft.chat.template import ChatTemplate
 from vlm_sft.evaluation.generate import split_reference
 from vlm_sft.evaluation.metrics import Metric, Reference, row_score
-
-_AUDIT_PX = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,21 +78,7 @@ def write_samples_html(
 
 def write_audit_html(report: AuditReport, path: str | Path) -> None:
     """Writes what `audit` found as one page: the images, and each token with its id, trained ones coloured."""
-    _write("audit.html", path, report=report, pieces=_pieces, seen=_seen, image_px=_AUDIT_PX)
-
-
-def _seen(row: EncodedRow, processor: Any) -> list[tuple[Image.Image, str]]:
-    """The row's images, each with words for it; those that an answer writes boxes of, on the last one before it, as the
-    model sees them with the boxes."""
-    messages, images = row.conversation
-    # Shown 184 pixels wide. A whole number of times smaller takes a sixth of the time, and a first step waits for it.
-    seen = [(image.reduce(math.ceil(max(image.size) / _AUDIT_PX)), "") for image in images]
-    for number, message in enumerate(messages):
-        last = count_images(messages[:number]) - 1
-        if message["role"] == "assistant" and last >= 0 and (boxes := boxes_in(text_of(message))):
-            drawn, scale = draw_boxes(images[last], boxes, processor)
-            seen[last] = drawn, f"{len(boxes)} boxes, read as {scale}"
-    return seen
+    _write("audit.html", path, report=report, pieces=_pieces, image_px=PICTURE_PX)
 
 
 def small_image(image: Any, image_px: int) -> Image.Image:
