@@ -81,7 +81,8 @@ class Groups(LengthGroupedSampler):
 
 def rows_per_step(args: TrainingArguments) -> int:
     """All rows of a step, or the order would be another one on another number of processes."""
-    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    rows: int = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return rows
 
 
 def _batches_of(loader: Any) -> Any:
