@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import signal
 import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import psutil
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 
@@ -37,8 +40,10 @@ def is_quantized(weight: nn.Parameter) -> bool:
 
 
 def core_count() -> int:
-    """The cores that this process may use; where the system does not tell (macOS, Windows), those of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use, those of a launched run shared; where the system does not tell (macOS,
+    Windows), those of the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def listed(names: Collection[str]) -> str:
@@ -120,3 +125,25 @@ def restore_rng(state: tuple[Any, ...]) -> None:
     torch.set_rng_state(state[2])
     if state[3] is not None:
         torch.get_device_module().set_rng_state(state[3])
+
+
+def in_processes(work: Callable[[Any], Any], items: Any, batch_size: int, num_proc: int) -> Iterator[Any]:
+    """What `work` makes of each batch of the items, in their order: in so many processes, or with 0 in this one. What
+    it raises is raised as it is; the random state is left as it was, as a `DataLoader` draws a seed for its workers."""
+    before, collate = rng_state(), partial(_pickled, work) if num_proc else work
+    try:
+        for found in DataLoader(items, batch_size=batch_size, collate_fn=collate, num_workers=num_proc):
+            found = pickle.loads(found) if num_proc else found
+            if isinstance(found, Exception):
+                raise found
+            yield found
+    finally:
+        restore_rng(before)
+
+
+def _pickled(work: Callable[[Any], Any], batch: Any) -> bytes:
+    """By `pickle` itself: a `DataLoader` hands each tensor over by a file descriptor, of which there may be too few."""
+    try:
+        return pickle.dumps(work(batch))
+    except Exception as error:
+        return pickle.dumps(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import random
 import re
 import runpy
 from dataclasses import replace
@@ -22,6 +23,7 @@ from datasets import Dataset
 from families import TEN
 from markupsafe import escape
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from vlm_sft import IGNORE_INDEX, ChatCollator
 from vlm_sft.chat.audit import audit, check_embedding, check_forward, draw_mask
@@ -427,3 +429,52 @@ def test_a_row_of_several_answers_is_audited_as_the_rows_it_becomes() -> None:
     report = audit(ChatCollator(tiny.build("qwen3_5")[1]), [two(), one()])
     assert [row.name for row in report.rows] == ["row 0", "row 0", "row 1"]
     assert sum(report.answers.values()) == sum(report.prompts.values()) == 3
+
+
+@pytest.fixture
+def in_two_processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Large images, on a machine of two cores: how many workers each audit took."""
+    asked: list[int] = []
+
+    class Asked(DataLoader[Any]):
+        def __init__(self, *args: Any, num_workers: int, **kwargs: Any) -> None:
+            asked.append(num_workers)
+            super().__init__(*args, num_workers=num_workers, **kwargs)
+
+    monkeypatch.setattr("vlm_sft.common.DataLoader", Asked)
+    monkeypatch.setattr("vlm_sft.chat.audit.core_count", lambda: 2)
+    monkeypatch.setattr("vlm_sft.chat.audit._WORTH_S", 0)
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "fork")
+    return asked
+
+
+def test_other_processes_find_the_same(in_two_processes, monkeypatch, tiny_processor, tmp_path):
+    collator = ChatCollator(tiny_processor("llava15"))
+    rows = [one(f"{n} cats.") if n % 3 else two() for n in range(30)]
+    rows[20] = one("x")
+    state = random.getstate(), torch.get_rng_state().tolist()
+    spread = audit(collator, rows)
+    assert (random.getstate(), torch.get_rng_state().tolist()) == state
+    monkeypatch.setattr("vlm_sft.chat.audit.core_count", lambda: 1)
+    alone = audit(collator, rows)
+    assert in_two_processes == [2, 0]
+    assert spread.facts() == alone.facts()
+    assert str(spread) == str(alone)
+    for report in (spread, alone):
+        write_audit_html(report, tmp_path / "audit.html")
+        assert [row.name for row in report.shortest_of_kinds] == ["row 0", "row 20"]
+        assert [row.name for row in report.rows if row.conversation.images] == ["row 0", "row 20"]
+        assert [len(each) for each in report.pictures] == [3, 1, 1] * 10
+    for here, there in zip(spread.rows, alone.rows, strict=True):
+        assert torch.equal(here.labels, there.labels)
+        assert torch.equal(here.offsets, there.offsets)
+
+
+@pytest.mark.parametrize("place", [1, 20])
+def test_a_fault_is_named_the_same_in_another_process(place, in_two_processes, tiny_processor):
+    collator = ChatCollator(tiny_processor("llava15"), max_length=60)
+    rows = [one(f"{n} cats.") for n in range(30)]
+    rows[place] = one("Very many cats. " * 30)
+    with pytest.raises(ValueError, match=rf"^row {place}: \d+ tokens .* more than max_length=60"):
+        audit(collator, rows)
+    assert in_two_processes == [2] * (place > 7)

@@ -292,7 +292,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             asked.append(num_workers)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr("vlm_sft.data.check_rows.DataLoader", Asked)
+    monkeypatch.setattr("vlm_sft.common.DataLoader", Asked)
     monkeypatch.setattr("vlm_sft.data.check_rows.core_count", lambda: 4)
     monkeypatch.setattr("multiprocessing.get_start_method", lambda: "fork")
     return asked

@@ -4,15 +4,18 @@ compares what the collator makes with the conversation and the prompts of infere
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import sys
+import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -24,10 +27,11 @@ from vlm_sft.chat.collator import IGNORE_INDEX, NOTHING_TRAINED, ChatCollator, E
 from vlm_sft.chat.messages import count_images, text_of
 from vlm_sft.chat.packing import kind_of
 from vlm_sft.chat.template import RenderedDifferently, without_tools
-from vlm_sft.common import base_of, eos_ids, evaluating
+from vlm_sft.common import base_of, core_count, eos_ids, evaluating, in_processes
 
 PICTURE_PX = 400  # of the longer side of an image on the page
 _BATCH_SIZE = 8  # of the calls of the processor
+_WORTH_S = 2.0  # what the rest has to take for other processes to be started
 
 
 @dataclass(frozen=True)
@@ -80,36 +84,63 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
     Raises `ValueError` naming the rows."""
     if num_rows < 1:
         raise ValueError(f"num_rows={num_rows} (--num_rows): expected at least 1 row to audit; left out, it is 64")
-    sampled: Iterable[tuple[int, Any]] = enumerate(islice(rows, num_rows))
-    if hasattr(rows, "__len__"):
-        count = min(num_rows, len(rows))
-        sampled = ((n, rows[n]) for n in (i * len(rows) // count for i in range(count)))
-    encoded, pictures, kinds = list[EncodedRow](), list[list[tuple[Image, str]]](), dict[Any, EncodedRow]()
-    answers, prompts, faults, differing = Counter[str](), Counter[str](), list[str](), list[str]()
-    while batch := [{"row": place, **row} for place, row in islice(sampled, _BATCH_SIZE)]:
-        try:
-            found = collator.encode(batch)[0]
-        except RenderedDifferently:
-            found = collator.encode([part for example in batch for part in collator.split(example)])[0]
-        for row in found:
-            faults += _check_answers(collator, row, answers, require_stop_token)
-            differing += _check_prompts(collator, row, prompts)
-            pictures.append(_pictures(row, collator.processor))
-        held = sorted([*kinds.values(), *found], key=len)
-        kinds = {kind_of(row.conversation._asdict()): row for row in reversed(held)}  # the first of the shortest
-        kept = {*map(id, kinds.values())}
-        for row in held:
-            if id(row) not in kept:
-                row.conversation.images.clear()  # decoded, 64 photos of 12 million pixels take 2.3 GB
-        encoded += found
-    if not encoded:
+    rows = rows if hasattr(rows, "__len__") else [*islice(rows, num_rows)]
+    count = min(num_rows, len(rows))
+    if not count:
         raise ValueError("there are no rows to audit; expected at least one")
-    if faults := faults + differing:
+    places, look = [n * len(rows) // count for n in range(count)], partial(_look, collator, rows, require_stop_token)
+    start = time.monotonic()
+    looks, others = [look(places[:_BATCH_SIZE])], places[_BATCH_SIZE:]
+    num_proc = min(core_count(), math.ceil(len(others) / _BATCH_SIZE))
+    takes_long = (time.monotonic() - start) * len(others) / _BATCH_SIZE > _WORTH_S
+    is_worth = num_proc > 1 and takes_long and multiprocessing.get_start_method() == "fork"
+    looks += in_processes(look, others, _BATCH_SIZE, num_proc if is_worth else 0)
+    if faults := [fault for each in looks for fault in each.faults]:
         raise ValueError("\n".join([f"faults in what would be trained: {len(faults)}", *faults[:10]]))
-    shortest = [row for row in encoded if id(row) in kept]
-    counts = Counter(kind for row in encoded for kind in kinds_of(row))
-    tokens = {kind: counts[kind] for kind in ("trained", "prompt", "image")}
-    return AuditReport(collator, encoded, tokens, answers, prompts, shortest, pictures)
+    counts = Counter(kind for each in looks for row in each.rows for kind in kinds_of(row))
+    return AuditReport(
+        collator,
+        rows=[row for each in looks for row in each.rows],
+        tokens={kind: counts[kind] for kind in ("trained", "prompt", "image")},
+        answers=sum((each.answers for each in looks), Counter[str]()),
+        prompts=sum((each.prompts for each in looks), Counter[str]()),
+        shortest_of_kinds=_shortest_of_kinds([row for each in looks for row in each.shortest_of_kinds]),
+        pictures=[pictures for each in looks for pictures in each.pictures],
+    )
+
+
+class _Look(NamedTuple):
+    """What is found of some rows, as in `AuditReport`, and what is wrong with them."""
+
+    rows: list[EncodedRow]
+    shortest_of_kinds: list[EncodedRow]
+    pictures: list[list[tuple[Image, str]]]
+    answers: Counter[str]
+    prompts: Counter[str]
+    faults: list[str]
+
+
+def _look(collator: ChatCollator, rows: Any, require_stop: bool, places: Sequence[int]) -> _Look:
+    examples = [{"row": place, **rows[place]} for place in places]
+    try:
+        found = collator.encode(examples)[0]
+    except RenderedDifferently:
+        found = collator.encode([part for example in examples for part in collator.split(example)])[0]
+    answers, prompts = Counter[str](), Counter[str]()
+    faults = [fault for row in found for fault in _check_answers(collator, row, answers, require_stop)]
+    faults += [fault for row in found for fault in _check_prompts(collator, row, prompts)]
+    pictures = [_pictures(row, collator.processor) for row in found]
+    return _Look(found, _shortest_of_kinds(found), pictures, answers, prompts, faults)
+
+
+def _shortest_of_kinds(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+    """The shortest row of each kind, in their order. The others no longer hold their images."""
+    shortest = {kind_of(row.conversation._asdict()): row for row in sorted(rows, key=len)[::-1]}
+    kept = {*map(id, shortest.values())}
+    for row in rows:
+        if id(row) not in kept:
+            row.conversation.images.clear()  # decoded, 64 photos of 12 million pixels take 2.3 GB
+    return [row for row in rows if id(row) in kept]
 
 
 def check_stops(collator: ChatCollator, rows: Sequence[EncodedRow], generation_config: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import multiprocessing
-import os
 import re
 import sys
 import time
@@ -20,11 +20,11 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import IterableDataset
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from vlm_sft.chat.messages import answers_of
-from vlm_sft.common import core_count, restore_rng, rng_state
+from vlm_sft.common import core_count, in_processes
 from vlm_sft.data import records
 from vlm_sft.data.rows import READER, RowReader, checked_rows, compare_processes, readers_of, unpacked
 from vlm_sft.distributed import print_main
@@ -309,20 +309,15 @@ def _look_at_all(rows: Any, num_proc: int | None) -> list[Any]:
     """Arrays of `FOUND` and of `KEPT`, each process of a launched run looking at its share of the rows."""
     state = PartialState()
     share = range(state.process_index, len(rows), state.num_processes)
-    before = rng_state()  # a DataLoader draws a seed for its workers, and a row may draw as well
     if num_proc is None:
-        cores = core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         is_known = len(rows.known) and rows.knows([*share[:: max(1, len(share) // _TOGETHER)]])
         # One that is forked takes as long as 128 rows, or 2,048 known ones; one started anew imports for seconds.
         worth = 128 if multiprocessing.get_start_method() == "fork" and not is_known else 2048
-        num_proc = min(len(share) // worth, cores)
+        num_proc = min(len(share) // worth, core_count())
         num_proc = num_proc if num_proc > 1 else 0  # one would only be waited for
-    batches: Any = DataLoader(Subset(rows, share), batch_size=_TOGETHER, collate_fn=_arrays, num_workers=num_proc)
+    batches = in_processes(_arrays, Subset(rows, share), _TOGETHER, num_proc)
     shown = {"desc": "Checking", "unit": " rows", "unit_scale": _TOGETHER, "disable": not state.is_main_process}
-    try:
-        mine = [_arrays([([], [])]), *tqdm(batches, **shown)]
-    finally:
-        restore_rng(before)
+    mine = [_arrays([([], [])]), *tqdm(batches, total=math.ceil(len(share) / _TOGETHER), **shown)]
     ours = gather_object([[np.concatenate(each) for each in zip(*mine, strict=True)]])
     return [np.concatenate(each) for each in zip(*ours, strict=True)]
 

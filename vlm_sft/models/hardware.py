@@ -39,8 +39,7 @@ def own_device() -> torch.device:
 def best_worker_count() -> int:
     """Data workers for each process: up to four, one core left to the process itself, and none on a lone core. Without
     workers (the Trainer's default) image work, some 95% of collation, runs between the steps."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(0, min(4, core_count() // processes - 1))
+    return min(4, core_count() - 1)
 
 
 def set_hardware_defaults(args: TrainingArguments) -> list[str]:
