@@ -1,4 +1,4 @@
-"""How cost grows: with rows, images, tokens and turns in a row, processes that check rows, the tokenizer's size.
+"""How cost grows: with rows, images, tokens and turns in a row, checking processes, sizes of tokenizer and photo.
 
     python benchmarks/growth.py [--rows 1000 4000 16000] [--only turns ...]
 
@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -31,6 +32,7 @@ SIZES = {
     "processes": (1, 2),
     "vocabulary": (1_000, 32_000, 152_000, 262_000),  # Llama's, Qwen's, Gemma's
     "added tokens": (16, 256, 6_400),  # the last as Gemma's
+    "pixels of a photo": (300_000, 1_200_000, 4_800_000, 12_000_000),  # the last as a telephone's
 }
 STARTED = 64  # rows, where a start is timed
 CHECKED = 2_000  # rows, where processes are counted
@@ -139,6 +141,28 @@ def started(vocabulary: int = 1_000, added: int = 16) -> dict[str, float]:
     return found
 
 
+def photographed(pixels: int) -> dict[str, float]:
+    """Of rows with a JPEG of so many pixels each: seconds of the audit, and MiB that the process grew by."""
+    from PIL import Image
+
+    from vlm_sft import ChatCollator, load_conversations
+    from vlm_sft.chat.audit import audit
+    from vlm_sft.tools import tiny
+
+    folder, side = Path(os.environ["HF_HOME"]), round(math.sqrt(pixels / 12))
+    noise = Image.frombytes("RGB", (400, 300), random.Random(0).randbytes(400 * 300 * 3))
+    noise.resize((4 * side, 3 * side), Image.Resampling.BICUBIC).save(folder / "photo.jpg", quality=88)
+    with (folder / "rows.jsonl").open("w") as file:
+        for number in range(STARTED):
+            file.write(json.dumps({"messages": talk(1, 64, number), "images": ["photo.jpg"]}) + "\n")
+    collator = ChatCollator(tiny.build("llava15", corpus=["where there"])[1])
+    rows = load_conversations(folder / "rows.jsonl", eval_fraction=0)["train"]
+    before, began, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, cpu_seconds(), time.perf_counter()
+    audit(collator, rows)
+    found = {"audit, s": cpu_seconds() - began, "audit, wall s": time.perf_counter() - clock}
+    return {**found, "memory, MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+
+
 def measure(what: str, size: int) -> dict[str, float]:
     match what:
         case "rows":
@@ -153,6 +177,8 @@ def measure(what: str, size: int) -> dict[str, float]:
             return started(vocabulary=size)
         case "added tokens":
             return started(added=size)
+        case "pixels of a photo":
+            return photographed(size)
     return collated(turns=size, words=16 * size)
 
 
