@@ -37,7 +37,7 @@ MUTANTS = [
     # The proof
     Mutant("an optimizer of another rate passes", "checks.py", "if not math.isclose(meant, runs, rel_tol=1e-6):", "if False:", "test_proof.py:exchanged_after"),
     Mutant("the images of audited rows stay", "chat/audit.py", "if id(row) not in kept:", "if False:", "test_proof.py:images_of_audited"),
-    Mutant("what another process raises is passed over", "common.py", "            if isinstance(found, Exception):", "            if False:", "chat/test_audit.py:in_another_process"),
+    Mutant("a row that fails in another process is passed over", "chat/audit.py", "looks += (each or look(batch) for each, batch", "looks += (each for each, batch", "chat/test_audit.py:in_another_process"),
     Mutant("an audit draws random numbers", "common.py", "        restore_rng(before)", "        pass", "chat/test_audit.py:other_processes"),
     Mutant("dtypes are not held", "proof.py", "f\"{name} in {weight.dtype}\"", "name", "test_proof.py:exchanged_after"),
     Mutant("a schedule may end anywhere", "checks.py", "if highest > 1.001 or (highest < 0.999 and ", "if False and (", "test_proof.py:cannot_be_meant"),

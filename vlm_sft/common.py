@@ -128,22 +128,16 @@ def restore_rng(state: tuple[Any, ...]) -> None:
 
 
 def in_processes(work: Callable[[Any], Any], items: Any, batch_size: int, num_proc: int) -> Iterator[Any]:
-    """What `work` makes of each batch of the items, in their order: in so many processes, or with 0 in this one. What
-    it raises is raised as it is; the random state is left as it was, as a `DataLoader` draws a seed for its workers."""
+    """What `work` makes of each batch of the items, in their order: in so many processes, or with 0 in this one. The
+    random state is left as it was, as a `DataLoader` draws a seed for its workers."""
     before, collate = rng_state(), partial(_pickled, work) if num_proc else work
     try:
         for found in DataLoader(items, batch_size=batch_size, collate_fn=collate, num_workers=num_proc):
-            found = pickle.loads(found) if num_proc else found
-            if isinstance(found, Exception):
-                raise found
-            yield found
+            yield pickle.loads(found) if num_proc else found
     finally:
         restore_rng(before)
 
 
 def _pickled(work: Callable[[Any], Any], batch: Any) -> bytes:
     """By `pickle` itself: a `DataLoader` hands each tensor over by a file descriptor, of which there may be too few."""
-    try:
-        return pickle.dumps(work(batch))
-    except Exception as error:
-        return pickle.dumps(error)
+    return pickle.dumps(work(batch))

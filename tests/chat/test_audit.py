@@ -457,7 +457,7 @@ def test_other_processes_find_the_same(in_two_processes, monkeypatch, tiny_proce
     assert (random.getstate(), torch.get_rng_state().tolist()) == state
     monkeypatch.setattr("vlm_sft.chat.audit.core_count", lambda: 1)
     alone = audit(collator, rows)
-    assert in_two_processes == [2, 0]
+    assert in_two_processes == [2]
     assert spread.facts() == alone.facts()
     assert str(spread) == str(alone)
     for report in (spread, alone):
@@ -475,6 +475,14 @@ def test_a_fault_is_named_the_same_in_another_process(place, in_two_processes, t
     collator = ChatCollator(tiny_processor("llava15"), max_length=60)
     rows = [one(f"{n} cats.") for n in range(30)]
     rows[place] = one("Very many cats. " * 30)
-    with pytest.raises(ValueError, match=rf"^row {place}: \d+ tokens .* more than max_length=60"):
+    with pytest.raises(ValueError, match=rf"^row {place}: \d+ tokens .* more than max_length=60") as raised:
         audit(collator, rows)
+    assert any(frame.name == "_fit" for frame in raised.traceback)  # where it comes from
     assert in_two_processes == [2] * (place > 7)
+
+
+@pytest.mark.parametrize("size", [(1, 20), (20, 1)])
+def test_boxes_on_a_line_are_no_fault(size, tiny_processor):
+    row = one("It is at [0.1, 0.2, 0.5, 0.9].") | {"images": [Image.new("RGB", size)]}
+    [[(_, words)]] = audit(ChatCollator(tiny_processor("llava15")), [row]).pictures
+    assert words == "1 boxes, read as 0-1"

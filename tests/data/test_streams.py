@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset, Features, IterableDataset, List, Value
 from PIL import Image
@@ -90,6 +92,27 @@ def test_a_stream_that_does_not_know_its_columns_is_read(held_out: int, collator
     assert [row["row"] for row in checked["train"]] == [*range(held_out, 6)]
     assert [row["row"] for row in checked["test"]] == [*range(held_out)]
     assert [row["images"][0].getpixel((0, 0))[0] for row in checked["test"]] == [*range(held_out)]
+
+
+def test_held_out_rows_of_such_a_stream_come_to_the_recipe_as_the_others(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    kinds: list[type] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for n in range(6):
+            photo = (tmp_path / "a.png").read_bytes()
+            yield {"q": f"{n}?", "photo": photo, "image": Image.new("RGBA", (9, 9)), "weight": np.float32(n)}
+
+    def to_conversation(row: Any) -> dict[str, Any]:
+        kinds.append(type(row["photo"]))
+        assert isinstance(row["image"], Image.Image)
+        images = [Image.open(BytesIO(row["photo"])), row["image"]]
+        return {"prompt": f"<image><image>{row['q']}", "response": "x", "images": images}
+
+    stream = IterableDataset.from_generator(rows)
+    data = load_conversations(stream, streaming=True, max_eval_rows=2, to_conversation=to_conversation)
+    assert [len(row["images"]) for row in [*data["train"], *data["test"]]] == [2] * 6
+    assert {*kinds} == {bytes}
 
 
 @pytest.mark.parametrize("on_bad_rows", ["error", "drop", "ignore"])

@@ -10,7 +10,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -89,12 +89,16 @@ def audit(collator: ChatCollator, rows: Any, num_rows: int = 64, require_stop_to
     if not count:
         raise ValueError("there are no rows to audit; expected at least one")
     places, look = [n * len(rows) // count for n in range(count)], partial(_look, collator, rows, require_stop_token)
+    first, *others = [places[n : n + _BATCH_SIZE] for n in range(0, count, _BATCH_SIZE)]
     start = time.monotonic()
-    looks, others = [look(places[:_BATCH_SIZE])], places[_BATCH_SIZE:]
-    num_proc = min(core_count(), math.ceil(len(others) / _BATCH_SIZE))
-    takes_long = (time.monotonic() - start) * len(others) / _BATCH_SIZE > _WORTH_S
-    is_worth = num_proc > 1 and takes_long and multiprocessing.get_start_method() == "fork"
-    looks += in_processes(look, others, _BATCH_SIZE, num_proc if is_worth else 0)
+    looks = [look(first)]
+    takes_long = (time.monotonic() - start) * len(others) > _WORTH_S
+    may_fork = multiprocessing.get_start_method() == "fork" and not multiprocessing.current_process().daemon
+    if (num_proc := min(core_count(), len(others))) > 1 and takes_long and may_fork:
+        found = in_processes(partial(_look_or_none, look), places[_BATCH_SIZE:], _BATCH_SIZE, num_proc)
+        looks += (each or look(batch) for each, batch in zip(found, others, strict=True))
+    else:
+        looks += map(look, others)
     if faults := [fault for each in looks for fault in each.faults]:
         raise ValueError("\n".join([f"faults in what would be trained: {len(faults)}", *faults[:10]]))
     counts = Counter(kind for each in looks for row in each.rows for kind in kinds_of(row))
@@ -131,6 +135,14 @@ def _look(collator: ChatCollator, rows: Any, require_stop: bool, places: Sequenc
     faults += [fault for row in found for fault in _check_prompts(collator, row, prompts)]
     pictures = [_pictures(row, collator.processor) for row in found]
     return _Look(found, _shortest_of_kinds(found), pictures, answers, prompts, faults)
+
+
+def _look_or_none(look: Callable[[Sequence[int]], _Look], places: Sequence[int]) -> _Look | None:
+    """None where it fails: then it fails again in the process that asked, which can say where."""
+    try:
+        return look(places)
+    except Exception:
+        return None
 
 
 def _shortest_of_kinds(rows: Sequence[EncodedRow]) -> list[EncodedRow]:

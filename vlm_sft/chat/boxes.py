@@ -91,8 +91,8 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Sequence[float]], processor: 
 def view_of(processor: Any, size: tuple[int, int]) -> View | None:
     """What the processor makes of images of this size, found by processing one whose colours are coordinates; None
     where it cuts them into tiles."""
-    ramps = np.meshgrid(*(np.linspace(0, 255, side) for side in size))
-    probe = Image.fromarray(np.stack([*ramps, ramps[0]], -1).round().astype(np.uint8))
+    ramps = np.meshgrid(*(np.linspace(0, 255, side).round().astype(np.uint8) for side in size))
+    probe = Image.fromarray(np.stack([*ramps, ramps[0]], -1))
     images = [probe, Image.new("RGB", size), Image.new("RGB", size, "white")]
     outputs = [processor.image_processor(images=[image], return_tensors="np") for image in images]
     if "image_grid_thw" in outputs[0]:
@@ -108,5 +108,7 @@ def view_of(processor: Any, size: tuple[int, int]) -> View | None:
         place = (0, channel, height // 2) if channel == 0 else (0, channel, slice(None), width // 2)
         share = (seen[place] - black[place]) / (white[place] - black[place])
         inner = (share > 0.05) & (share < 0.95)
+        if inner.sum() < 2:  # of an image that is a line
+            return None
         lines.append(np.polyfit(share[inner] * (side - 1) + 0.5, np.flatnonzero(inner) + 0.5, 1))
     return View((width, height), (lines[0][0], lines[1][0]), (lines[0][1], lines[1][1]))

@@ -121,9 +121,13 @@ def load_conversations(
         count = EVAL_ROWS if max_eval_rows is None and eval_fraction else max_eval_rows
         rows = stored["test"] if count is None else stored["test"].take(count)
         if streaming:
-            unknown = rows.features is None  # as of a generator: like a list of dicts
-            rows = _in_memory([*rows.remove_columns("row")], False) if unknown else _dataset_of([*rows], rows.features)
-            rows = rows.add_column(READER, np.full(len(rows), number, np.int32))
+            held = [*rows]
+            with named_faults(name):
+                if held and not rows.features:  # as of a generator
+                    rows = _stored(Dataset.from_list(held), root, False, number)
+                else:
+                    rows = _dataset_of(held, rows.features or LINES)
+                    rows = rows.add_column(READER, np.full(len(rows), number, np.int32))
         stored["test"] = rows
     readers = Readers({number: reader})
     splits = {key: rows.with_transform(readers) for key, rows in stored.items() if isinstance(rows, Dataset)}
