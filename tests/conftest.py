@@ -35,6 +35,7 @@ from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -201,3 +202,18 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("random conversations")
         for test, count in sorted(counts.items()):
             terminalreporter.line(f"{count:6d}  {test}")
+
+
+@pytest.fixture
+def workers_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many workers each `DataLoader` of `in_processes` took, where processes are forked."""
+    asked: list[int] = []
+
+    class Asked(DataLoader[Any]):
+        def __init__(self, *args: Any, num_workers: int, **kwargs: Any) -> None:
+            asked.append(num_workers)
+            super().__init__(*args, num_workers=num_workers, **kwargs)
+
+    monkeypatch.setattr("vlm_sft.common.DataLoader", Asked)
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "fork")
+    return asked

@@ -23,7 +23,6 @@ from datasets import Dataset
 from families import TEN
 from markupsafe import escape
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from vlm_sft import IGNORE_INDEX, ChatCollator
 from vlm_sft.chat.audit import audit, check_embedding, check_forward, draw_mask
@@ -432,20 +431,11 @@ def test_a_row_of_several_answers_is_audited_as_the_rows_it_becomes() -> None:
 
 
 @pytest.fixture
-def in_two_processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def in_two_processes(workers_asked: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Large images, on a machine of two cores: how many workers each audit took."""
-    asked: list[int] = []
-
-    class Asked(DataLoader[Any]):
-        def __init__(self, *args: Any, num_workers: int, **kwargs: Any) -> None:
-            asked.append(num_workers)
-            super().__init__(*args, num_workers=num_workers, **kwargs)
-
-    monkeypatch.setattr("vlm_sft.common.DataLoader", Asked)
     monkeypatch.setattr("vlm_sft.chat.audit.core_count", lambda: 2)
     monkeypatch.setattr("vlm_sft.chat.audit._WORTH_S", 0)
-    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "fork")
-    return asked
+    return workers_asked
 
 
 def test_other_processes_find_the_same(in_two_processes, monkeypatch, tiny_processor, tmp_path):

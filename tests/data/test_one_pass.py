@@ -20,7 +20,6 @@ from datasets import Dataset, DatasetDict
 from PIL import Image, ImageFile
 from runs import rows as image_rows
 from together import together
-from torch.utils.data import DataLoader
 
 from vlm_sft import ChatCollator, check_rows, load_conversations, pack
 from vlm_sft.data import records
@@ -283,19 +282,10 @@ def test_a_cache_that_cannot_be_kept_or_read_is_told(
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def asked(workers_asked: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many workers each pass took."""
-    asked: list[int] = []
-
-    class Asked(DataLoader[Any]):
-        def __init__(self, *args: Any, num_workers: int, **kwargs: Any) -> None:
-            asked.append(num_workers)
-            super().__init__(*args, **kwargs)
-
-    monkeypatch.setattr("vlm_sft.common.DataLoader", Asked)
     monkeypatch.setattr("vlm_sft.data.check_rows.core_count", lambda: 4)
-    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "fork")
-    return asked
+    return workers_asked
 
 
 def talks(numbers: range) -> list[dict[str, Any]]:
